@@ -1,0 +1,43 @@
+# Two commands need nothing but make and Python 3.11 or newer: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+# XLA's CPU backend needs no more; the tests and the demo must not see a GPU or TPU by chance.
+export JAX_PLATFORMS := cpu
+
+.PHONY: demo test lint format sample-data clean-demo
+
+demo: .venv/run.stamp clean-demo
+	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=80
+	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO)
+	$(BIN)/easylm-mling export-hf $(DEMO) $(DEMO)-hf
+	$(BIN)/easylm-mling sample $(DEMO)-hf --prompt "오늘 아침에" --prompt "今日は" --prompt "今天" --prompt "In the morning"
+	$(BIN)/easylm-mling summary $(DEMO)
+
+test: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/pyright
+
+sample-data: .venv/test.stamp
+	$(BIN)/python data/make_sample.py
+
+clean-demo:
+	rm -rf $(DEMO) $(DEMO)-hf
+
+.venv/run.stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; found " + sys.version.split()[0] + ". Use: make PYTHON=/path/to/python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/test.stamp: .venv/run.stamp requirements-test.lock
+	$(BIN)/python -m pip install --quiet -r requirements-test.lock
+	touch $@

@@ -1,0 +1,93 @@
+import pytest
+
+from easylm_mling import config as c
+
+MINIMAL = """
+run_dir: runs/x
+model: {vocab_size: 64, hidden_size: 8, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, head_dim: 4}
+data: {tokenizer: t.model, sequence_length: 16, sources: {a: {paths: x.jsonl, weight: 1}}}
+train: {budget_tokens: 100B, batch_size: 4}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(MINIMAL)
+    return str(file)
+
+
+def test_files_merge_left_to_right_then_overrides(minimal, tmp_path):
+    second = tmp_path / "d.yaml"
+    second.write_text("train: {batch_size: 8}\noptimizer: {warmup: 1M tokens}")
+    got = c.load([minimal, str(second)], ["train.seed=7", "data.sources.a.weight=0.5"])
+    assert (got.train.batch_size, got.train.seed, got.train.budget_tokens) == (8, 7, 100 * 10**9)
+    assert got.data.sources["a"].paths == ("x.jsonl",) and got.data.sources["a"].weight == 0.5
+    assert got.optimizer.warmup.to_steps(got.tokens_per_step) == 10**6 // (8 * 16) + 1
+
+
+def test_a_config_survives_the_trip_through_plain_trees_and_yaml(minimal, tmp_path):
+    got = c.load([minimal], ["optimizer.warmup=20 steps", "init_from=some/where"])
+    assert c.from_tree(c.RunConfig, c.to_tree(got)) == got
+    file = tmp_path / "resolved.yaml"
+    file.write_text(c.to_yaml(got))
+    assert c.load([str(file)]) == got
+    assert c.differences(got, c.load([minimal])) == {
+        "init_from": ("some/where", None),
+        "optimizer.warmup": ("20 steps", "0 steps"),
+    }
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.batchsize=8", "unknown key 'train.batchsize'; did you mean 'batch_size'?"),
+        ("trian.batch_size=8", "unknown key 'trian'; did you mean 'train'?"),
+        ("data.sources.a.weights=1", "unknown key 'data.sources.a.weights'; did you mean 'weight'?"),
+        ("data.sources.a.weight=-1", r"data.sources.a.weight=-1.0 must be a finite number"),
+        ("data.sources.a.weight=.nan", r"data.sources.a.weight=nan must be a finite number"),
+        ("data.sources.a.weight=much", r"data.sources.a.weight='much' must be a number"),
+        ("data.sources.a.weight=0", "every weight is 0"),
+        ("train.batch_size=2.5", "train.batch_size=2.5 must be a whole number"),
+        ("train.batch_size=0", "train.batch_size=0 must be positive"),
+        ("train.accumulation_steps=3", "train.batch_size=4 must be a multiple of train.accumulation_steps=3"),
+        ("data.lanes=3", "train.batch_size=4 must be a multiple of data.lanes=3"),
+        ("data.sequence_length=9000", "longer than model.max_position_embeddings=8192"),
+        ("optimizer.warmup=20", "optimizer.warmup=20 must be a length such as"),
+        ("optimizer.schedule=linear", "optimizer.schedule='linear' must be"),
+        ("model.num_key_value_heads=3", "must be a multiple of model.num_key_value_heads=3"),
+        ("train=5", "train: expected `key: value` lines, found 5"),
+        ("nonsense", "'nonsense' is not an override"),
+        ("train.remat=fulll", "train.remat='fulll' must be one of"),
+    ],
+)
+def test_each_mistake_is_one_line_that_names_the_key(minimal, override, message):
+    with pytest.raises(c.ConfigError) as error:
+        c.load([minimal], [override])
+    assert message.replace("\\", "") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_key_missing_file_and_bad_yaml(minimal, tmp_path):
+    with pytest.raises(c.ConfigError, match="nowhere.yaml: no such config file"):
+        c.load(["nowhere.yaml"])
+    short = tmp_path / "short.yaml"
+    short.write_text("run_dir: x")
+    with pytest.raises(c.ConfigError, match="model is missing"):
+        c.load([str(short)])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("run_dir: [1,\n b: }")
+    with pytest.raises(c.ConfigError, match="bad.yaml: cannot be read as YAML") as error:
+        c.load([str(bad)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, value", [("100B", 10**11), ("1.5M", 1_500_000), ("1e9", 10**9), ("4_096", 4096), (7, 7)])
+def test_whole_numbers_as_people_write_them(minimal, text, value):
+    assert c.load([minimal], [f"train.budget_tokens={text}"]).train.budget_tokens == value
+
+
+def test_the_last_step_passes_the_budget_by_less_than_a_batch(minimal):
+    for budget in (1, 63, 64, 65, 1000):
+        got = c.load([minimal], [f"train.budget_tokens={budget}"])
+        assert 0 <= got.total_steps * got.tokens_per_step - budget < got.tokens_per_step
