@@ -1,0 +1,150 @@
+"""The training step and the evaluation step: pure functions of (state, batch).
+
+Axis letters: A accumulation steps, B rows of a batch, T positions, S sources.
+
+A batch holds `tokens, targets, segment_ids, positions` [B, T] int32, `loss_mask` [B, T] float32 and `source` [B] int32.
+Every sum travels with its count and is divided once, globally, so a step's result does not depend on how rows are
+spread over devices, microbatches or sources.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from easylm_mling.config import ModelConfig, RunConfig, TrainConfig
+from easylm_mling.loss import cross_entropy
+from easylm_mling.model import Gemma
+from easylm_mling.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
+from easylm_mling.sharding import batch_sharding, parameter_shardings, replicated
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32: batches consumed
+    params: dict  # float32, as in the parameter table
+    optimizer: tuple  # optax state; moments are float32
+    skipped: jax.Array  # int32: steps that changed nothing because something was not finite
+    skipped_in_a_row: jax.Array  # int32
+
+
+def model_graph(m: ModelConfig) -> nnx.GraphDef:
+    """The model without its parameters: `nnx.merge(model_graph(m), params)` is the model."""
+    return nnx.graphdef(jax.eval_shape(partial(Gemma, m), jax.random.key(0)))
+
+
+def init_params(m: ModelConfig, seed: int) -> dict:
+    """Fresh float32 parameters as a nested dict; the same bits on any mesh when jitted with shardings."""
+    return nnx.to_pure_dict(nnx.state(Gemma(m, jax.random.key(seed))))
+
+
+def init_state(params: dict, config: RunConfig) -> TrainState:
+    tx = make_optimizer(config.optimizer, decay_mask(config))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), zero, zero)
+
+
+def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
+    """A TrainState of NamedSharding: moments lie where their parameter lies, scalars on every device."""
+    params = parameter_shardings(config.model, mesh)
+    abstract = jax.eval_shape(partial(init_state, config=config), abstract_params(config.model, mesh))
+    whole = replicated(mesh)
+    optimizer = optax.tree.map_params(
+        make_optimizer(config.optimizer, decay_mask(config)),
+        lambda _, s: s,
+        abstract.optimizer,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, params, optimizer, whole, whole)
+
+
+def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of the parameters, without memory for them."""
+    shapes = jax.eval_shape(partial(init_params, m, 0))
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, shapes, parameter_shardings(m, mesh))
+
+
+def batch_loss(params, batch, graph, train: TrainConfig, sources: int):
+    """The sum to differentiate, and (cross entropy, target count) summed for each source, [S] float32 each."""
+    model = nnx.merge(graph, params)
+    dtype = jnp.dtype(train.compute_dtype)
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, train.remat)
+    entropy, z = cross_entropy(
+        hidden, model.embed_tokens[...], batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss
+    )
+    by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=sources)
+    return jnp.sum(entropy) + jnp.sum(z), (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
+
+
+def train_step(state: TrainState, batch: dict, *, graph, tx, schedule, train: TrainConfig, clip_norm: float, sources: int):
+    """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], and float32 scalars.
+
+    The batch is cut into `accumulation_steps` microbatches; a gradient or loss that is not finite leaves parameters and
+    moments untouched (chosen by `where`: a product with zero would keep the NaN) and is counted.
+    """
+    A = train.accumulation_steps
+    # Microbatch a takes every A-th row, so that each device works on the rows it already holds.
+    microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // A, A, *x.shape[1:]), 1, 0), batch)
+
+    def accumulate(carry, microbatch):
+        (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params, microbatch, graph, train, sources)
+        return jax.tree.map(jnp.add, carry, (gradient, sums)), None
+
+    nothing = (jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros((sources,)), jnp.zeros((sources,))))
+    (gradient, (loss_sum, loss_count)), _ = jax.lax.scan(accumulate, nothing, microbatches)
+
+    total = jnp.maximum(jnp.sum(loss_count), 1.0)
+    gradient, norm = clip_by_global_norm(jax.tree.map(lambda g: g / total, gradient), clip_norm)
+    rate = schedule(state.step)
+    direction, optimizer = tx.update(gradient, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+
+    finite = jnp.isfinite(norm) & jnp.isfinite(jnp.sum(loss_sum))
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    missed = jnp.where(finite, 0, 1)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        optimizer=jax.tree.map(keep, optimizer, state.optimizer),
+        skipped=state.skipped + missed,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    return new_state, {
+        "loss_sum": loss_sum,
+        "loss_count": loss_count,
+        "gradient_norm": norm,
+        "learning_rate": rate,
+        "skipped": new_state.skipped,
+        "skipped_in_a_row": new_state.skipped_in_a_row,
+    }
+
+
+def eval_step(params: dict, batch: dict, *, graph, train: TrainConfig, sources: int):
+    """(cross entropy, target count) summed for each source, [S] float32 each."""
+    return batch_loss(params, batch, graph, train, sources)[1]
+
+
+def jit_train_step(config: RunConfig, mesh: Mesh):
+    """`train_step` compiled for `mesh`; the state is donated and stays sharded as it came."""
+    shardings, whole = state_shardings(config, mesh), replicated(mesh)
+    step = partial(
+        train_step,
+        graph=model_graph(config.model),
+        tx=make_optimizer(config.optimizer, decay_mask(config)),
+        schedule=make_schedule(config),
+        train=config.train,
+        clip_norm=config.optimizer.clip_norm,
+        sources=len(config.data.sources),
+    )
+    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0)
+
+
+def jit_eval_step(config: RunConfig, mesh: Mesh):
+    step = partial(eval_step, graph=model_graph(config.model), train=config.train, sources=len(config.data.sources))
+    where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
+    return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))

@@ -1,0 +1,220 @@
+"""Properties of the model, the loss and the sharding of both. Parity with transformers is in test_hf.py."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from easylm_mling.attention import attention
+from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
+from easylm_mling.loss import cross_entropy
+from easylm_mling.model import REMAT_POLICIES, logits, rms_norm, rotary
+from easylm_mling.params import parameter_count, parameter_table, to_flat, to_nested
+from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
+from easylm_mling.step import init_params, model_graph
+
+M = ModelConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
+GEMMA_2B = ModelConfig(256000, 2048, 16384, 18, 8, 1, 256)
+GEMMA_7B = ModelConfig(256000, 3072, 24576, 28, 16, 16, 256)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(M, 0)
+
+
+def hidden(params, tokens, positions=None, segment_ids=None, dtype=jnp.float32, remat="full"):
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
+    segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    return nnx.merge(model_graph(M), params)(tokens, positions, segment_ids, dtype, remat)
+
+
+def random_tokens(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(3, M.vocab_size, shape, dtype=np.int32))
+
+
+def test_the_table_is_the_model(params):
+    assert {k: v.shape for k, v in to_flat(params).items()} == {p.path: p.shape for p in parameter_table(M)}
+    assert to_flat(to_nested(to_flat(params))).keys() == to_flat(params).keys()
+    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
+
+
+def test_published_parameter_counts():
+    assert parameter_count(GEMMA_2B) == 2_506_172_416
+    assert parameter_count(GEMMA_7B) == 8_537_680_896
+
+
+def test_each_hugging_face_tensor_is_named_once_and_has_as_many_elements():
+    names = [p.hf_name.format(layer=0) for p in parameter_table(M)]
+    assert len(names) == len(set(names)) == len({p.path for p in parameter_table(M)})
+    for p in parameter_table(M):
+        assert np.prod(p.hf_shape) == np.prod(p.shape[1:] if p.stacked else p.shape), p.path
+
+
+def test_a_later_token_changes_nothing_before_it(params):
+    tokens = random_tokens((1, 12))
+    before = hidden(params, tokens)
+    after = hidden(params, tokens.at[0, 7].set((tokens[0, 7] + 1) % M.vocab_size))
+    changed = np.any(np.asarray(before != after)[0], axis=-1)
+    assert not changed[:7].any() and changed[7:].all()
+
+
+def test_packed_documents_do_not_see_each_other(params):
+    """Two documents in one row give the hidden states that each has alone, whatever the other says."""
+    a, b = random_tokens((1, 5), 1), random_tokens((1, 7), 2)
+    tokens = jnp.concatenate([a, b], axis=1)
+    positions = jnp.asarray([[*range(5), *range(7)]])
+    segments = jnp.asarray([[1] * 5 + [2] * 7])
+    packed = hidden(params, tokens, positions, segments)
+    np.testing.assert_allclose(packed[:, :5], hidden(params, a), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:], hidden(params, b), atol=1e-5)
+    other = hidden(params, tokens.at[0, 2].set(5), positions, segments)
+    np.testing.assert_array_equal(packed[:, 5:], other[:, 5:])
+
+
+def test_chunked_attention_is_attention():
+    keys = jax.random.split(jax.random.key(0), 4)
+    B, T, N, K, H = 2, 1024, 2, 1, 8
+    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K), strict=False))
+    segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (B, T)), axis=1).astype(jnp.int32) + 1
+
+    def plain(q, k, v):
+        mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
+        scores = jnp.where(mask[:, None], jnp.einsum("btnh,bskh->bnts", q, k), -1e30)
+        return jnp.einsum("bnts,bskh->btnh", jax.nn.softmax(scores), v)
+
+    def summed(f):
+        return lambda *x: jnp.sum(jnp.sin(f(*x)))
+
+    np.testing.assert_allclose(attention(q, k, v, segments), plain(q, k, v), atol=2e-6)
+    got = jax.grad(summed(lambda *x: attention(*x, segments)), (0, 1, 2))(q, k, v)
+    for a, b in zip(got, jax.grad(summed(plain), (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_norms_rotary_and_embedding_scale_round_where_gemma_rounds():
+    x = jax.random.normal(jax.random.key(0), (4, 64), jnp.bfloat16) * 3
+    w = jax.random.normal(jax.random.key(1), (64,)) * 0.1
+    wide = np.asarray(x, np.float64)
+    exact = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6) * (1 + np.asarray(w, np.float64))
+    # Rounded once, at the end: never further than half a unit in the last place of bfloat16.
+    np.testing.assert_allclose(np.asarray(rms_norm(x, w, 1e-6), np.float64), exact, rtol=2**-8)
+
+    far = jnp.full((1, 1), 8191)
+    q = jnp.ones((1, 1, 1, 16), jnp.bfloat16)
+    angles = 8191 * 10000.0 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(
+        np.asarray(rotary(q, far, 10000.0), np.float64)[0, 0, 0, :8], np.cos(angles) - np.sin(angles), atol=0.01
+    )
+    assert jnp.asarray(3072**0.5, jnp.bfloat16) == 55.5
+
+
+def test_every_remat_policy_computes_the_same_gradient(params):
+    assert REMAT_POLICIES.keys() == set(REMAT_NAMES)
+    tokens = random_tokens((2, 16))
+
+    def loss(params, remat):
+        return jnp.sum(jnp.square(hidden(params, tokens, remat=remat)))
+
+    reference = jax.grad(loss)(params, "none")
+    for name in REMAT_NAMES:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), jax.grad(loss)(params, name), reference)
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest array that a program makes, its loops' bodies included."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        largest = max([largest, *(int(np.prod(v.aval.shape)) for v in equation.outvars)])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    largest = max(largest, largest_array(getattr(inner, "jaxpr", inner)))
+    return largest
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 64])
+def test_chunked_loss_is_the_plain_loss_and_never_holds_all_logits(chunk):
+    B, T, D, V = 2, 40, 8, 300
+    h, e = jax.random.normal(jax.random.key(0), (B, T, D)), jax.random.normal(jax.random.key(1), (V, D))
+    targets = jax.random.randint(jax.random.key(2), (B, T), 0, V)
+    mask = jax.random.bernoulli(jax.random.key(3), 0.7, (B, T)).astype(jnp.float32)
+
+    def plain(h, e):
+        scores = logits(h, e)
+        normaliser = jax.nn.logsumexp(scores, -1)
+        entropy = normaliser - jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
+        return jnp.sum((entropy + 0.01 * normaliser**2) * mask)
+
+    def chunked(h, e):
+        entropy, z = cross_entropy(h, e, targets, mask, chunk, z_loss=0.01)
+        return jnp.sum(entropy) + jnp.sum(z)
+
+    np.testing.assert_allclose(chunked(h, e), plain(h, e), rtol=1e-6)
+    for a, b in zip(jax.grad(chunked, (0, 1))(h, e), jax.grad(plain, (0, 1))(h, e), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert largest_array(jax.make_jaxpr(jax.grad(plain))(h, e).jaxpr) == B * T * V
+    if chunk < T:
+        assert largest_array(jax.make_jaxpr(jax.grad(chunked))(h, e).jaxpr) < B * T * V
+
+
+GOLDEN = {
+    # Gemma 7B on 2 x 2 x 2: every parameter cut along embed and along one other axis.
+    ("7b", (2, 2, 2)): {
+        "embed_tokens": ("tensor", "fsdp"),
+        "layers.input_layernorm": (None, "fsdp"),
+        "layers.self_attn.q_proj": (None, "tensor", None, "fsdp"),
+        "layers.self_attn.k_proj": (None, "tensor", None, "fsdp"),
+        "layers.self_attn.v_proj": (None, "tensor", None, "fsdp"),
+        "layers.self_attn.o_proj": (None, "fsdp", "tensor", None),
+        "layers.post_attention_layernorm": (None, "fsdp"),
+        "layers.mlp.gate_proj": (None, "tensor", "fsdp"),
+        "layers.mlp.up_proj": (None, "tensor", "fsdp"),
+        "layers.mlp.down_proj": (None, "fsdp", "tensor"),
+        "norm": ("fsdp",),
+    },
+    # Gemma 2B has one key/value head: every tensor shard keeps it.
+    ("2b", (1, 2, 4)): {
+        "embed_tokens": ("tensor", "fsdp"),
+        "layers.input_layernorm": (None, "fsdp"),
+        "layers.self_attn.q_proj": (None, "tensor", None, "fsdp"),
+        "layers.self_attn.k_proj": (None, None, None, "fsdp"),
+        "layers.self_attn.v_proj": (None, None, None, "fsdp"),
+        "layers.self_attn.o_proj": (None, "fsdp", "tensor", None),
+        "layers.post_attention_layernorm": (None, "fsdp"),
+        "layers.mlp.gate_proj": (None, "tensor", "fsdp"),
+        "layers.mlp.up_proj": (None, "tensor", "fsdp"),
+        "layers.mlp.down_proj": (None, "fsdp", "tensor"),
+        "norm": ("fsdp",),
+    },
+}
+
+
+@pytest.mark.parametrize("model, sizes", GOLDEN)
+def test_golden_sharding(model, sizes):
+    mesh = make_mesh(MeshConfig(*sizes))
+    found = parameter_shardings({"2b": GEMMA_2B, "7b": GEMMA_7B}[model], mesh)
+    assert {k: tuple(v.spec) for k, v in to_flat(found).items()} == GOLDEN[model, sizes]
+
+
+def test_what_cannot_be_cut_is_refused():
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    with pytest.raises(ConfigError, match="layers.self_attn.q_proj: heads of size 6 does not divide over the 4 shards"):
+        parameter_shardings(ModelConfig(64, 8, 16, 1, 6, 1, 4), mesh)
+    with pytest.raises(ConfigError, match="put one mesh axis on two dimensions"):
+        partition_spec(("a", "b"), (4, 4), mesh, {"a": "fsdp", "b": "fsdp"}, "x")
+    with pytest.raises(ConfigError, match="does not multiply to the 8 devices"):
+        make_mesh(MeshConfig(3, 1, 1))
+
+
+def test_fresh_parameters_are_the_same_bits_on_any_mesh(params):
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    sharded = jax.jit(partial(init_params, M, 0), out_shardings=parameter_shardings(M, mesh))()
+    jax.tree.map(np.testing.assert_array_equal, sharded, jax.jit(partial(init_params, M, 0))())
+    assert all(len(x.sharding.device_set) == 4 for x in jax.tree.leaves(sharded))

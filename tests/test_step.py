@@ -1,0 +1,186 @@
+"""Properties of the training step: one result whatever the mesh or the microbatches, and nothing learnt from a NaN."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from easylm_mling.config import (
+    ConfigError,
+    DataConfig,
+    Duration,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from easylm_mling.optimizer import decay_mask, make_optimizer, make_schedule
+from easylm_mling.params import to_flat
+from easylm_mling.sharding import batch_sharding, check_run, make_mesh
+from easylm_mling.step import init_params, init_state, jit_eval_step, jit_train_step, state_shardings
+
+T = 16
+
+
+def make_config(mesh=(1, 1, 1), accumulation=1, **optimizer) -> RunConfig:
+    return RunConfig(
+        run_dir="unused",
+        model=ModelConfig(96, 32, 64, 2, 4, 2, 16),
+        data=DataConfig("unused", {"a": SourceConfig(("x",), 1.0), "b": SourceConfig(("y",), 1.0)}, sequence_length=T),
+        train=TrainConfig(budget_tokens=8 * T * 100, batch_size=8, accumulation_steps=accumulation, compute_dtype="float32"),
+        optimizer=OptimizerConfig(learning_rate=0.01, **optimizer),
+        mesh=MeshConfig(*mesh),
+    )
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, 96, (8, T + 1), dtype=np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_mask": (rng.random((8, T)) < 0.8).astype(np.float32),
+        "segment_ids": np.ones((8, T), np.int32),
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (8, T)).copy(),
+        "source": rng.integers(0, 2, 8).astype(np.int32),
+    }
+
+
+COMPILED = {}
+
+
+def compiled(config, mesh):
+    """The jitted start and step of a config: tests that share one compile it once."""
+    key = repr(config)
+    if key not in COMPILED:
+        start = jax.jit(lambda: init_state(init_params(config.model, 0), config), out_shardings=state_shardings(config, mesh))
+        COMPILED[key] = start, jit_train_step(config, mesh)
+    return COMPILED[key]
+
+
+def run(config, batches):
+    """(final state, metrics of each step) after training on `batches` on the config's mesh."""
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
+    check_run(config, mesh)
+    with jax.set_mesh(mesh):
+        start, step = compiled(config, mesh)
+        state, seen = start(), []
+        for batch in batches:
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+            seen.append(jax.device_get(metrics))
+    return jax.device_get(state), seen
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol), a, b)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run(make_config(), [make_batch(0), make_batch(1)])
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2)])
+def test_sharded_equals_unsharded(reference, mesh):
+    state, metrics = run(make_config(mesh), [make_batch(0), make_batch(1)])
+    # Adam's first steps divide by a small root: a last-bit difference of a gradient near 0 shows in the parameters.
+    assert_close(metrics, reference[1], 1e-4)
+    assert_close(state.optimizer[0].mu, reference[0].optimizer[0].mu, 1e-6)
+
+
+@pytest.mark.parametrize("k, mesh", [(2, (1, 1, 1)), (4, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 2, 2))])
+def test_accumulating_k_microbatches_equals_one_batch(reference, k, mesh):
+    state, metrics = run(make_config(mesh, accumulation=k), [make_batch(0), make_batch(1)])
+    assert_close(metrics, reference[1], 1e-4)
+    assert_close(state.optimizer[0].mu, reference[0].optimizer[0].mu, 1e-6)
+
+
+def test_the_same_step_twice_gives_the_same_bits():
+    config = make_config((2, 2, 2), accumulation=2)
+    a, b = (run(config, [make_batch(0), make_batch(1)]) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_losses_and_counts_are_those_of_each_source(reference):
+    batch = make_batch(0)
+    metrics = reference[1][0]
+    for source in (0, 1):
+        rows = batch["source"] == source
+        assert metrics["loss_count"][source] == batch["loss_mask"][rows].sum()
+    # Fresh parameters predict almost uniformly.
+    np.testing.assert_allclose(metrics["loss_sum"] / metrics["loss_count"], np.log(96), rtol=0.02)
+
+
+def test_evaluation_agrees_with_training_and_ignores_masked_rows():
+    config = make_config()
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    batch = make_batch(0)
+    with jax.set_mesh(mesh):
+        params = init_params(config.model, 0)
+        sums, counts = jit_eval_step(config, mesh)(params, jax.device_put(batch, batch_sharding(mesh)))
+        batch["loss_mask"][4:] = 0
+        half, half_counts = jit_eval_step(config, mesh)(params, jax.device_put(batch, batch_sharding(mesh)))
+    _, (metrics,) = run(config, [make_batch(0)])
+    np.testing.assert_allclose(sums, metrics["loss_sum"], rtol=1e-6)
+    assert half_counts.sum() == batch["loss_mask"].sum() and half.sum() < sums.sum() and counts.sum() > half_counts.sum()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    config = make_config((2, 2, 2))
+    bad = make_batch(1) | {"loss_mask": np.full((8, T), np.nan, np.float32)}
+    state, metrics = run(config, [make_batch(0), bad, bad])
+    before, _ = run(config, [make_batch(0)])
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.optimizer), (before.params, before.optimizer))
+    assert int(state.step) == 3 and int(state.skipped) == 2
+    assert [int(m["skipped_in_a_row"]) for m in metrics] == [0, 1, 2]
+    state, metrics = run(config, [bad, make_batch(0)])
+    assert int(metrics[-1]["skipped_in_a_row"]) == 0 and int(state.skipped) == 1
+
+
+def test_weight_decay_spares_norms_and_by_choice_the_embedding():
+    for decay_embedding in (False, True):
+        mask = to_flat(decay_mask(make_config(decay_embedding=decay_embedding)))
+        assert mask["embed_tokens"] is decay_embedding
+        assert not any(v for k, v in mask.items() if "norm" in k)
+        assert all(v for k, v in mask.items() if "proj" in k)
+
+
+def test_the_update_is_clipped_adamw(reference):
+    """One step by the formulas of optax.adamw with optax's own clipping, from the gradient of the mean loss."""
+    config = make_config(clip_norm=0.1)
+    state, (metrics,) = run(config, [make_batch(0)])
+    start = init_params(config.model, 0)
+    assert metrics["gradient_norm"] > 0.1
+    unclipped, _ = run(make_config(clip_norm=1e9), [make_batch(0)])
+    gradient = jax.tree.map(lambda mu: mu / 0.1, unclipped.optimizer[0].mu)  # mu = (1 - 0.9) * gradient
+    np.testing.assert_allclose(optax.tree.norm(gradient), metrics["gradient_norm"], rtol=1e-4)
+    tx = optax.chain(
+        optax.clip_by_global_norm(0.1),
+        optax.adamw(float(make_schedule(config)(0)), b2=0.95, weight_decay=0.1, mask=decay_mask(config)),
+    )
+    updates, _ = tx.update(gradient, tx.init(start), start)
+    assert_close(state.params, optax.apply_updates(start, updates), 1e-5)
+    assert make_optimizer(config.optimizer, decay_mask(config)).init(start)[0].mu["norm"].dtype == jnp.float32
+
+
+def test_schedules_in_steps_and_in_tokens():
+    base = make_config(schedule="cosine", warmup=Duration(10, "steps"))
+    assert base.total_steps == 100
+    rate = make_schedule(base)
+    np.testing.assert_allclose([rate(0), rate(9), rate(10), rate(55), rate(100)], [0.001, 0.01, 0.01, 0.0055, 0.001], rtol=1e-5)
+    tokens = replace(base, optimizer=replace(base.optimizer, warmup=Duration(10 * base.tokens_per_step, "tokens")))
+    assert all(make_schedule(tokens)(s) == rate(s) for s in range(100))
+    wsd = make_schedule(make_config(schedule="wsd", warmup=Duration(10, "steps"), decay=Duration(20, "steps"), final_fraction=0.0))
+    np.testing.assert_allclose([wsd(5), wsd(9), wsd(79), wsd(90), wsd(100)], [0.006, 0.01, 0.01, 0.005, 0], rtol=1e-5, atol=1e-9)
+    none = make_schedule(make_config())
+    assert none(0) == np.float32(0.01)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"= 4 rows do not divide over the 8 shards of mesh.data x mesh.fsdp; use a multiple of 16"):
+        run(make_config((4, 2, 1), accumulation=2), [])
