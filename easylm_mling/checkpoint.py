@@ -86,7 +86,9 @@ class Checkpoints:
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, np.ndarray, dict]:
         """The training state at `step`, placed as the abstract `state` says (any mesh), the data state and the info."""
         abstract = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
-        got = self._orbax.load_checkpointables(step, {"params": state.params, "training": abstract, "data": None, "info": None})
+        got = self._orbax.load_checkpointables(
+            step, {"params": state.params, "training": abstract, "data": None, "info": None}
+        )
         return TrainState(params=got["params"], **got["training"]), np.asarray(got["data"]["lanes"]), got["info"]
 
 
@@ -98,7 +100,9 @@ def step_directory(directory: str | Path, step: int | None = None) -> Path:
     root = Path(directory).absolute() / FOLDER
     steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
     if not steps:
-        raise ConfigError(f"{directory}: no checkpoint here (expected {FOLDER}/STEP); name a run directory or an imported checkpoint")
+        raise ConfigError(
+            f"{directory}: no checkpoint here (expected {FOLDER}/STEP); name a run directory or an imported checkpoint"
+        )
     if step is not None and step not in steps:
         raise ConfigError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     return root / str(steps[-1] if step is None else step)

@@ -11,13 +11,15 @@ import math
 import re
 import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+Schema = typing.TypeVar("Schema")
 
 # What a layer keeps for its backward pass; model.py says what each name means.
 REMAT_NAMES = ("full", "save_attention", "save_qkv", "save_dots", "none")
@@ -142,7 +144,8 @@ class DataConfig:
             )
             source.check(name)
         _check(
-            sum(s.weight for s in self.sources.values()) > 0, "data.sources: every weight is 0; give one a positive weight"
+            sum(s.weight for s in self.sources.values()) > 0,
+            "data.sources: every weight is 0; give one a positive weight",
         )
 
 
@@ -161,7 +164,8 @@ class TrainConfig:
     # The vocabulary's logits are computed for this many positions of each sequence at a time.
     loss_chunk: int = 512
     z_loss: float = 0.0
-    log_every_steps: int = 10
+    # Write a line of metrics.jsonl for every step that is a multiple of this.
+    log_every_steps: int = 1
     # End this process (with a checkpoint) once the run has reached this step. 0: go on to the budget.
     stop_at_step: int = 0
     # A step whose loss or gradient is not finite changes nothing; this many in a row stop the run.
@@ -305,8 +309,8 @@ class RunConfig:
         return -(-self.train.budget_tokens // self.tokens_per_step)
 
 
-def load(files: list[str], overrides: list[str] = (), schema: type = RunConfig):
-    """Merge YAML `files` left to right, then `key.path=value` overrides, into the dataclass `schema`.
+def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge YAML `files` left to right, then `key.path=value` overrides.
 
     Raises ConfigError (one line) for a missing file, bad YAML, an unknown key or a value of the wrong type.
     """
@@ -328,7 +332,7 @@ def load(files: list[str], overrides: list[str] = (), schema: type = RunConfig):
         where = getattr(error, "problem_mark", None)
         detail = " ".join(str(error).split())
         raise ConfigError(f"{name if where else 'config'}: cannot be read as YAML: {detail}") from error
-    return _build(schema, tree, "")
+    return _build(RunConfig, tree, "")
 
 
 def to_tree(value):
@@ -344,7 +348,7 @@ def to_tree(value):
     return value
 
 
-def from_tree(schema: type, tree: dict):
+def from_tree(schema: type[Schema], tree: dict) -> Schema:
     """The dataclass `schema` from plain dicts; raises ConfigError as `load` does."""
     return _build(schema, tree, "")
 
@@ -362,7 +366,9 @@ def differences(old, new) -> dict[str, tuple]:
 def _flatten(tree, prefix="") -> dict:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def _build(kind, value, path):

@@ -21,7 +21,9 @@ def cross_entropy(hidden, embedding, targets, mask, chunk: int, z_loss: float = 
     assert targets.shape == mask.shape == (B, T), (hidden.shape, targets.shape, mask.shape)
     chunk = min(chunk, T)
     padding = -T % chunk
-    hidden, targets, mask = (jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, mask))
+    hidden, targets, mask = (
+        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, mask)
+    )
     # Whole along D before the loop, so that it is gathered once and not once a chunk.
     embedding = constrain(embedding.astype(hidden.dtype), "vocab", "activation_embed")
 

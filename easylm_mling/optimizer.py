@@ -17,7 +17,9 @@ def make_schedule(config: RunConfig) -> optax.Schedule:
         main = optax.cosine_decay_schedule(o.learning_rate, max(1, total - warmup), alpha=o.final_fraction)
     else:
         decay = o.decay.to_steps(config.tokens_per_step)
-        main = optax.linear_schedule(o.learning_rate, floor, max(1, decay), transition_begin=max(0, total - warmup - decay))
+        main = optax.linear_schedule(
+            o.learning_rate, floor, max(1, decay), transition_begin=max(0, total - warmup - decay)
+        )
     # Step 0 of the warm-up already learns: (step + 1) / warmup of the peak.
     rise = optax.linear_schedule(o.learning_rate / max(1, warmup), o.learning_rate, max(1, warmup - 1))
     return optax.join_schedules([rise, main], [warmup])

@@ -33,7 +33,11 @@ def parameter_table(m: ModelConfig) -> list[Parameter]:
     L, V, D, F = m.num_hidden_layers, m.vocab_size, m.hidden_size, m.intermediate_size
     N, K, H = m.num_attention_heads, m.num_key_value_heads, m.head_dim
     layer = "model.layers.{layer}"
-    norm, heads, kv = ("layers", "embed"), ("layers", "heads", "head_dim", "embed"), ("layers", "kv_heads", "head_dim", "embed")
+    norm, heads, kv = (
+        ("layers", "embed"),
+        ("layers", "heads", "head_dim", "embed"),
+        ("layers", "kv_heads", "head_dim", "embed"),
+    )
     mlp_in, mlp_out = ("layers", "mlp", "embed"), ("layers", "embed", "mlp")
     out = ("layers", "embed", "heads", "head_dim")
     row = Parameter

@@ -61,7 +61,9 @@ def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str
     for axis, size, entry in zip(axes, shape, entries, strict=True):
         shards = math.prod(mesh.shape[m] for m in ((entry,) if isinstance(entry, str) else entry or ()))
         if size % shards:
-            raise ConfigError(f"{name}: {axis} of size {size} does not divide over the {shards} shards of mesh axis {entry}")
+            raise ConfigError(
+                f"{name}: {axis} of size {size} does not divide over the {shards} shards of mesh axis {entry}"
+            )
     return PartitionSpec(*entries)
 
 
@@ -69,7 +71,10 @@ def parameter_shardings(model: ModelConfig, mesh: Mesh) -> dict:
     """A nested dict of NamedSharding, one for each parameter."""
     rules = rules_for(model, mesh)
     return to_nested(
-        {p.path: NamedSharding(mesh, partition_spec(p.axes, p.shape, mesh, rules, p.path)) for p in parameter_table(model)}
+        {
+            p.path: NamedSharding(mesh, partition_spec(p.axes, p.shape, mesh, rules, p.path))
+            for p in parameter_table(model)
+        }
     )
 
 

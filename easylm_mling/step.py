@@ -81,7 +81,9 @@ def batch_loss(params, batch, graph, train: TrainConfig, sources: int):
     return jnp.sum(entropy) + jnp.sum(z), (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
 
 
-def train_step(state: TrainState, batch: dict, *, graph, tx, schedule, train: TrainConfig, clip_norm: float, sources: int):
+def train_step(
+    state: TrainState, batch: dict, *, graph, tx, schedule, train: TrainConfig, clip_norm: float, sources: int
+):
     """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], and float32 scalars.
 
     The batch is cut into `accumulation_steps` microbatches; a gradient or loss that is not finite leaves parameters and
@@ -92,7 +94,9 @@ def train_step(state: TrainState, batch: dict, *, graph, tx, schedule, train: Tr
     microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // A, A, *x.shape[1:]), 1, 0), batch)
 
     def accumulate(carry, microbatch):
-        (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params, microbatch, graph, train, sources)
+        (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
+            state.params, microbatch, graph, train, sources
+        )
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
     nothing = (jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros((sources,)), jnp.zeros((sources,))))
@@ -141,7 +145,9 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
         clip_norm=config.optimizer.clip_norm,
         sources=len(config.data.sources),
     )
-    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0)
+    return jax.jit(
+        step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0
+    )
 
 
 def jit_eval_step(config: RunConfig, mesh: Mesh):

@@ -82,7 +82,9 @@ def test_missing_key_missing_file_and_bad_yaml(minimal, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, value", [("100B", 10**11), ("1.5M", 1_500_000), ("1e9", 10**9), ("4_096", 4096), (7, 7)])
+@pytest.mark.parametrize(
+    "text, value", [("100B", 10**11), ("1.5M", 1_500_000), ("1e9", 10**9), ("4_096", 4096), (7, 7)]
+)
 def test_whole_numbers_as_people_write_them(minimal, text, value):
     assert c.load([minimal], [f"train.budget_tokens={text}"]).train.budget_tokens == value
 

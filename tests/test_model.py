@@ -17,7 +17,13 @@ from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.step import init_params, model_graph
 
 M = ModelConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
 )
 GEMMA_2B = ModelConfig(256000, 2048, 16384, 18, 8, 1, 256)
 GEMMA_7B = ModelConfig(256000, 3072, 24576, 28, 16, 16, 256)

@@ -32,7 +32,9 @@ def make_config(mesh=(1, 1, 1), accumulation=1, **optimizer) -> RunConfig:
         run_dir="unused",
         model=ModelConfig(96, 32, 64, 2, 4, 2, 16),
         data=DataConfig("unused", {"a": SourceConfig(("x",), 1.0), "b": SourceConfig(("y",), 1.0)}, sequence_length=T),
-        train=TrainConfig(budget_tokens=8 * T * 100, batch_size=8, accumulation_steps=accumulation, compute_dtype="float32"),
+        train=TrainConfig(
+            budget_tokens=8 * T * 100, batch_size=8, accumulation_steps=accumulation, compute_dtype="float32"
+        ),
         optimizer=OptimizerConfig(learning_rate=0.01, **optimizer),
         mesh=MeshConfig(*mesh),
     )
@@ -58,7 +60,9 @@ def compiled(config, mesh):
     """The jitted start and step of a config: tests that share one compile it once."""
     key = repr(config)
     if key not in COMPILED:
-        start = jax.jit(lambda: init_state(init_params(config.model, 0), config), out_shardings=state_shardings(config, mesh))
+        start = jax.jit(
+            lambda: init_state(init_params(config.model, 0), config), out_shardings=state_shardings(config, mesh)
+        )
         COMPILED[key] = start, jit_train_step(config, mesh)
     return COMPILED[key]
 
@@ -127,7 +131,9 @@ def test_evaluation_agrees_with_training_and_ignores_masked_rows():
         half, half_counts = jit_eval_step(config, mesh)(params, jax.device_put(batch, batch_sharding(mesh)))
     _, (metrics,) = run(config, [make_batch(0)])
     np.testing.assert_allclose(sums, metrics["loss_sum"], rtol=1e-6)
-    assert half_counts.sum() == batch["loss_mask"].sum() and half.sum() < sums.sum() and counts.sum() > half_counts.sum()
+    assert (
+        half_counts.sum() == batch["loss_mask"].sum() and half.sum() < sums.sum() and counts.sum() > half_counts.sum()
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
@@ -172,15 +178,23 @@ def test_schedules_in_steps_and_in_tokens():
     base = make_config(schedule="cosine", warmup=Duration(10, "steps"))
     assert base.total_steps == 100
     rate = make_schedule(base)
-    np.testing.assert_allclose([rate(0), rate(9), rate(10), rate(55), rate(100)], [0.001, 0.01, 0.01, 0.0055, 0.001], rtol=1e-5)
+    np.testing.assert_allclose(
+        [rate(0), rate(9), rate(10), rate(55), rate(100)], [0.001, 0.01, 0.01, 0.0055, 0.001], rtol=1e-5
+    )
     tokens = replace(base, optimizer=replace(base.optimizer, warmup=Duration(10 * base.tokens_per_step, "tokens")))
     assert all(make_schedule(tokens)(s) == rate(s) for s in range(100))
-    wsd = make_schedule(make_config(schedule="wsd", warmup=Duration(10, "steps"), decay=Duration(20, "steps"), final_fraction=0.0))
-    np.testing.assert_allclose([wsd(5), wsd(9), wsd(79), wsd(90), wsd(100)], [0.006, 0.01, 0.01, 0.005, 0], rtol=1e-5, atol=1e-9)
+    wsd = make_schedule(
+        make_config(schedule="wsd", warmup=Duration(10, "steps"), decay=Duration(20, "steps"), final_fraction=0.0)
+    )
+    np.testing.assert_allclose(
+        [wsd(5), wsd(9), wsd(79), wsd(90), wsd(100)], [0.006, 0.01, 0.01, 0.005, 0], rtol=1e-5, atol=1e-9
+    )
     none = make_schedule(make_config())
     assert none(0) == np.float32(0.01)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match=r"= 4 rows do not divide over the 8 shards of mesh.data x mesh.fsdp; use a multiple of 16"):
+    with pytest.raises(
+        ConfigError, match=r"= 4 rows do not divide over the 8 shards of mesh.data x mesh.fsdp; use a multiple of 16"
+    ):
         run(make_config((4, 2, 1), accumulation=2), [])

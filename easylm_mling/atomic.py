@@ -1,0 +1,59 @@
+"""Files and directories that appear whole or not at all, whatever is killed when."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from easylm_mling.config import ConfigError
+
+
+@contextmanager
+def appears_whole(target: str | Path) -> Iterator[Path]:
+    """A new directory beside `target` to write into; it takes the name `target` once the block ends without an error.
+
+    Everything in it is on disk before the rename. After an error it is removed; a killed process leaves
+    `.NAME.PROCESS.partial`, which nothing reads and which can be deleted. Raises ConfigError unless `target` is new or
+    an empty directory.
+    """
+    target = Path(target).absolute()
+    _check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for path in (*(Path(folder, name) for name in names), Path(folder)):
+                _to_disk(path)
+        # Someone else may have filled the target meanwhile: a rename onto a directory with content fails.
+        _check_target(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _to_disk(target.parent)
+
+
+def write_whole(path: str | Path, content: bytes):
+    """Replace the file `path`; a reader, or a kill, never sees half of it."""
+    draft = Path(f"{path}.{os.getpid()}.tmp")
+    with open(draft, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _check_target(target: Path):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: already exists and is not an empty directory; name another one or remove it")
+
+
+def _to_disk(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

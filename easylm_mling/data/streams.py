@@ -1,0 +1,183 @@
+"""The endless token stream of one lane and source, and the file that keeps its text out of memory.
+
+A host may hold a thousand streams, each in the middle of a window of megabytes. Their shuffled text waits in one
+unlinked temporary file and is tokenised a row at a time: memory does not grow with the window, and a resume tokenises
+no more than one row and a document of each stream.
+"""
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from easylm_mling.config import ConfigError
+from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows, windows
+from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, TOKENS, WINDOW
+from easylm_mling.data.tokenizer import Tokenizer
+
+# Blocks that take several windows are read by a generator that rests in between, with an open file. At most so many of
+# them rest on one host; one that had to go is read again from its block's start.
+_RESTING = 256
+# Text tokenised at a time: about one row, at four bytes a token.
+_BYTES_PER_TOKEN = 4
+
+
+class Shelf:
+    """What the streams of one host share: their windows' text, and their resting readers."""
+
+    def __init__(self):
+        """The temporary file lies in TMPDIR, takes about 1.2 x block_bytes a stream, and cannot outlive the process."""
+        self._file = tempfile.TemporaryFile(prefix="easylm_mling_")
+        self._regions: dict[tuple, tuple[int, int]] = {}
+        self._end = 0
+        self._resting: OrderedDict[tuple, Iterator[Window]] = OrderedDict()
+
+    def put_text(self, key: tuple, texts: list[bytes]):
+        """Keep the texts of one window in place of the last one's."""
+        blob = b"".join(texts)
+        start, room = self._regions.get(key, (0, 0))
+        if len(blob) > room:
+            start, room = self._end, len(blob)
+            self._end += room
+            self._regions[key] = (start, room)
+        try:
+            self._file.seek(start)
+            self._file.write(blob)
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"{tempfile.gettempdir()}: no room for the text that waits to be tokenised ({error}); "
+                "set TMPDIR to a folder on a larger disk"
+            ) from error
+
+    def get_text(self, key: tuple, begin: int, end: int) -> bytes:
+        self._file.seek(self._regions[key][0] + begin)
+        return self._file.read(end - begin)
+
+    def rest(self, key: tuple, reader: Iterator[Window]):
+        self._resting[key] = reader
+        if len(self._resting) > _RESTING:
+            self._resting.popitem(last=False)
+
+    def wake(self, key: tuple) -> Iterator[Window] | None:
+        return self._resting.pop(key, None)
+
+    def close(self):
+        self._resting.clear()
+        self._file.close()
+
+
+class LaneStream:
+    """Tokens of one source for one lane: of the source's blocks, counted on from epoch to epoch, every V-th."""
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        tokenizer: Tokenizer,
+        lane: int,
+        lanes: int,
+        counters: np.ndarray,
+        shelf: Shelf,
+        on_window: Callable[[Window], None],
+    ):
+        """`counters`, int64 [C], is the cursor to start from, and is kept up to date in place.
+
+        `on_window` is called for each window when its first document is due: not again when a run resumes inside it.
+        """
+        self._order, self._tokenizer, self._lanes, self._counters = order, tokenizer, lanes, counters
+        self._key = (lane, order.source.name)
+        self._shelf, self._on_window = shelf, on_window
+        # Where each document of the open window ends in its text. None: no window is open yet.
+        self._ends: np.ndarray | None = None
+        self._last = False
+        self._buffer = np.zeros(0, np.int32)
+        self._barren = 0
+
+    def take(self, count: int) -> np.ndarray:
+        """int32 [count + 1]: the next `count` tokens, and the one after them, which the next call gives again.
+
+        Raises ConfigError if the source has no document to train on.
+        """
+        row = np.empty(count + 1, np.int32)
+        filled = 0
+        while filled < count:
+            if not len(self._buffer):
+                self._fill(count)
+            part = self._buffer[: count - filled]
+            self._buffer = self._buffer[len(part) :]
+            row[filled : filled + len(part)] = part
+            filled += len(part)
+            self._consume(part)
+        # The buffer holds whole documents, so where it ends a document begins, whichever it will be.
+        row[count] = self._buffer[0] if len(self._buffer) else self._tokenizer.bos_id
+        self._counters[TOKENS] += count
+        return row
+
+    def _consume(self, tokens: np.ndarray):
+        c, ends = self._counters, np.flatnonzero(tokens == self._tokenizer.eos_id)
+        c[DOCUMENTS] += np.count_nonzero(tokens == self._tokenizer.bos_id)
+        c[DOCUMENT] += len(ends)
+        c[OFFSET] = len(tokens) - 1 - ends[-1] if len(ends) else c[OFFSET] + len(tokens)
+
+    def _fill(self, count: int):
+        """Tokenise the next documents, about `count` tokens, from the cursor on."""
+        while self._ends is None or self._counters[DOCUMENT] == len(self._ends):
+            self._open_window()
+        first, offset = int(self._counters[DOCUMENT]), int(self._counters[OFFSET])
+        begin = int(self._ends[first - 1]) if first else 0
+        stop = int(np.searchsorted(self._ends, begin + count * _BYTES_PER_TOKEN)) + 1
+        ends = self._ends[first:stop].tolist()
+        text = self._shelf.get_text(self._key, begin, ends[-1])
+        texts = [text[a - begin : b - begin].decode() for a, b in zip([begin, *ends], ends, strict=False)]
+        self._buffer = join_documents(self._tokenizer, texts)[offset:]
+
+    def _open_window(self):
+        """Read the window at the cursor or, if one is open, the one after it."""
+        c = self._counters
+        if self._ends is not None:
+            c[DOCUMENT] = 0
+            c[WINDOW] += 1
+            if self._last:
+                c[WINDOW] = 0
+                c[BLOCK] += self._lanes
+        while c[BLOCK] >= (blocks := self._order.blocks(int(c[EPOCH]))):
+            c[BLOCK] -= blocks
+            c[EPOCH] += 1
+        reader = self._shelf.wake(self._key)
+        if reader is None:
+            reader = windows(self._order, int(c[EPOCH]), int(c[BLOCK]), skip=int(c[WINDOW]))
+        window = next(reader)
+        if not window.last:
+            self._shelf.rest(self._key, reader)
+        if not c[DOCUMENT] and not c[OFFSET]:
+            c[BAD] += len(window.bad)
+            self._on_window(window)
+        self._shelf.put_text(self._key, window.documents)
+        self._ends = np.cumsum([len(text) for text in window.documents], dtype=np.uint32)
+        self._last = window.last
+        self._check_barren(window, blocks)
+
+    def _check_barren(self, window: Window, blocks: int):
+        """Raise ConfigError rather than look for ever, once an epoch's worth of windows in a row gave nothing."""
+        self._barren = 0 if window.documents else self._barren + 1
+        if self._barren <= blocks:
+            return
+        name = self._order.source.name
+        if not any(w.documents for w in epoch_windows(self._order, 0, "train")):
+            raise ConfigError(
+                f"data.sources.{name}: a whole epoch holds no document to train on (all are bad or held out); "
+                f"lower data.sources.{name}.holdout_fraction, or name other paths"
+            )
+        self._barren = 0
+
+
+def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """int32 [n]: the documents' tokens end to end, each with one BOS and one EOS."""
+    parts, bos, eos = [], np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
+    for ids in tokenizer.encode(texts):
+        parts += (bos, ids, eos)
+    joined = np.concatenate(parts)
+    # The cursor counts documents by these two ids: no text may hold them.
+    assert np.count_nonzero(joined == tokenizer.bos_id) == len(texts) == np.count_nonzero(joined == tokenizer.eos_id)
+    return joined

@@ -1,0 +1,1 @@
+"""Hugging Face directories: the only code, beside the parameter table, that knows their names."""

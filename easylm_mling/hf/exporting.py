@@ -1,0 +1,170 @@
+"""A checkpoint's parameters as a Hugging Face directory, one tensor in memory at a time.
+
+The plan of files and their headers follow from shapes alone, so each tensor is written the moment it is read.
+Source of the format: safetensors README (8-byte little-endian header length, JSON header, then the data).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+import tensorstore as ts
+
+from easylm_mling.atomic import appears_whole
+from easylm_mling.checkpoint import load_info, step_directory
+from easylm_mling.config import ConfigError, ModelConfig, from_tree
+from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
+from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.hf.importing import DTYPES, INDEX
+from easylm_mling.params import Parameter, parameter_table
+
+_TAGS = {"bfloat16": "BF16", "float32": "F32"}
+_PIECE = 64_000_000  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One Hugging Face tensor: a parameter, or one layer of a stacked one."""
+
+    name: str
+    parameter: Parameter
+    layer: int | None
+    nbytes: int
+
+
+def export_hf(
+    checkpoint_dir: str | Path,
+    hf_dir: str | Path,
+    step: int | None = None,
+    dtype: str = "bfloat16",
+    max_shard_bytes: float = 5e9,
+) -> list[str]:
+    """Write the parameters at `step` (default: the newest) of a run or an imported checkpoint for transformers.
+
+    Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file of its own. Returns warnings,
+    one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other shapes than its
+    config, and for an `hf_dir` with content.
+    """
+    if dtype not in _TAGS:
+        raise ConfigError(f"dtype={dtype!r} cannot be exported; use one of {', '.join(_TAGS)}")
+    if max_shard_bytes <= 0:
+        raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    where = step_directory(checkpoint_dir, step)
+    model = stored_model(checkpoint_dir, int(where.name))
+    target = DTYPES[_TAGS[dtype]]
+    read = open_parameters(where, model, target)
+    shards = plan_shards(model, target.itemsize, max_shard_bytes)
+    with appears_whole(hf_dir) as partial:
+        names = copy_tokenizer(Path(checkpoint_dir) / TOKENIZER_FOLDER, partial)
+        write_json(partial / "config.json", hf_config(model, dtype))
+        write_json(partial / "generation_config.json", hf_generation_config(model))
+        for name, tensors in shards.items():
+            with open(partial / name, "xb") as file:
+                file.write(shard_header(tensors, _TAGS[dtype]))
+                for tensor in tensors:
+                    file.write(read(tensor).view(np.uint8).data)
+        if len(shards) > 1:
+            write_json(partial / INDEX, shard_index(shards))
+    if names:
+        return []
+    lacking = f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer"
+    return [f"{lacking}; copy the base model's files into it"]
+
+
+def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:
+    """The shape of the model in a checkpoint, of a run or imported."""
+    info = load_info(checkpoint_dir, step)
+    return from_tree(ModelConfig, info["model"] if "model" in info else info["config"]["model"])
+
+
+def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> dict[str, list[Tensor]]:
+    """File name -> its tensors, in the order of the layers, each file filled as far as `max_shard_bytes` allows."""
+    table = parameter_table(model)
+    first, stacked, last = table[0], [p for p in table if p.stacked], table[-1]
+    order = [(first, None), *((p, i) for i in range(model.num_hidden_layers) for p in stacked), (last, None)]
+    assert len(stacked) + 2 == len(table), "a parameter outside the layers is neither the first nor the last"
+    groups: list[list[Tensor]] = [[]]
+    for p, layer in order:
+        tensor = Tensor(p.hf_name.format(layer=layer), p, layer, math.prod(p.hf_shape) * itemsize)
+        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > max_shard_bytes:
+            groups.append([])
+        groups[-1].append(tensor)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def shard_header(tensors: list[Tensor], tag: str) -> bytes:
+    """The bytes before the values of a .safetensors file; the values start at a multiple of 8."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {"dtype": tag, "shape": t.parameter.hf_shape, "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shard_index(shards: dict[str, list[Tensor]]) -> dict:
+    tensors = [t for group in shards.values() for t in group]
+    return {
+        "metadata": {
+            "total_parameters": sum(math.prod(t.parameter.hf_shape) for t in tensors),
+            "total_size": sum(t.nbytes for t in tensors),
+        },
+        "weight_map": {t.name: file for file, group in shards.items() for t in group},
+    }
+
+
+def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], np.ndarray]:
+    """A function that reads one tensor, in Hugging Face's shape and rounded to `dtype`, from a checkpoint step.
+
+    Reads through tensorstore and not Orbax, which would restore whole stacks. Raises ConfigError when a parameter is
+    not stored in the shape that `model` says, or cannot be read.
+    """
+    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step_dir}/params/"}}
+    stores = {}
+    for p in parameter_table(model):
+        try:
+            spec = {"driver": "zarr3", "kvstore": base | {"path": f"{p.path}/"}}
+            stores[p.path] = ts.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise _unreadable(step_dir, p, error) from None
+        found, wanted = (stores[p.path].shape, stores[p.path].dtype.name), (p.shape, "float32")
+        if found != wanted:
+            raise ConfigError(f"{step_dir}: parameter {p.path} is {found}, not {wanted}; use another step")
+
+    def read(tensor: Tensor) -> np.ndarray:
+        store = stores[tensor.parameter.path]
+        view = store if tensor.layer is None else store[tensor.layer]
+        values = np.empty(view.shape, dtype)
+        try:
+            for piece in _pieces(view):
+                values[piece] = view[piece].read().result()
+        except ValueError as error:
+            raise _unreadable(step_dir, tensor.parameter, error) from None
+        return values.reshape(tensor.parameter.hf_shape)
+
+    return read
+
+
+def _pieces(view: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
+    """Cuts of whole chunks along the axis with the most of them, each of about _PIECE bytes.
+
+    Reading costs a second copy of what is read at a time: pieces keep that small against a large tensor.
+    """
+    chunk = view.chunk_layout.read_chunk_template.shape
+    axis = max(range(view.rank), key=lambda a: view.shape[a] / chunk[a])
+    length = view.shape[axis]
+    step = chunk[axis] * max(1, _PIECE * length // (4 * view.size * chunk[axis]))
+    for start in range(0, length, step):
+        yield (*[slice(None)] * axis, slice(start, min(start + step, length)))
+
+
+def _unreadable(step_dir: Path, p: Parameter, error: Exception) -> ConfigError:
+    why = " ".join(str(error).split())[:200]
+    return ConfigError(f"{step_dir}: parameter {p.path} cannot be read ({why}); use another step")

@@ -1,0 +1,159 @@
+"""Hugging Face weights into sharded arrays, and from there into a checkpoint that training starts from.
+
+Every name, shape and dtype is checked from the files' headers before the first byte of a weight is read.
+"""
+
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from easylm_mling.atomic import appears_whole
+from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.config import ConfigError, MeshConfig, ModelConfig, to_tree
+from easylm_mling.hf.config import model_config_from_hf, read_json
+from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.params import Parameter, parameter_table, to_flat, to_nested
+from easylm_mling.sharding import make_mesh, parameter_shardings
+
+# All of these are float32 values with fewer bits: widening them is exact.
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+INDEX = "model.safetensors.index.json"
+
+
+def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path) -> ModelConfig:
+    """Write the Gemma 1 model in `hf_dir` as a float32 checkpoint (step 0, parameters only) in `checkpoint_dir`.
+
+    The tokenizer's files are copied to `checkpoint_dir/tokenizer`. Raises ConfigError, and writes nothing, when the
+    weights are not exactly those of config.json or when `checkpoint_dir` has content.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError("import-hf runs in one process; run it on one host, into storage that every host can read")
+    model = model_config_from_hf(hf_dir)
+    weights = open_weights(hf_dir, model)
+    with appears_whole(checkpoint_dir) as partial:
+        params = read_params(weights, model, widest_mesh(model))
+        info = {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
+        with Checkpoints(partial) as checkpoints:
+            checkpoints.save_params(params, info)
+        copy_tokenizer(Path(hf_dir), partial / TOKENIZER_FOLDER)
+    return model
+
+
+def widest_mesh(model: ModelConfig) -> Mesh:
+    """As many of the devices as `hidden_size` divides over, all on the fsdp axis."""
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if model.hidden_size % n == 0)
+    return make_mesh(MeshConfig(), devices[:count])
+
+
+def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, safe_open]:
+    """For each Hugging Face tensor of the model, the open file that holds it with the right shape and dtype.
+
+    Raises ConfigError that names the file and the tensor for one that is missing, misshapen, of an unknown dtype or
+    unknown to the model, and for a file that is missing or cut short.
+    """
+    hf_dir = Path(hf_dir)
+    expected = {}
+    for p in parameter_table(model):
+        for layer in range(model.num_hidden_layers if p.stacked else 1):
+            expected[p.hf_name.format(layer=layer)] = p.hf_shape
+    # A head that is written although it is tied says nothing new.
+    accepted = expected | {"lm_head.weight": (model.vocab_size, model.hidden_size)}
+
+    files, placed = _open_files(hf_dir)
+    for file, handle in files.items():
+        for name in handle.keys():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # a buffer of old transformers, which follows from rope_theta
+            if name not in accepted or placed.get(name) != file:
+                raise ConfigError(
+                    f"{hf_dir / file}: unexpected tensor {name}; these are not the weights of config.json"
+                )
+            _check_header(hf_dir / file, name, handle.get_slice(name), accepted[name])
+    for name in expected:
+        if name not in placed:
+            raise ConfigError(f"{hf_dir}: tensor {name} is missing from {', '.join(files)}; download the model again")
+        if name not in files[placed[name]].keys():
+            raise ConfigError(
+                f"{hf_dir / placed[name]}: tensor {name} is missing, but {INDEX} places it here; download both"
+            )
+    return {name: files[placed[name]] for name in expected}
+
+
+def read_params(weights: dict[str, safe_open], model: ModelConfig, mesh: Mesh) -> dict:
+    """The float32 parameters as a nested dict, sharded over `mesh`; only what a device holds is read for it."""
+    shardings = to_flat(parameter_shardings(model, mesh))
+    arrays = {}
+    for p in parameter_table(model):
+        where = shardings[p.path]
+        arrays[p.path] = jax.make_array_from_callback(p.shape, where, lambda index, p=p: _read_shard(weights, p, index))
+    return to_nested(arrays)
+
+
+def _read_shard(weights: dict[str, safe_open], p: Parameter, index) -> np.ndarray:
+    """The part of parameter `p` at `index` (a slice for each axis), read from one Hugging Face tensor a layer."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, p.shape, strict=True)]
+    out = np.empty([stop - start for start, stop in bounds], np.float32)
+    inner = p.axes[1:] if p.stacked else p.axes
+    rows, shape = [], p.shape[-len(inner) :]
+    for axis, size, (start, stop) in zip(inner, shape, bounds[-len(inner) :], strict=True):
+        if axis == "head_dim":
+            # Hugging Face keeps a head's entries together in the axis of heads.
+            assert (start, stop) == (0, size), (p.path, index)
+            rows[-1] = slice(rows[-1].start * size, rows[-1].stop * size)
+        else:
+            rows.append(slice(start, stop))
+    layers = range(*bounds[0]) if p.stacked else range(1)
+    for part, layer in zip(out if p.stacked else out[None], layers, strict=True):
+        name = p.hf_name.format(layer=layer)
+        part[...] = weights[name].get_slice(name)[tuple(rows)].reshape(part.shape)
+    return out
+
+
+def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
+    """The open files by name, and the name of the file that is to hold each tensor: one file, or those of the index."""
+    single, index = "model.safetensors", hf_dir / INDEX
+    if (hf_dir / single).is_file():
+        handle = _open(hf_dir / single)
+        return {single: handle}, dict.fromkeys(handle.keys(), single)
+    if not index.is_file():
+        raise ConfigError(f"{hf_dir}: neither {single} nor {INDEX} is here; convert the weights to safetensors first")
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise ConfigError(f"{index}: weight_map is missing; download the index again")
+    for name, file in placed.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(
+                f"{index}: {file!r}, the place of tensor {name}, is no file name; download the index again"
+            )
+        if not (hf_dir / file).is_file():
+            raise ConfigError(f"{hf_dir / file}: no such file, but {INDEX} places tensor {name} in it; download it")
+    return {file: _open(hf_dir / file) for file in sorted(set(placed.values()))}, placed
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ConfigError(f"{path}: damaged or cut short at {size} bytes ({error}); download it again") from None
+
+
+def _check_header(path: Path, name: str, header, shape: tuple[int, ...]):
+    found, tag = tuple(header.get_shape()), header.get_dtype()
+    if found != shape:
+        raise ConfigError(
+            f"{path}: tensor {name} has shape {found}, but config.json says {shape}; use its own config.json"
+        )
+    if tag not in DTYPES:
+        raise ConfigError(f"{path}: tensor {name} has dtype {tag}; convert it to one of {', '.join(DTYPES)}")
+
+
+def _source_dtype(weights: dict[str, safe_open]) -> str:
+    """The name of the files' one dtype, or "mixed"."""
+    names = {str(DTYPES[handle.get_slice(name).get_dtype()]) for name, handle in weights.items()}
+    return names.pop() if len(names) == 1 else "mixed"

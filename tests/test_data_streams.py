@@ -1,0 +1,140 @@
+"""The token stream of a lane: every document once an epoch, and the same tokens from any state that was saved."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from data_corpus import data_config, documents, epoch_order, tokenizer, write
+
+from easylm_mling.config import ConfigError
+from easylm_mling.data import streams
+from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENTS, EPOCH, TOKENS, initial_state
+from easylm_mling.data.streams import LaneStream, Shelf, join_documents
+
+
+@pytest.fixture
+def open_stream():
+    """A function (order, state, lane) -> LaneStream; its temporary files are closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(order, state, lane=0, on_window=lambda window: None):
+            shelf = stack.enter_context(contextlib.closing(Shelf()))
+            return LaneStream(order, tokenizer(), lane, len(state), state[lane, 0], shelf, on_window)
+
+        yield make
+
+
+def read_documents(tokens) -> list[str]:
+    """The whole documents in a piece of a stream, each checked to have one BOS and one EOS."""
+    begins, ends = np.flatnonzero(tokens == 2), np.flatnonzero(tokens == 1)
+    ends = ends[np.searchsorted(ends, begins[0]) :]
+    np.testing.assert_array_equal(begins[1 : len(ends) + 1], ends[: len(begins) - 1] + 1)
+    return [tokenizer().decode(tokens[a + 1 : b]) for a, b in zip(begins, ends, strict=False)]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "jsonl.zst", "parquet", "arrow"])
+def test_a_stream_is_every_document_once_an_epoch(tmp_path, open_stream, layout):
+    texts = documents(200)
+    state = initial_state(1, 1, range(1))
+    stream = open_stream(epoch_order(data_config(write(tmp_path / "a", layout, texts))), state)
+    rows = [stream.take(16) for _ in range(len(join_documents(tokenizer(), texts)) // 16 * 2)]
+    assert all(a[16] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+    read = read_documents(np.concatenate([row[:16] for row in rows]))
+    assert sorted(read[:200]) == sorted(texts)
+    assert len(read) > 350 and len(set(read[200:])) == len(read[200:])
+    assert state[0, 0, EPOCH] == 1 and state[0, 0, TOKENS] == 16 * len(rows)
+    assert state[0, 0, DOCUMENTS] in (len(read), len(read) + 1)
+
+
+def test_lanes_share_an_epoch_out_between_them(tmp_path, open_stream):
+    texts = documents(300)
+    order = epoch_order(data_config(write(tmp_path / "a", "jsonl", texts)))
+    state = initial_state(3, 1, range(3))
+    read = []
+    for lane in range(3):
+        stream, tokens = open_stream(order, state, lane), []
+        # One token at a time, to stop where the lane's first epoch does; that token is already of the next.
+        while not tokens or state[lane, 0, EPOCH] == 0:
+            tokens.append(stream.take(1)[0])
+        read += read_documents(np.array(tokens))
+    assert order.blocks(0) > 6
+    assert sorted(read) == sorted(texts)
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_stream_goes_on_from_any_state(tmp_path, open_stream, layout):
+    texts = documents(150)
+    path = write(tmp_path / "a", layout, texts, rows=10**6)
+    if layout == "jsonl":
+        path.write_text(path.read_text().replace("\n", "\nno json\n"))
+    order = epoch_order(data_config(path))
+    state, entered = initial_state(2, 1, range(2)), []
+    stream = open_stream(order, state, 1, entered.append)
+    states, rows = [state.copy()], []
+    for _ in range(200):
+        rows.append(stream.take(24))
+        states.append(state.copy())
+    assert state[1, 0, EPOCH] > 0
+    assert state[1, 0, BAD] == sum(len(w.bad) for w in entered)
+    for start in range(0, 200, 7):
+        resumed = states[start].copy()
+        again = open_stream(order, resumed, 1)
+        for step in range(start, min(start + 9, 200)):
+            np.testing.assert_array_equal(again.take(24), rows[step])
+            np.testing.assert_array_equal(resumed, states[step + 1])
+
+
+def test_readers_that_rest_too_long_start_again_and_change_nothing(tmp_path, open_stream, monkeypatch):
+    order = epoch_order(data_config(write(tmp_path / "a", "jsonl.gz", documents(300))))
+    stream = open_stream(order, initial_state(1, 1, range(1)))
+    rows = [stream.take(64) for _ in range(60)]
+    monkeypatch.setattr(streams, "_RESTING", 0)
+    stream = open_stream(order, initial_state(1, 1, range(1)))
+    np.testing.assert_array_equal([stream.take(64) for _ in range(60)], rows)
+
+
+def test_a_resume_tokenises_a_row_and_a_document_of_each_stream(tmp_path, open_stream, monkeypatch):
+    path = write(tmp_path / "a", "jsonl", documents(3000))
+    order = epoch_order(data_config(path, block_bytes=200_000))
+    state = initial_state(1, 1, range(1))
+    open_stream(order, state).take(8000)
+    encoded = []
+    encode = tokenizer().encode
+    monkeypatch.setattr(tokenizer(), "encode", lambda texts: encoded.extend(texts) or encode(texts))
+    open_stream(order, state).take(32)
+    assert 0 < sum(len(text) for text in encoded) < 32 * 4 + 800
+
+
+def test_text_that_waits_is_not_in_memory(tmp_path, open_stream):
+    path = write(tmp_path / "a", "jsonl", documents(3000))
+    stream = open_stream(epoch_order(data_config(path, block_bytes=10**6)), initial_state(1, 1, range(1)))
+    stream.take(32)
+    held = sum(v.nbytes for v in vars(stream).values() if isinstance(v, np.ndarray))
+    assert held < 3000 * 4 + 2000
+    assert not any(isinstance(v, (bytes, list, str)) for v in vars(stream).values())
+
+
+def test_a_source_without_a_document_to_train_on_is_an_error_and_no_endless_loop(tmp_path, open_stream):
+    held_out = data_config(write(tmp_path / "a", "jsonl", documents(5)), holdout_fraction=1 - 1e-9)
+    (tmp_path / "b.jsonl").write_text("not json\n" * 50)
+    for data in (held_out, data_config(tmp_path / "b.jsonl")):
+        with pytest.raises(ConfigError, match=r"data.sources.s: a whole epoch holds no document.*holdout_fraction"):
+            open_stream(epoch_order(data), initial_state(3, 1, range(3)), lane=1).take(8)
+
+
+def test_a_few_documents_are_enough(tmp_path, open_stream):
+    order = epoch_order(data_config(write(tmp_path / "a", "jsonl", ["one small document"])))
+    tokens = open_stream(order, initial_state(8, 1, range(8)), lane=5).take(100)[:100]
+    assert set(read_documents(tokens)) == {"one small document"}
+
+
+def test_units_larger_than_a_block_leave_empty_blocks_that_cost_nothing(tmp_path, open_stream):
+    texts = documents(100)
+    order = epoch_order(data_config(write(tmp_path / "a", "parquet", texts, rows=50), block_bytes=1000))
+    assert order.blocks(0) > 5 > sum(len(order.units(0, b)) > 0 for b in range(order.blocks(0)))
+    state = initial_state(1, 1, range(1))
+    stream, tokens = open_stream(order, state), []
+    while state[0, 0, EPOCH] == 0:
+        tokens.append(stream.take(1)[0])
+    assert state[0, 0, BLOCK] == 0
+    assert sorted(read_documents(np.array(tokens))) == sorted(texts)

@@ -1,0 +1,210 @@
+"""The whole job on the sample corpora: resume to the bit, refuse what is wrong, lose nothing to a signal."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from easylm_mling.__main__ import main
+from easylm_mling.checkpoint import load_data_state, load_params
+from easylm_mling.config import ConfigError, load
+from easylm_mling.metrics import read_metrics
+from easylm_mling.sharding import make_mesh
+from easylm_mling.step import abstract_params
+from easylm_mling.train import TrainingStopped, train
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_hidden_layers=2",
+    "model.head_dim=8",
+    "data.sequence_length=32",
+    "train.batch_size=8",
+    "train.budget_tokens=2500",  # 10 steps of 256 tokens
+    "optimizer.warmup=2 steps",
+    "mesh.cpu_devices=0",
+    "checkpoint.every_steps=4",
+    "eval.every_steps=0",
+    "eval.rows_per_source=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def tiny(run_dir, *overrides):
+    return load(["configs/demo.yaml"], [*TINY, f"run_dir={run_dir}", *overrides])
+
+
+def run(run_dir, *overrides) -> int:
+    return train(tiny(run_dir, *overrides), Console(file=io.StringIO()))
+
+
+def outcome(run_dir):
+    """Everything that must not depend on how often a run was stopped."""
+    lines = [
+        {k: v for k, v in line.items() if k not in ("time", "tokens_per_second")}
+        for line in read_metrics(run_dir / "metrics.jsonl", "train")
+    ]
+    config = tiny(run_dir)
+    params = load_params(run_dir, abstract_params(config.model, make_mesh(config.mesh)))
+    return lines, load_data_state(run_dir), jax.device_get(params)
+
+
+def assert_same_bits(a, b):
+    assert a[0] == b[0]
+    jax.tree.map(np.testing.assert_array_equal, a[1:], b[1:])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    os.chdir(ROOT)
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(run_dir) == 0
+    return run_dir
+
+
+def test_a_run_meets_its_budget_and_learns(undisturbed):
+    lines, data, _ = outcome(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[-1]["tokens"] == 2560 == data[..., 6].sum()
+    first, last = (read_metrics(undisturbed / "metrics.jsonl", "eval")[i] for i in (0, -1))
+    assert (first["step"], last["step"]) == (0, 10)
+    assert last["loss"] < first["loss"] and last["sources"].keys() == tiny(undisturbed).data.sources.keys()
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["10", "8"]
+
+
+@pytest.mark.parametrize("stops", [(1,), (4, 5), (9,)])
+def test_stopped_and_resumed_is_never_stopped(undisturbed, tmp_path, stops):
+    for stop in stops:
+        assert run(tmp_path / "run", f"train.stop_at_step={stop}") == 0
+    assert run(tmp_path / "run") == 0
+    assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
+
+
+def test_resuming_on_another_mesh_goes_on_with_the_same_data(undisturbed, tmp_path):
+    run(tmp_path / "run", "train.stop_at_step=5")
+    run(tmp_path / "run", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "train.accumulation_steps=1")
+    (lines, data, _), (expected, expected_data, _) = outcome(tmp_path / "run"), outcome(undisturbed)
+    np.testing.assert_array_equal(data, expected_data)
+    np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in expected], rtol=1e-4)
+
+
+def test_init_from_takes_parameters_but_not_the_past(undisturbed, tmp_path):
+    run(tmp_path / "next", f"init_from={undisturbed}", "train.stop_at_step=1")
+    first = read_metrics(tmp_path / "next" / "metrics.jsonl", "eval")[0]
+    assert first["step"] == 0
+    assert first["sources"] == read_metrics(undisturbed / "metrics.jsonl", "eval")[-1]["sources"]
+    with pytest.raises(
+        ConfigError, match=r"parameter \['embed_tokens'\] has shape \(4096, 32\), the model needs \(4096, 64\)"
+    ):
+        run(tmp_path / "other", f"init_from={undisturbed}", "model.hidden_size=64")
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_spare_the_checkpoints(tmp_path, monkeypatch):
+    config = tiny(
+        tmp_path / "run", "optimizer.learning_rate=1e30", "train.max_skipped_in_a_row=3", "optimizer.warmup=0 steps"
+    )
+    with pytest.raises(TrainingStopped, match="not finite in 3 steps in a row"):
+        train(config, Console(file=io.StringIO()))
+    params = load_params(tmp_path / "run", abstract_params(config.model, make_mesh(config.mesh)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(params)))
+
+
+def start(run_dir, *overrides):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "easylm_mling",
+        "train",
+        "configs/demo.yaml",
+        *TINY,
+        f"run_dir={run_dir}",
+        *overrides,
+    ]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process, run_dir, step):
+    while process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and any(
+            x["step"] >= step for x in read_metrics(run_dir / "metrics.jsonl", "train")
+        ):
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.stdout.read())
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_real_signal_loses_nothing(undisturbed, tmp_path, how, code):
+    process = start(tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=120)
+    # The run may have been done before the signal arrived; then there was nothing to lose.
+    assert process.returncode in (code, 0), output
+    assert run(tmp_path / "run") == 0
+    assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
+
+
+REFUSED = [
+    (["train.batchsize=8"], "unknown key 'train.batchsize'; did you mean 'batch_size'?"),
+    (["train.batch_size=6", "train.accumulation_steps=1"], "6 rows do not divide over the 4 shards"),
+    (["data.sources.skypile.weight=-1"], "data.sources.skypile.weight=-1.0"),
+    (["data.sources.skypile.paths=nowhere/*.jsonl"], "data.sources.skypile.paths"),
+    (["data.tokenizer=nowhere.model"], "nowhere.model"),
+    (["model.vocab_size=1000"], "4096"),
+    (["data.sources.cc100-ja.text_column=body"], "body"),
+    (["init_from=nowhere"], "nowhere: no checkpoint here"),
+    (["mesh.tensor=3"], "does not multiply to the 8 devices"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", REFUSED)
+def test_a_mistake_is_one_line_and_writes_no_checkpoint(tmp_path, capsys, overrides, message):
+    run_dir = tmp_path / "run"
+    assert main(["train", "configs/demo.yaml", *TINY, f"run_dir={run_dir}", *overrides]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not list(run_dir.glob("checkpoints/*"))
+
+
+def test_the_directory_of_another_run_is_refused(undisturbed, tmp_path):
+    with pytest.raises(ConfigError, match="belongs to a run with another config: train.seed was 0, now 1"):
+        run(undisturbed, "train.seed=1")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run(tmp_path / "letters")
+    assert [p.name for p in (tmp_path / "letters").iterdir()] == ["dear.txt"]
+
+
+def test_a_corpus_that_changed_under_a_run_is_refused(tmp_path):
+    corpus = tmp_path / "zh.jsonl"
+    rows = (ROOT / "data/sample/skypile/data").glob("*.jsonl")
+    corpus.write_text("".join(p.read_text(encoding="utf-8") for p in rows), encoding="utf-8")
+    paths = f"data.sources.skypile.paths={corpus}"
+    run(tmp_path / "run", paths, "train.stop_at_step=2")
+    with open(corpus, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(ConfigError, match="zh.jsonl"):
+        run(tmp_path / "run", paths)
