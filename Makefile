@@ -9,7 +9,7 @@ export JAX_PLATFORMS := cpu
 .PHONY: demo test lint format sample-data clean-demo
 
 demo: .venv/run.stamp clean-demo
-	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=80
+	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
 	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO)
 	$(BIN)/easylm-mling export-hf $(DEMO) $(DEMO)-hf
 	$(BIN)/easylm-mling sample $(DEMO)-hf --prompt "오늘 아침에" --prompt "今日は" --prompt "今天" --prompt "In the morning"

@@ -43,8 +43,9 @@ def summary_table(config: RunConfig, metrics_file: Path, data_state: np.ndarray)
     table = Table(
         title=f"{config.run_dir}: tokens of each source, and its held-out loss (nats a token)", title_justify="left"
     )
-    for heading in ("source", "share wanted", "share", "tokens", "documents", "bad", "loss at start", "at end"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
+    table.add_column("source", no_wrap=True)
+    for heading in ("wanted", "share", "tokens", "documents", "bad", "loss", "at end"):
+        table.add_column(heading, justify="right")
     total = int(tokens.sum())
     for s, name in enumerate(config.data.sources):
         share = tokens[s] / max(1, total)

@@ -24,7 +24,10 @@ WORDS = "river stone 日本 は 雨 small вода light 바람 tree ten 7 été
 def documents(count: int, seed: int = 0, prefix: str = "d") -> list[str]:
     """Different documents of 1 to 40 words, some with newlines."""
     rng = random.Random(seed)
-    return [f"{prefix}{i} " + "".join(rng.choice(WORDS) + rng.choice("  \n") for _ in range(rng.randint(1, 40))) for i in range(count)]
+    return [
+        f"{prefix}{i} " + "".join(rng.choice(WORDS) + rng.choice("  \n") for _ in range(rng.randint(1, 40)))
+        for i in range(count)
+    ]
 
 
 def write(path: Path, layout: str, texts: list, rows: int = 7, column: str = "text") -> Path:

@@ -84,7 +84,9 @@ def test_held_out_documents_are_never_trained_on(tmp_path, layout):
 def test_a_document_is_held_out_by_its_text_alone(tmp_path):
     texts = documents(300)
     one = epoch_order(data_config(write(tmp_path / "a", "jsonl", texts), holdout_fraction=0.2))
-    two = epoch_order(data_config(write(tmp_path / "b", "parquet", texts[::-1] + texts), holdout_fraction=0.2, data={"seed": 5}))
+    two = epoch_order(
+        data_config(write(tmp_path / "b", "parquet", texts[::-1] + texts), holdout_fraction=0.2, data={"seed": 5})
+    )
     assert set(epoch_documents(one, split="holdout")) == set(epoch_documents(two, split="holdout"))
     assert not epoch_documents(epoch_order(data_config(tmp_path / "a.jsonl")), split="holdout")
 

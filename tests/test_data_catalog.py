@@ -79,8 +79,13 @@ def test_settings_that_decide_the_order_may_not_change_and_weights_may(tmp_path)
     stored = build_catalog(data)
     for key, value in dict(seed=1, block_bytes=3000, sequence_length=64).items():
         assert f"data.{key} was" in message_of(stored.check, build_catalog(dataclasses.replace(data, **{key: value})))
-    for key, value in dict(text_column="id", row="line", holdout_fraction=0.5, language_temperature=0.5, language_max_repeats=9).items():
-        fresh = Catalog({"s": dataclasses.replace(stored.sources["s"], settings={**stored.sources["s"].settings, key: value})}, stored.settings)
+    for key, value in dict(
+        text_column="id", row="line", holdout_fraction=0.5, language_temperature=0.5, language_max_repeats=9
+    ).items():
+        fresh = Catalog(
+            {"s": dataclasses.replace(stored.sources["s"], settings={**stored.sources["s"].settings, key: value})},
+            stored.settings,
+        )
         assert f"data.sources.s.{key} was" in message_of(stored.check, fresh)
         assert fresh.fingerprint != stored.fingerprint
     source = dataclasses.replace(data.sources["s"], weight=0.25)

@@ -96,7 +96,13 @@ def test_a_row_s_arrays_are_those_of_its_documents(lengths, skip, width):
         if row[t] == bos and t:
             segment, position = segment + 1, 0
         crosses = row[t + 1] == bos
-        want = dict(tokens=row[t], targets=0 if crosses else row[t + 1], loss_mask=1 - crosses, segment_ids=segment, positions=position)
+        want = dict(
+            tokens=row[t],
+            targets=0 if crosses else row[t + 1],
+            loss_mask=1 - crosses,
+            segment_ids=segment,
+            positions=position,
+        )
         assert {k: v[1, t] for k, v in got.items()} == want
         position += 1
     assert {k: v.dtype for k, v in got.items()} == {**dict.fromkeys(got, np.int32), "loss_mask": np.float32}

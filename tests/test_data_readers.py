@@ -52,7 +52,11 @@ def test_any_cut_of_a_jsonl_file_gives_each_line_to_one_unit(tmp_path_factory, t
 
 @pytest.mark.parametrize("layout", ["jsonl", "jsonl.gz", "parquet", "arrow", "arrow-file"])
 @settings(deadline=None, max_examples=40)
-@given(lines=st.lists(st.sampled_from(["\n", "", "a\n", "b\n", "雨\n", "tail"]), min_size=1, max_size=30), rows=st.integers(1, 6), unit=st.integers(1, 60))
+@given(
+    lines=st.lists(st.sampled_from(["\n", "", "a\n", "b\n", "雨\n", "tail"]), min_size=1, max_size=30),
+    rows=st.integers(1, 6),
+    unit=st.integers(1, 60),
+)
 def test_lines_join_to_the_same_documents_wherever_units_end(tmp_path_factory, layout, lines, rows, unit):
     lines = [line.replace("\n", f"{i}\n") if line.strip() else line for i, line in enumerate(lines)]
     expected, current = [], []
@@ -76,7 +80,9 @@ def _tiny_blocks(path, unit):
 
 def test_text_is_repaired(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(rb'{"text": "a\ud800b\u0000c \ud83d\ude00"}' + b"\n" + '{"text": "\u3000\\n\\t"}\n\n{"text": "x"}\r\n'.encode())
+    path.write_bytes(
+        rb'{"text": "a\ud800b\u0000c \ud83d\ude00"}' + b"\n" + '{"text": "\u3000\\n\\t"}\n\n{"text": "x"}\r\n'.encode()
+    )
     assert read(path) == (["a\ufffdbc \U0001f600", "x"], [])
     schema = pa.schema([("text", pa.string())])
     pq.write_table(pa.table({"text": ["a\0b", "\0", " \u3000", "ok"]}, schema=schema), tmp_path / "a.parquet")
@@ -112,7 +118,9 @@ def test_a_bad_line_costs_itself_only(tmp_path, line, reason):
 
 @pytest.mark.parametrize("layout", ["parquet", "arrow", "arrow-file"])
 def test_a_bad_row_of_a_table_costs_itself_only(tmp_path, layout):
-    broken = pa.Array.from_buffers(pa.string(), 3, [None, *pa.array([b"one", b"\xff\xfe", b"two"], pa.binary()).buffers()[1:]])
+    broken = pa.Array.from_buffers(
+        pa.string(), 3, [None, *pa.array([b"one", b"\xff\xfe", b"two"], pa.binary()).buffers()[1:]]
+    )
     path = write(tmp_path / "a", layout, ["x"])
     table = pa.table({"text": pa.chunked_array([broken, pa.array([None, "three"], pa.string())])})
     if layout == "parquet":

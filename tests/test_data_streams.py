@@ -128,13 +128,25 @@ def test_a_few_documents_are_enough(tmp_path, open_stream):
     assert set(read_documents(tokens)) == {"one small document"}
 
 
-def test_units_larger_than_a_block_leave_empty_blocks_that_cost_nothing(tmp_path, open_stream):
-    texts = documents(100)
-    order = epoch_order(data_config(write(tmp_path / "a", "parquet", texts, rows=50), block_bytes=1000))
-    assert order.blocks(0) > 5 > sum(len(order.units(0, b)) > 0 for b in range(order.blocks(0)))
-    state = initial_state(1, 1, range(1))
-    stream, tokens = open_stream(order, state), []
-    while state[0, 0, EPOCH] == 0:
-        tokens.append(stream.take(1)[0])
-    assert state[0, 0, BLOCK] == 0
-    assert sorted(read_documents(np.array(tokens))) == sorted(texts)
+def test_units_larger_than_a_block_leave_no_lane_without_documents(tmp_path, open_stream):
+    """If the large unit left empty blocks behind it, one of two lanes could meet nothing else, for ever."""
+    write(tmp_path / "large", "jsonl.gz", documents(100, prefix="large"))
+    write(tmp_path / "small", "jsonl", ["small"])
+    order = epoch_order(data_config(tmp_path / "*", block_bytes=1000))
+    for epoch in range(20):
+        assert all(len(order.units(epoch, b)) for b in range(order.blocks(epoch)))
+    for lanes in (1, 2, 3, 4):
+        state = initial_state(lanes, 1, range(lanes))
+        for lane in range(lanes):
+            assert read_documents(open_stream(order, state, lane).take(1000)[:1000])
+
+
+def test_a_lane_passes_the_epochs_of_a_tiny_source_quickly(tmp_path, open_stream, monkeypatch):
+    """Lane 4000 of 4096 begins at epoch 4000 of a source of one block; none of those need be put in order."""
+    order = epoch_order(data_config(write(tmp_path / "a", "jsonl", documents(7))))
+    ordered = []
+    inner = order._order_epoch
+    monkeypatch.setattr(order, "_epoch", lambda epoch: ordered.append(epoch) or inner(epoch))
+    state = initial_state(4096, 1, range(4096))
+    open_stream(order, state, lane=4000).take(8)
+    assert state[4000, 0, EPOCH] == 4000 and set(ordered) == {4000}

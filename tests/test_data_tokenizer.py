@@ -58,7 +58,14 @@ def test_a_tokenizer_that_the_encoders_read_differently_is_refused(tmp_path):
 
 def test_the_model_must_fit_the_tokenizer():
     t = tokenizer()
-    fits = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    fits = dict(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     t.check_model(ModelConfig(vocab_size=t.vocab_size, **fits))
     with pytest.raises(ConfigError, match=f"{t.vocab_size - 1} is less than the {t.vocab_size} pieces"):
         t.check_model(ModelConfig(vocab_size=t.vocab_size - 1, **fits))

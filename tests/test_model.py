@@ -10,6 +10,7 @@ from flax import nnx
 
 from easylm_mling.attention import attention
 from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
+from easylm_mling.data.mixture import row_arrays
 from easylm_mling.loss import cross_entropy
 from easylm_mling.model import REMAT_POLICIES, logits, rms_norm, rotary
 from easylm_mling.params import parameter_count, parameter_table, to_flat, to_nested
@@ -82,6 +83,23 @@ def test_packed_documents_do_not_see_each_other(params):
     np.testing.assert_allclose(packed[:, 5:], hidden(params, b), atol=1e-5)
     other = hidden(params, tokens.at[0, 2].set(5), positions, segments)
     np.testing.assert_array_equal(packed[:, 5:], other[:, 5:])
+
+
+def test_packed_loss_is_the_sum_of_each_document_alone(params):
+    """The mixer's arrays of a row of three documents, against each document as a row of its own."""
+    rng = np.random.default_rng(0)
+    documents = [np.array([2, *rng.integers(4, M.vocab_size, n), 1], np.int32) for n in (3, 9, 1)]
+
+    def loss(stream):
+        row = row_arrays(np.append(stream, np.int32(2))[None], bos_id=2)
+        h = hidden(params, *(jnp.asarray(row[k]) for k in ("tokens", "positions", "segment_ids")))
+        entropy, _ = cross_entropy(h, params["embed_tokens"], row["targets"], jnp.asarray(row["loss_mask"]), 5)
+        return float(entropy[0]), row["loss_mask"].sum()
+
+    alone = [loss(d) for d in documents]
+    packed, targets = loss(np.concatenate(documents))
+    np.testing.assert_allclose(packed, sum(entropy for entropy, _ in alone), rtol=1e-6)
+    assert targets == sum(n for _, n in alone) == sum(len(d) - 1 for d in documents)
 
 
 def test_chunked_attention_is_attention():

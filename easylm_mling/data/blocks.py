@@ -52,11 +52,15 @@ class EpochOrder:
         self.source, self.seed, self.block_bytes = source, seed, block_bytes
         self._rates = _unit_rates(source)
         self._phases = (seeded_bits(len(source.units), seed, source.name, "phase") >> 32).astype(np.int64)
-        # Lanes are at most a few epochs apart, unless the source is so small that an epoch costs nothing to order.
+        # Known without putting the epoch in order: a lane may have to pass hundreds of epochs of a tiny source.
+        self._one_block = bool(np.all(self._rates == _ONE)) and source.units[:, 3].sum() <= block_bytes
+        # The other sources' lanes are at most a few epochs apart.
         self._epoch = lru_cache(maxsize=8)(self._order_epoch)
 
     def blocks(self, epoch: int) -> int:
         """How many blocks the epoch has, none of them empty."""
+        if self._one_block:
+            return 1
         bundle = self._epoch(epoch)[1]
         return int(bundle[-1]) + 1 if len(bundle) else 0
 
