@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-# XLA's CPU backend needs no more; the tests and the demo must not see a GPU or TPU by chance.
+# Neither the demo nor the tests may take a GPU or TPU that happens to be there.
 export JAX_PLATFORMS := cpu
 
 .PHONY: demo test lint format sample-data clean-demo

@@ -6,19 +6,25 @@ from pathlib import Path
 
 from easylm_mling.config import load
 
+EXIT_STOPPED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        if type(error).__module__.startswith("easylm_mling") or isinstance(error, OSError):
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        raise
+    except (ValueError, RuntimeError) as error:
+        # Ours are one line with the way out. Anything else is a fault of the program and keeps its traceback.
+        if not type(error).__module__.startswith("easylm_mling"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT if isinstance(error, ValueError) else EXIT_STOPPED
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted; everything saved so far is whole", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:

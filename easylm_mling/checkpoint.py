@@ -12,6 +12,7 @@ Nothing but this file knows Orbax. A step becomes visible only when it is whole 
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,13 +21,15 @@ from orbax.checkpoint import v1 as ocp
 from easylm_mling.config import ConfigError
 from easylm_mling.step import TrainState
 
-_policies = ocp.training.preservation_policies
+# Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
+_policies: Any = ocp.training.preservation_policies
+_save_policies: Any = ocp.training.save_decision_policies
 FOLDER = "checkpoints"
 
 
 def _context() -> ocp.Context:
     context = ocp.Context()
-    saving = context.array.saving
+    saving: Any = context.array.saving
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = 400_000_000
@@ -52,9 +55,9 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.path = Path(directory).absolute() / FOLDER
         self._orbax = ocp.training.Checkpointer(
-            self.path,
+            str(self.path),
             context=_context(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            save_decision_policy=_save_policies.FixedIntervalPolicy(1),
             preservation_policy=_policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
@@ -110,7 +113,7 @@ def step_directory(directory: str | Path, step: int | None = None) -> Path:
 
 def load_info(directory: str | Path, step: int | None = None) -> dict:
     """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
-    return ocp.load_checkpointables(step_directory(directory, step), {"info": None})["info"]
+    return ocp.load_checkpointables(str(step_directory(directory, step)), {"info": None})["info"]
 
 
 def load_data_state(directory: str | Path, step: int | None = None) -> np.ndarray:
@@ -118,20 +121,20 @@ def load_data_state(directory: str | Path, step: int | None = None) -> np.ndarra
     where = step_directory(directory, step)
     if not (where / "data").is_dir():
         raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
-    return np.asarray(ocp.load_checkpointables(where, {"data": None})["data"]["lanes"])
+    return np.asarray(ocp.load_checkpointables(str(where), {"data": None})["data"]["lanes"])
 
 
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
     """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says."""
     where = step_directory(directory, step)
     with _context():
-        return ocp.load_checkpointables(where, {"params": abstract})["params"]
+        return ocp.load_checkpointables(str(where), {"params": abstract})["params"]
 
 
 def check_same_shapes(directory: str | Path, abstract: dict):
     """Raise ConfigError that names the first parameter whose shape is not the model's."""
     where = step_directory(directory)
-    stored = ocp.checkpointables_metadata(where).metadata["params"]
+    stored = ocp.checkpointables_metadata(str(where)).metadata["params"]
     expected = jax.tree_util.tree_leaves_with_path(abstract)
     found = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}
     for path, leaf in expected:

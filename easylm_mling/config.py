@@ -371,7 +371,7 @@ def _flatten(tree, prefix="") -> dict:
     }
 
 
-def _build(kind, value, path):
+def _build(kind, value, path) -> typing.Any:
     """`value` (plain YAML) as an instance of the annotated type `kind`, or a ConfigError that names `path`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -392,11 +392,7 @@ def _build(kind, value, path):
     if kind is int:
         return _integer(value, path)
     if kind is float:
-        try:
-            _check(not isinstance(value, bool) and value is not None, f"{path}={value!r} must be a number")
-            return float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}={value!r} must be a number") from None
+        return _number(value, path)
     _check(kind is str, f"{path}: no rule for {kind}")
     _check(isinstance(value, (str, int, float)) and not isinstance(value, bool), f"{path}={value!r} must be text")
     return str(value)
@@ -420,6 +416,13 @@ def _join(path, key):
     return f"{path}.{key}" if path else str(key)
 
 
+def _number(value, path) -> float:
+    try:
+        return float("not a number" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path}={value!r} must be a number") from None
+
+
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -438,7 +441,8 @@ def _integer(value, path) -> int:
 
 def _duration(value, path) -> Duration:
     match = re.fullmatch(r"(\S+)\s+(steps?|tokens?)", str(value).strip())
-    _check(match is not None, f"{path}={value!r} must be a length such as '2000 steps' or '1B tokens'")
+    if match is None:
+        raise ConfigError(f"{path}={value!r} must be a length such as '2000 steps' or '1B tokens'")
     amount = _integer(match[1], path)
     _check(amount >= 0, f"{path}={value!r} must not be negative")
     return Duration(amount, match[2].rstrip("s") + "s")

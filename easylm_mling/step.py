@@ -8,7 +8,7 @@ spread over devices, microbatches or sources.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,13 @@ from easylm_mling.sharding import batch_sharding, parameter_shardings, replicate
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # int32: batches consumed
+    """Arrays; or, in the same places, their shapes or their shardings."""
+
+    step: Any  # int32: batches consumed
     params: dict  # float32, as in the parameter table
-    optimizer: tuple  # optax state; moments are float32
-    skipped: jax.Array  # int32: steps that changed nothing because something was not finite
-    skipped_in_a_row: jax.Array  # int32
+    optimizer: Any  # optax state; moments are float32
+    skipped: Any  # int32: steps that changed nothing because something was not finite
+    skipped_in_a_row: Any  # int32
 
 
 def model_graph(m: ModelConfig) -> nnx.GraphDef:

@@ -11,9 +11,9 @@ from rich.console import Console
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params
 from easylm_mling.config import ConfigError, RunConfig, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog
-from easylm_mling.data.loader import Loader, holdout_rows, to_device
+from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.tokenizer import Tokenizer
-from easylm_mling.metrics import MetricsLog, ProgressLine, mean_loss, step_metrics
+from easylm_mling.metrics import MetricsLog, ProgressLine, step_metrics
 from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
 from easylm_mling.step import (
@@ -21,14 +21,13 @@ from easylm_mling.step import (
     abstract_params,
     init_params,
     init_state,
-    jit_eval_step,
     jit_train_step,
     state_shardings,
 )
 from easylm_mling.summary import summary_table
+from easylm_mling.validation import Validation
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 42
-ROWS = PartitionSpec(BATCH_AXES)
 
 
 class TrainingStopped(RuntimeError):
@@ -64,7 +63,7 @@ def train(config: RunConfig, console: Console | None = None) -> int:
         StopSignal(console) as stop,
     ):
         state, data_state = restore_or_init(config, mesh, checkpoints, fingerprints, console)
-        evaluate = make_evaluation(config, catalog, tokenizer, mesh)
+        evaluate = Validation(config, catalog, tokenizer, mesh)
         if int(state.step) == 0:
             log.write("eval", 0, **evaluate(state.params))
         with (
@@ -92,7 +91,7 @@ def run_steps(config: RunConfig, mesh, state, data_state, loader, save, evaluate
     waiting = None  # a step's metrics are read while the next one runs, so that the device never waits for the host
     for step in range(int(state.step) + 1, end + 1):
         batch, data_state = next(loader)
-        state, metrics = train_step(state, to_device(batch, mesh, ROWS))
+        state, metrics = train_step(state, to_device(batch, mesh, PartitionSpec(BATCH_AXES)))
         if waiting:
             report(config, log, progress, *waiting)
         waiting = step, metrics
@@ -153,30 +152,6 @@ def restore_or_init(
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None
     fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
     return fresh(), None
-
-
-def make_evaluation(config: RunConfig, catalog, tokenizer, mesh):
-    """A function params -> {"loss", "sources"}: nats a token on held-out documents, over all and for each source."""
-    names, rows = list(config.data.sources), config.train.batch_size // config.train.accumulation_steps
-    parts = [holdout_rows(config, catalog, tokenizer, name, config.eval.rows_per_source) for name in names]
-    step = jit_eval_step(config, mesh)
-    if not any(len(p["tokens"]) for p in parts):
-        return lambda params: {"loss": None, "sources": {}}
-    whole = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
-    padding = -len(whole["source"]) % rows
-    # Padding rows have no targets (their mask is 0), so they count for nothing.
-    whole = {key: np.concatenate([v, np.zeros((padding, *v.shape[1:]), v.dtype)]) for key, v in whole.items()}
-
-    def evaluate(params) -> dict:
-        sums, counts = np.zeros(len(names)), np.zeros(len(names))
-        for i in range(0, len(whole["source"]), rows):
-            s, c = step(params, to_device({key: v[i : i + rows] for key, v in whole.items()}, mesh, ROWS))
-            sums += np.asarray(s, np.float64)
-            counts += np.asarray(c, np.float64)
-        by_source = {n: mean_loss(s, c) for n, s, c in zip(names, sums, counts, strict=True) if c}
-        return {"loss": mean_loss(sums.sum(), counts.sum()), "sources": by_source}
-
-    return evaluate
 
 
 def report(config: RunConfig, log: MetricsLog, progress: ProgressLine, step: int, metrics):

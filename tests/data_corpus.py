@@ -79,8 +79,9 @@ def epoch_documents(order: EpochOrder, epoch: int = 0, split: str = "train") -> 
 def train_tokenizer(path: Path | str, **options) -> str:
     """A BPE model with byte fallback, trained the way Gemma's is but for `options`."""
     gemma = dict(
-        model_type="bpe", vocab_size=600, hard_vocab_limit=False, byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>", normalization_rule_name="identity",
+        model_type="bpe", vocab_size=600, hard_vocab_limit=False, byte_fallback=True, pad_id=0, eos_id=1, bos_id=2,
+        unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        normalization_rule_name="identity",
         add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True,
         minloglevel=2, num_threads=1,
     )  # fmt: skip

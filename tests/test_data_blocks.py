@@ -1,4 +1,4 @@
-"""An epoch's order is a function of its seed; the split is a function of the document; languages get what they are due."""
+"""An epoch's order is a function of its seed, the split one of the document, and languages get what they are due."""
 
 import itertools
 from collections import Counter
@@ -22,6 +22,17 @@ def test_every_key_gives_another_order(tmp_path):
     texts = [epoch_documents(order, epoch) for order in orders for epoch in (0, 1)]
     assert all(sorted(t) == sorted(texts[0]) for t in texts)
     assert all(a != b for a, b in itertools.combinations(texts, 2))
+
+
+def test_units_and_the_documents_of_a_block_are_each_in_a_new_order_every_epoch(tmp_path):
+    path = write(tmp_path / "a", "jsonl", documents(300))
+    many = epoch_order(data_config(path))
+    units = [[many.units(epoch, b).tolist() for b in range(many.blocks(epoch))] for epoch in (0, 1)]
+    assert units[0] != units[1]
+    assert sorted(sum(units[0], [])) == sorted(sum(units[1], [])) == list(range(len(many.source.units)))
+    one = epoch_order(data_config(path, block_bytes=10**6))
+    assert len(one.source.units) == 1
+    assert epoch_documents(one, 0) != epoch_documents(one, 1)
 
 
 def test_a_block_does_not_depend_on_what_was_read_before(tmp_path):

@@ -1,4 +1,4 @@
-"""Global batches are the same for any number of hosts, across any stop, and bad data stops a run with a word about it."""
+"""Global batches are the same for any number of hosts and across any stop; bad data stops a run with a message."""
 
 import dataclasses
 import json

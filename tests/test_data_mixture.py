@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from easylm_mling.config import ConfigError
@@ -46,14 +46,16 @@ def test_every_round_and_all_rounds_so_far_are_within_a_row_of_the_shares(weight
     assert (each[:, share == 0] == 0).all()
 
 
-@settings(deadline=None, max_examples=30)
-@given(WEIGHTS.filter(lambda w: sum(x > 0 for x in w) > 1), st.integers(2, 16), st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+@given(WEIGHTS, st.integers(1, 16), st.integers(0, 5))
+# Two lanes and shares of 1/2, 1/4, 1/4 resonate: dealt source by source, one lane never had the last one.
+@example([2, 1, 1], 2, 0)
+@example([0.7733, 0.8212, 0.3983, 0.2941], 3, 0)
 def test_every_lane_has_the_mixture(weights, lanes, seed):
-    dealt = play(weights, lanes, 120, seed)
+    dealt = play(weights, lanes, 150, seed)
     share = np.array(weights) / sum(weights)
     each_lane = np.cumsum(dealt[..., None] == np.arange(len(weights)), axis=0)
-    behind = np.abs(each_lane - share * np.arange(1, 121)[:, None, None])
-    assert behind.max() < 4
+    assert np.abs(each_lane - share * np.arange(1, 151)[:, None, None]).max() < 3.5
 
 
 def test_lanes_do_not_go_in_step():
@@ -88,7 +90,7 @@ def test_rounds_are_exact_after_a_billion_rows():
 def test_a_row_s_arrays_are_those_of_its_documents(lengths, skip, width):
     """Against a loop over the tokens, one at a time."""
     bos, eos = 2, 1
-    stream = np.concatenate([[bos, *range(10, 10 + n), eos] for n in [*lengths, 40]]).astype(np.int32)[skip:]
+    stream = np.concatenate([[bos, *range(10, 10 + n), eos] for n in [*lengths, 60]]).astype(np.int32)[skip:]
     row = stream[: width + 1]
     got = row_arrays(np.stack([row, row]), bos)
     segment, position = 1, 0

@@ -143,6 +143,8 @@ def test_a_bad_line_among_lines_is_counted_once_wherever_units_end(tmp_path):
         order = epoch_order(_tiny_blocks(path, unit))
         bad = [b.offset for block in range(order.blocks(0)) for w in windows(order, 0, block) for b in w.bad]
         assert sorted(bad) == [i for i, line in enumerate(lines) if line is None]
+        read = "\n".join(sorted(epoch_documents(order))).split("\n")
+        assert sorted(read) == sorted(line.strip() for line in lines if line and line.strip())
 
 
 @pytest.mark.parametrize("layout", ["jsonl.gz", "jsonl.zst", "parquet", "arrow", "arrow-file"])

@@ -8,7 +8,7 @@ from data_corpus import data_config, documents, epoch_order, tokenizer, write
 
 from easylm_mling.config import ConfigError
 from easylm_mling.data import streams
-from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENTS, EPOCH, TOKENS, initial_state
+from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS, initial_state
 from easylm_mling.data.streams import LaneStream, Shelf, join_documents
 
 

@@ -11,9 +11,9 @@ from easylm_mling.config import ConfigError, ModelConfig
 from easylm_mling.data.tokenizer import Tokenizer
 
 NASTY = [
-    "", " ", "   a  b   ", "\t\ttab\t", "\n\n\n", "\r\n", "x" * 5000, " " * 3000, "<bos> <eos> <pad> <unk>", "<0x41><0x0A>",
-    "▁▁under▁", "\u2581", "日本語のテスト。", "한국어 문장", "e\u0301\u0323 ẍ", "👩\u200d👩\u200d👧🇯🇵", "\ufffd\ufffd",
-    "\u200b\ufeff\u2028", "0123456789 ０１２", "\x01\x7f", "𝒳𐍈", "ﷺ ½ ㌔ ﬁ", "نص عربي", "हिन्दी", "ไทย",
+    "", " ", "   a  b   ", "\t\ttab\t", "\n\n\n", "\r\n", "x" * 5000, " " * 3000, "<bos> <eos> <pad> <unk>",
+    "<0x41><0x0A>", "▁▁under▁", "\u2581", "日本語のテスト。", "한국어 문장", "e\u0301\u0323 ẍ", "👩\u200d👩\u200d👧🇯🇵",
+    "\ufffd\ufffd", "\u200b\ufeff\u2028", "0123456789 ０１２", "\x01\x7f", "𝒳𐍈", "ﷺ ½ ㌔ ﬁ", "نص عربي", "हिन्दी", "ไทย",
 ]  # fmt: skip
 
 

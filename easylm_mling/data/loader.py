@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -89,7 +89,7 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
         self._batches.close()
 
-    def _make_batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+    def _make_batches(self) -> Generator[tuple[Batch, np.ndarray], None, None]:
         data, own = self._config.data, self._lanes
         shares = integer_weights([source.weight for source in data.sources.values()])
         per_lane = self._config.train.batch_size // self._config.lanes

@@ -33,23 +33,23 @@ def next_round(shares: list[int], seed: int, planned: np.ndarray) -> np.ndarray:
     """int32 [V]: the source of each lane's next row, given `planned`, int64 [V, S]: rows so far by lane and source.
 
     Every round has each source's share of V rows to within one row, and so have all rounds together: the rows left
-    over by rounding down go to the sources furthest behind. Sources are then dealt to the lanes furthest behind in
-    them, the scarcest first, so that every lane sees the whole mixture and no two lanes go in step.
+    over by rounding down go to the sources furthest behind. Lanes then take turns, the one that is furthest behind in
+    any source first, so that every lane sees the whole mixture, and so every lane's blocks of every source are read.
     """
-    lanes = len(planned)
+    lanes, sources = planned.shape
     done = int(planned.sum()) // lanes
     counts = _round_counts(shares, lanes, done, planned.sum(axis=0).tolist())
     behind = np.array(shares, np.int64) * (done + 1) - (planned << 32)
-    # Equal lanes are told apart by a new permutation each round.
-    place = seeded_order(lanes, seed, "round", done)
-    dealt, free = np.full(lanes, -1, np.int32), np.ones(lanes, bool)
-    for source in sorted(range(len(shares)), key=lambda s: (counts[s], s)):
-        candidates = np.flatnonzero(free)
-        order = np.lexsort((place[candidates], -behind[candidates, source]))
-        chosen = candidates[order[: counts[source]]]
-        dealt[chosen], free[chosen] = source, False
-    assert not free.any()
-    return dealt
+    # Equal lanes are told apart by a new permutation each round, or they would all move in step.
+    place = np.repeat(seeded_order(lanes, seed, "round", done), sources)
+    dealt = [-1] * lanes
+    for pair in np.lexsort((place, -behind.reshape(-1))).tolist():
+        lane, source = divmod(pair, sources)
+        if dealt[lane] < 0 and counts[source]:
+            dealt[lane] = source
+            counts[source] -= 1
+    assert min(dealt) >= 0
+    return np.array(dealt, np.int32)
 
 
 def _round_counts(shares: list[int], lanes: int, done: int, rows: list[int]) -> list[int]:
