@@ -327,7 +327,8 @@ def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
             if not re.match(r"[\w.-]+=", item):
                 raise ConfigError(f"{item!r} is not an override; write key.path=value")
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.to_container(merged, resolve=True)
+        # Not resolved: `${oc.env:...}` in somebody's config would put a secret into the config that a run keeps.
+        tree = OmegaConf.to_container(merged, resolve=False)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         detail = " ".join(str(error).split())
@@ -395,6 +396,7 @@ def _build(kind, value, path) -> typing.Any:
         return _number(value, path)
     _check(kind is str, f"{path}: no rule for {kind}")
     _check(isinstance(value, (str, int, float)) and not isinstance(value, bool), f"{path}={value!r} must be text")
+    _check("${" not in str(value), f"{path}={value!r}: ${{...}} is not filled in here; write the value itself")
     return str(value)
 
 

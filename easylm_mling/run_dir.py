@@ -51,11 +51,12 @@ class RunDirectory:
     def write_start(self, config: RunConfig):
         """Make the directory and put the config and the tokenizer's files into it (a second time: nothing to do)."""
         self.path.mkdir(parents=True, exist_ok=True)
+        # The config comes first: it is what makes the directory this run's, should anything be killed in between.
+        if not self.config_file.exists():
+            write_whole(self.config_file, to_yaml(config).encode())
         if not self.tokenizer_dir.exists():
             with appears_whole(self.tokenizer_dir) as partial:
                 copy_tokenizer(Path(config.data.tokenizer), partial)
-        if not self.config_file.exists():
-            write_whole(self.config_file, to_yaml(config).encode())
 
     def _check_same_run(self, config: RunConfig):
         changed = {

@@ -58,6 +58,7 @@ def test_a_config_survives_the_trip_through_plain_trees_and_yaml(minimal, tmp_pa
         ("model.num_key_value_heads=3", "must be a multiple of model.num_key_value_heads=3"),
         ("train=5", "train: expected `key: value` lines, found 5"),
         ("nonsense", "'nonsense' is not an override"),
+        ("run_dir=${oc.env:HOME}", "run_dir='${oc.env:HOME}': ${...} is not filled in here"),
         ("train.remat=fulll", "train.remat='fulll' must be one of"),
     ],
 )
