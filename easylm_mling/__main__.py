@@ -1,10 +1,11 @@
 """The command line: `easylm-mling VERB ...`, the same as `python -m easylm_mling VERB ...`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from easylm_mling.config import load
+from easylm_mling.config import RunConfig, load
 
 EXIT_STOPPED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -37,13 +38,22 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "config", nargs="+", metavar="CONFIG.yaml|key=value", help="files merge left to right, then key.path=value"
     )
+    train.add_argument(
+        "--accept-data-change",
+        action="store_true",
+        help="go on although files, sources or the tokenizer changed; changed sources begin anew",
+    )
     train.set_defaults(run=_train)
 
     importer = verbs.add_parser(
         "import-hf", help="Hugging Face weights -> a checkpoint that train starts from (init_from=...)"
     )
-    importer.add_argument("hf_dir")
+    importer.add_argument("hf_dir", help="a downloaded model's directory, or a hub name such as google/gemma-7b")
     importer.add_argument("checkpoint_dir")
+    importer.add_argument("--revision", help="of a hub name: a branch, tag or commit (default: the newest)")
+    importer.add_argument(
+        "--tokenizer", help="a tokenizer that continues the model's own: adds rows for its new pieces"
+    )
     importer.set_defaults(run=_import)
 
     exporter = verbs.add_parser("export-hf", help="a run or an imported checkpoint -> a Hugging Face directory")
@@ -52,6 +62,17 @@ def build_parser() -> argparse.ArgumentParser:
     exporter.add_argument("--step", type=int, help="default: the newest")
     exporter.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     exporter.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
+    exporter.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the files back: bits, config, tokenizer and logits (with transformers)",
+    )
+    exporter.add_argument(
+        "--language", action="append", default=[], help="for the model card: an ISO 639 code, such as ja"
+    )
+    exporter.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the directory (a new model is made private)"
+    )
     exporter.set_defaults(run=_export)
 
     sample = verbs.add_parser("sample", help="continue texts with a model")
@@ -67,27 +88,102 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--tokenizer", help="default: the one that lies with the model")
     sample.set_defaults(run=_sample)
 
+    _add_data_verbs(verbs.add_parser("data", help="look at what a run will read, and at what it has read"))
+
     summary = verbs.add_parser("summary", help="each source's tokens, share and held-out loss of a run")
     summary.add_argument("run_dir")
     summary.set_defaults(run=_summary)
     return parser
 
 
+def _add_data_verbs(parser: argparse.ArgumentParser):
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    inspect = verbs.add_parser("inspect", help="before a run: sizes, shares and epochs of every source and language")
+    inspect.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as for train")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
+    inspect.add_argument("--png", metavar="FILE", help="also draw the shares (needs matplotlib)")
+    inspect.set_defaults(run=_inspect)
+
+    audit = verbs.add_parser("audit", help="after a step: which documents each row of its batch came from")
+    audit.add_argument("run_dir")
+    audit.add_argument("--step", type=int, required=True)
+    audit.add_argument("--row", type=int, help="default: every row")
+    audit.add_argument("--json", action="store_true", help="one JSON object a row, with the row's tokens")
+    audit.set_defaults(run=_audit)
+
+    tokenize = verbs.add_parser("tokenize", help="fill data.token_cache ahead of training, on Ray; may be interrupted")
+    tokenize.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as for train")
+    tokenize.add_argument("--epochs", type=int, default=1, help="of every source (default: 1)")
+    tokenize.add_argument("--ray-address", help="of a Ray cluster (default: this machine)")
+    tokenize.set_defaults(run=_tokenize)
+
+
 # Each verb imports what it needs: a config error should not wait for jax to load.
 
 
-def _train(a) -> int:
+def _config(a) -> RunConfig:
     files = [x for x in a.config if "=" not in x or Path(x).is_file()]
-    config = load(files, [x for x in a.config if x not in files])
+    return load(files, [x for x in a.config if x not in files])
+
+
+def _train(a) -> int:
+    config = _config(a)
     from easylm_mling.train import train
 
-    return train(config)
+    return train(config, accept_data_change=a.accept_data_change)
+
+
+def _inspect(a) -> int:
+    from rich.console import Console
+
+    from easylm_mling.data.inspect import inspect_data, plot_inspection, print_inspection
+
+    found = inspect_data(_config(a))
+    if a.json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        print_inspection(found, Console())
+    if a.png:
+        plot_inspection(found, a.png)
+    return 0
+
+
+def _tokenize(a) -> int:
+    from rich.console import Console
+
+    from easylm_mling.data.catalog import build_catalog
+    from easylm_mling.data.tokenize import tokenize
+
+    config = _config(a)
+    written = tokenize(config, build_catalog(config.data), a.epochs, a.ray_address, Console())
+    print(f"{written:,} tokens written to {config.data.token_cache}")
+    return 0
+
+
+def _audit(a) -> int:
+    from easylm_mling.data.audit import audit
+
+    for row in audit(a.run_dir, a.step, a.row):
+        if a.json:
+            print(json.dumps({**row, "tokens": row["tokens"].tolist()}, ensure_ascii=False))
+            continue
+        print(f"row {row['row']} (lane {row['lane']}): {row['source']}")
+        for d in row["documents"]:
+            language = f"{d['language']} " if d["language"] else ""
+            unit = f"{d['unit'][0]}-{d['unit'][1]}"
+            print(
+                f"  {d['tokens']} tokens from its {d['first']}: {language}{d['file']} unit {unit} document {d['document']} "
+                f"epoch {d['epoch']}: {d['begins']!r}"
+            )
+    return 0
 
 
 def _import(a) -> int:
     from easylm_mling.hf.importing import import_hf
 
-    import_hf(a.hf_dir, a.checkpoint_dir)
+    model = import_hf(a.hf_dir, a.checkpoint_dir, a.tokenizer, a.revision)
+    if a.tokenizer:
+        print(f"the vocabulary now has {model.vocab_size} rows; train with model.vocab_size={model.vocab_size}")
     print(
         f"imported {a.hf_dir} to {a.checkpoint_dir}; start from it with `easylm-mling train CONFIG init_from={a.checkpoint_dir}`"
     )
@@ -100,13 +196,23 @@ def _export(a) -> int:
     from easylm_mling.metrics import MetricsLog
 
     step = int(step_directory(a.checkpoint_dir, a.step).name)
-    for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, a.max_shard_gb * 1e9):
+    shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
+    for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages):
         print(f"warning: {warning}", file=sys.stderr)
     record = Path(a.checkpoint_dir) / "metrics.jsonl"
     if record.exists():
         with MetricsLog(record) as log:
             log.write("export", step, path=str(Path(a.hf_dir).absolute()), dtype=a.dtype)
     print(f"exported step {step} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
+    if a.verify:
+        from easylm_mling.hf.verify import verify_export
+
+        for line in verify_export(a.checkpoint_dir, a.hf_dir, step):
+            print(f"verified: {line}" if not line.startswith("not checked") else line)
+    if a.push_to_hub:
+        from easylm_mling.hf.hub import push
+
+        print(f"uploaded to {push(a.hf_dir, a.push_to_hub)}")
     return 0
 
 

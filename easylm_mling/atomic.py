@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from easylm_mling.config import ConfigError
 
@@ -38,9 +39,16 @@ def appears_whole(target: str | Path) -> Iterator[Path]:
 
 def write_whole(path: str | Path, content: bytes):
     """Replace the file `path`; a reader, or a kill, never sees half of it."""
+    with replaces_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replaces_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes the place of `path` once the block ends without an error."""
     draft = Path(f"{path}.{os.getpid()}.tmp")
     with open(draft, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)

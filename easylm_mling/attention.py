@@ -1,5 +1,8 @@
 """Causal attention among positions of one segment, behind one function with one meaning of the mask.
 
+Sources: google/gemma_pytorch `model.py` for the window (a position sees itself and `window - 1` before it) and for the
+soft cap, which comes before the mask.
+
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head_dim.
 """
 
@@ -9,11 +12,18 @@ import jax.numpy as jnp
 QUERY_CHUNK = 512
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Each position attends to itself and to earlier positions of its own segment.
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Each position attends to itself and to earlier positions of its own segment, at most `window - 1` back.
 
-    q [B, T, N, H]; k, v [B, T, K, H] (N a multiple of K); segment_ids [B, T] int32. Returns [B, T, N, H] in q's dtype.
-    q must already carry the query scale. Scores and softmax are float32. Queries are taken in chunks of 512, each
+    q [B, T, N, H]; k, v [B, T, K, H] (N a multiple of K); segment_ids [B, T] int32; window an int32 scalar, which may be
+    traced (None: no limit). Scores x become soft_cap * tanh(x / soft_cap). Returns [B, T, N, H] in q's dtype. q must already carry the query scale. Scores and softmax are float32. Queries are taken in chunks of 512, each
     recomputed in the backward pass, so that no [B, N, T, T] array is ever held.
     """
     B, T, _, _ = q.shape
@@ -21,8 +31,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) 
     index = jnp.arange(T)
 
     def chunk(q, query_segments, query_index):
-        mask = (query_segments[:, :, None] == segment_ids[:, None, :]) & (query_index[:, None] >= index)
-        return masked_attention(q, k, v, mask)
+        mask = (query_segments[:, :, None] == segment_ids[:, None, :]) & sees(query_index[:, None], index, window)
+        return masked_attention(q, k, v, mask, soft_cap)
 
     if T <= QUERY_CHUNK or T % QUERY_CHUNK:
         return chunk(q, segment_ids, index)
@@ -35,12 +45,26 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) 
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def sees(query: jax.Array, key: jax.Array, window: jax.Array | int | None) -> jax.Array:
+    """Whether the position `query` attends to the position `key` (integers, broadcast): the one meaning of the mask."""
+    causal = query >= key
+    return causal if window is None else causal & (query - key < window)
+
+
+def masked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None = None
+) -> jax.Array:
     """Softmax attention where `mask` [B, T, S] is true. q [B, T, N, H]; k, v [B, S, K, H]; returns [B, T, N, H]."""
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = capped(scores, soft_cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def capped(x: jax.Array, soft_cap: float | None) -> jax.Array:
+    """x squeezed smoothly into (-soft_cap, soft_cap); unchanged when there is no cap."""
+    return x if soft_cap is None else soft_cap * jnp.tanh(x / soft_cap)

@@ -2,13 +2,14 @@
 
     RUN/checkpoints/STEP/params     float32 parameters
                         /training   optimizer state and counters
-                        /data       what the mixer had consumed, one int64 array
+                        /data       what the mixer had consumed, two int64 arrays (data/mixture.py, DataState)
                         /info       JSON: the resolved config, fingerprints of tokenizer and data, tokens consumed
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
 Nothing but this file knows Orbax. A step becomes visible only when it is whole (Orbax renames it as the last act).
 """
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -72,27 +73,28 @@ class Checkpoints:
         newest = self._orbax.latest
         return None if newest is None else newest.step
 
-    def save(self, state: TrainState, data: np.ndarray, info: dict):
+    def save(self, state: TrainState, data: dict[str, np.ndarray], info: dict):
         """Start to save `state` as its step; returns once the device arrays are copied. A failed save raises at the next one."""
         step = int(state.step)
         training = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
-        parts = {"params": state.params, "training": training, "data": {"lanes": data}, "info": info}
+        parts = {"params": state.params, "training": training, "data": data, "info": _packed(info)}
         self._orbax.save_checkpointables_async(step, parts, force=True)
 
     def save_params(self, params: dict, info: dict):
         """Save parameters alone, as step 0."""
-        self._orbax.save_checkpointables(0, {"params": params, "info": info}, force=True)
+        self._orbax.save_checkpointables(0, {"params": params, "info": _packed(info)}, force=True)
 
     def wait(self):
         self._orbax.wait()
 
-    def restore(self, step: int, state: TrainState) -> tuple[TrainState, np.ndarray, dict]:
+    def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray], dict]:
         """The training state at `step`, placed as the abstract `state` says (any mesh), the data state and the info."""
         abstract = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
         got = self._orbax.load_checkpointables(
             step, {"params": state.params, "training": abstract, "data": None, "info": None}
         )
-        return TrainState(params=got["params"], **got["training"]), np.asarray(got["data"]["lanes"]), got["info"]
+        data = {name: np.asarray(value) for name, value in got["data"].items()}
+        return TrainState(params=got["params"], **got["training"]), data, _unpacked(got["info"])
 
 
 def step_directory(directory: str | Path, step: int | None = None) -> Path:
@@ -111,17 +113,24 @@ def step_directory(directory: str | Path, step: int | None = None) -> Path:
     return root / str(steps[-1] if step is None else step)
 
 
+def newest_step(directory: str | Path) -> int:
+    """The step of the newest whole checkpoint, 0 if there is none."""
+    root = Path(directory) / FOLDER
+    return max((int(p.name) for p in root.iterdir() if p.name.isdigit()), default=0) if root.is_dir() else 0
+
+
 def load_info(directory: str | Path, step: int | None = None) -> dict:
     """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
-    return ocp.load_checkpointables(str(step_directory(directory, step)), {"info": None})["info"]
+    return _unpacked(ocp.load_checkpointables(str(step_directory(directory, step)), {"info": None})["info"])
 
 
-def load_data_state(directory: str | Path, step: int | None = None) -> np.ndarray:
-    """What the mixer had consumed, int64 [lanes, sources, counters]; raises ConfigError for an imported checkpoint."""
+def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """What the mixer had consumed, the arrays of a DataState by name; raises ConfigError for an imported checkpoint."""
     where = step_directory(directory, step)
     if not (where / "data").is_dir():
         raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
-    return np.asarray(ocp.load_checkpointables(str(where), {"data": None})["data"]["lanes"])
+    stored = ocp.load_checkpointables(str(where), {"data": None})["data"]
+    return {name: np.asarray(value) for name, value in stored.items()}
 
 
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
@@ -144,3 +153,12 @@ def check_same_shapes(directory: str | Path, abstract: dict):
                 f"{where}: parameter {name} has shape {found.get(name)}, the model needs {tuple(leaf.shape)}; "
                 "use the model config that the checkpoint was made with"
             )
+
+
+def _packed(info: dict) -> dict:
+    """As one string: Orbax sorts the keys of JSON, and the order of the sources means something."""
+    return {"json": json.dumps(info)}
+
+
+def _unpacked(stored: dict) -> dict:
+    return json.loads(stored["json"])

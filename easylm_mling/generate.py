@@ -4,7 +4,7 @@ Axis letters: B prompts, P prompt slots, S cache slots (P and room for new token
 H head_dim, V vocabulary.
 
 Prompts stand at the left, slot 0 is position 0 in every row, and a new token takes the slot after the last one of its
-own row. So a slot's number is its position, and "slot <= my position" is the whole mask.
+own row. So a slot's number is its position, and the mask is that of attention.py.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easylm_mling.attention import QUERY_CHUNK, attention, masked_attention
+from easylm_mling.attention import QUERY_CHUNK, attention, masked_attention, sees
 from easylm_mling.checkpoint import load_params
 from easylm_mling.config import ConfigError, ModelConfig
 from easylm_mling.hf.config import model_config_from_hf
@@ -73,7 +73,7 @@ def generate(
         return [[] for _ in prompts]
     lengths = np.asarray([len(p) for p in prompts], np.int32)
     unit = _SLOTS if lengths.max() <= QUERY_CHUNK else QUERY_CHUNK
-    tokens = np.full((len(prompts), -(-lengths.max() // unit) * unit), model.pad_token_id, np.int32)
+    tokens = np.full((len(prompts), -(-lengths.max() // unit) * unit), max(0, model.pad_token_id), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     new, count = _generate(
@@ -158,7 +158,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def choose(hidden, n):
-        scores = logits(hidden, model.embed_tokens[...])
+        scores = logits(hidden, model.head, model.config.final_logit_softcapping)
         return jnp.argmax(scores, axis=-1).astype(jnp.int32) if greedy else _sample(key, n, scores, *settings)
 
     def proceed(carry):
@@ -187,9 +187,10 @@ def _prefill(model: Gemma, tokens, room: int, dtype):
     """
     B, P = tokens.shape
 
-    def attend(q, k, v, _):
+    def attend(q, k, v, window, _):
         widen = [(0, 0), (0, room), (0, 0), (0, 0)]
-        return attention(q, k, v, jnp.ones((B, P), jnp.int32)), (jnp.pad(k, widen), jnp.pad(v, widen))
+        context = attention(q, k, v, jnp.ones((B, P), jnp.int32), window, model.config.attn_logit_softcapping)
+        return context, (jnp.pad(k, widen), jnp.pad(v, widen))
 
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
     return model.run(tokens, positions, attend, None, dtype, "none")
@@ -199,10 +200,10 @@ def _decode(model: Gemma, token, position, caches, dtype):
     """Hidden states [B, D] of one more `token` [B] at `position` [B], and the caches that now hold it."""
     row = jnp.arange(token.shape[0])
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, window, cache):
         keys, values = (old.at[row, position].set(new[:, 0]) for old, new in zip(cache, (k, v), strict=True))
-        mask = jnp.arange(keys.shape[1]) <= position[:, None]
-        return masked_attention(q, keys, values, mask[:, None]), (keys, values)
+        mask = sees(position[:, None], jnp.arange(keys.shape[1]), window)
+        return masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping), (keys, values)
 
     hidden, caches = model.run(token[:, None], position[:, None], attend, caches, dtype, "none")
     return hidden[:, 0], caches

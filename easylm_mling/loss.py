@@ -1,4 +1,4 @@
-"""Cross entropy through the tied embedding, in chunks of positions: no [B, T, V] array exists, forward or backward.
+"""Cross entropy through the output head, in chunks of positions: no [B, T, V] array exists, forward or backward.
 
 Axis letters: B batch, T positions, C chunk of positions, D embed, V vocabulary.
 """
@@ -10,10 +10,12 @@ from easylm_mling.model import logits
 from easylm_mling.sharding import constrain
 
 
-def cross_entropy(hidden, embedding, targets, mask, chunk: int, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    hidden, head, targets, mask, chunk: int, z_loss: float = 0.0, soft_cap: float | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Per-row sums over positions: (cross entropy [B], z-loss [B]), both float32, to be divided by counts by the caller.
 
-    hidden [B, T, D]; embedding [V, D]; targets [B, T] int32; mask [B, T] float32. `z_loss` times the squared
+    hidden [B, T, D]; head [V, D]; targets [B, T] int32; mask [B, T] float32. Logits are capped by `soft_cap` as in `logits`. `z_loss` times the squared
     log-normaliser (PaLM, section 5) keeps logits from drifting; it is kept apart so that losses stay comparable.
     Each chunk's logits are recomputed in the backward pass.
     """
@@ -25,11 +27,11 @@ def cross_entropy(hidden, embedding, targets, mask, chunk: int, z_loss: float = 
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, mask)
     )
     # Whole along D before the loop, so that it is gathered once and not once a chunk.
-    embedding = constrain(embedding.astype(hidden.dtype), "vocab", "activation_embed")
+    head = constrain(head.astype(hidden.dtype), "vocab", "activation_embed")
 
     def body(sums, part):
         h, t, m = part
-        scores = constrain(logits(h, embedding), "batch", "position", "vocab")
+        scores = constrain(logits(h, head, soft_cap), "batch", "position", "vocab")
         log_normaliser = jax.nn.logsumexp(scores, axis=-1)
         score = jnp.take_along_axis(scores, t[..., None], axis=-1)[..., 0]
         entropy = jnp.sum((log_normaliser - score) * m, axis=-1)

@@ -1,19 +1,26 @@
-"""Gemma as a stack of identical layers, run by one scan.
+"""Gemma 1, 2 and 3 (and Llama) as a stack of layers of one form, run by one scan.
+
+What differs from layer to layer (the window, the rotary frequencies) is scanned beside the parameters; what differs
+from family to family is in config.py's table of families.
 
 Axis letters: B batch, T positions, D embed, F mlp, N query heads, K key/value heads, H head_dim, L layers, V vocabulary.
-Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`; the numerics that matter (float32 norms,
-rotary angles and softmax, the rounding of the embedding scale) are said where they are done.
+Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`, `modeling_gemma2.py`,
+`modeling_gemma3.py`; the numerics that matter (float32 norms, rotary angles and softmax, the rounding of the embedding
+scale) are said where they are done.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from easylm_mling.attention import attention
-from easylm_mling.config import ModelConfig
+from easylm_mling.attention import attention, capped
+from easylm_mling.config import ModelConfig, RopeScaling
 from easylm_mling.sharding import constrain
 
 _names = jax.checkpoint_policies.save_only_these_names
@@ -26,8 +33,27 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
 }
 
-# (q, k, v of one layer, that layer's cache) -> (context [B, T, N, H], the cache afterwards). Training has no cache.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, object], tuple[jax.Array, object]]
+# (q, k, v of one layer, its window, its cache) -> (context [B, T, N, H], the cache afterwards). Training has no cache.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, object], tuple[jax.Array, object]]
+# A window that no text reaches: that of a global layer beside local ones.
+_WHOLE_TEXT = 2**31 - 1
+
+
+class LayerTraits(NamedTuple):
+    """What a layer has beside parameters, stacked over L layers for the scan."""
+
+    frequencies: jax.Array  # float32 [H / 2]: radians a position
+    window: jax.Array | None  # int32 positions; None when no layer of the model is local
+
+
+def layer_traits(m: ModelConfig) -> LayerTraits:
+    far = scaled_frequencies(rotary_frequencies(m.rope_theta, m.head_dim), m.rope_scaling)
+    near = rotary_frequencies(m.rope_local_base_freq or m.rope_theta, m.head_dim)
+    local = np.asarray(m.local_layers)
+    frequencies = jnp.where(local[:, None], near, far)
+    if m.sliding_window is None:
+        return LayerTraits(frequencies, None)
+    return LayerTraits(frequencies, jnp.asarray(np.where(local, m.sliding_window, _WHOLE_TEXT), jnp.int32))
 
 
 class Attention(nnx.Module):
@@ -38,20 +64,24 @@ class Attention(nnx.Module):
         self.k_proj = _kernel(kk, (K, H, D), m)
         self.v_proj = _kernel(kv, (K, H, D), m)
         self.o_proj = _kernel(ko, (D, N, H), m)
+        if m.family.qk_norm:
+            self.q_norm, self.k_norm = _norm_weight(H, m), _norm_weight(H, m)
         self.config = nnx.static(m)
 
-    def __call__(self, x, positions, attend: Attend, cache):
+    def __call__(self, x, positions, traits: LayerTraits, attend: Attend, cache):
         m, dtype = self.config, x.dtype
         q = jnp.einsum("btd,nhd->btnh", x, self.q_proj[...].astype(dtype))
         k = jnp.einsum("btd,khd->btkh", x, self.k_proj[...].astype(dtype))
         v = jnp.einsum("btd,khd->btkh", x, self.v_proj[...].astype(dtype))
-        q = checkpoint_name(rotary(q, positions, m.rope_theta, scale=m.head_dim**-0.5), "q")
-        k = checkpoint_name(rotary(k, positions, m.rope_theta), "k")
+        if m.family.qk_norm:
+            q, k = _norm(q, self.q_norm, m), _norm(k, self.k_norm, m)
+        q = checkpoint_name(rotary(q, positions, traits.frequencies, scale=m.query_scale), "q")
+        k = checkpoint_name(rotary(k, positions, traits.frequencies), "k")
         v = checkpoint_name(v, "v")
         q = constrain(q, "batch", "position", "heads", "head_dim")
         k = constrain(k, "batch", "position", "kv_heads", "head_dim")
         v = constrain(v, "batch", "position", "kv_heads", "head_dim")
-        context, cache = attend(q, k, v, cache)
+        context, cache = attend(q, k, v, traits.window, cache)
         context = constrain(checkpoint_name(context, "attention"), "batch", "position", "heads", "head_dim")
         return checkpoint_name(jnp.einsum("btnh,dnh->btd", context, self.o_proj[...].astype(dtype)), "o"), cache
 
@@ -62,29 +92,37 @@ class MLP(nnx.Module):
         self.gate_proj = _kernel(kg, (m.intermediate_size, m.hidden_size), m)
         self.up_proj = _kernel(ku, (m.intermediate_size, m.hidden_size), m)
         self.down_proj = _kernel(kd, (m.hidden_size, m.intermediate_size), m)
+        self.activation = nnx.static(m.family.activation)
 
     def __call__(self, x):
         gate = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.gate_proj[...].astype(x.dtype)), "gate")
         up = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.up_proj[...].astype(x.dtype)), "up")
-        # The tanh form of GELU, which Gemma was trained with; the erf form is another function.
-        hidden = constrain(jax.nn.gelu(gate, approximate=True) * up, "batch", "position", "mlp")
+        hidden = constrain(_ACTIVATIONS[self.activation](gate) * up, "batch", "position", "mlp")
         return jnp.einsum("btf,df->btd", hidden, self.down_proj[...].astype(x.dtype))
 
 
 class Layer(nnx.Module):
     def __init__(self, m: ModelConfig, key: jax.Array):
         attention_key, mlp_key = jax.random.split(key)
-        self.input_layernorm = nnx.Param(jnp.zeros((m.hidden_size,)))
+        self.input_layernorm = _norm_weight(m.hidden_size, m)
         self.self_attn = Attention(m, attention_key)
-        self.post_attention_layernorm = nnx.Param(jnp.zeros((m.hidden_size,)))
+        self.post_attention_layernorm = _norm_weight(m.hidden_size, m)
         self.mlp = MLP(m, mlp_key)
-        self.epsilon = nnx.static(m.rms_norm_eps)
+        if m.family.post_norms:
+            self.pre_feedforward_layernorm = _norm_weight(m.hidden_size, m)
+            self.post_feedforward_layernorm = _norm_weight(m.hidden_size, m)
+        self.config = nnx.static(m)
 
-    def __call__(self, x, positions, attend: Attend, cache):
+    def __call__(self, x, positions, traits: LayerTraits, attend: Attend, cache):
+        m = self.config
         x = constrain(x, "batch", "position", "activation_embed")
-        attended, cache = self.self_attn(rms_norm(x, self.input_layernorm[...], self.epsilon), positions, attend, cache)
-        x = x + attended
-        x = x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.epsilon))
+        attended, cache = self.self_attn(_norm(x, self.input_layernorm, m), positions, traits, attend, cache)
+        if m.family.post_norms:
+            x = x + _norm(attended, self.post_attention_layernorm, m)
+            x = x + _norm(self.mlp(_norm(x, self.pre_feedforward_layernorm, m)), self.post_feedforward_layernorm, m)
+        else:
+            x = x + attended
+            x = x + self.mlp(_norm(x, self.post_attention_layernorm, m))
         return constrain(x, "batch", "position", "activation_embed"), cache
 
 
@@ -95,14 +133,21 @@ class Gemma(nnx.Module):
         embed_key, layers_key = jax.random.split(key)
         self.embed_tokens = _kernel(embed_key, (m.vocab_size, m.hidden_size), m)
         self.layers = jax.vmap(lambda k: Layer(m, k))(jax.random.split(layers_key, m.num_hidden_layers))
-        self.norm = nnx.Param(jnp.zeros((m.hidden_size,)))
+        self.norm = _norm_weight(m.hidden_size, m)
+        if not m.tie_word_embeddings:
+            self.lm_head = _kernel(jax.random.fold_in(embed_key, 1), (m.vocab_size, m.hidden_size), m)
         self.config = nnx.static(m)
+
+    @property
+    def head(self) -> jax.Array:
+        """The output head [V, D]: the embedding itself where the two are tied."""
+        return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
 
     def __call__(self, tokens, positions, segment_ids, dtype, remat: str = "full") -> jax.Array:
         """Final hidden states [B, T, D] in `dtype`, for tokens, positions and segment_ids [B, T] int32."""
 
-        def attend(q, k, v, cache):
-            return attention(q, k, v, segment_ids), cache
+        def attend(q, k, v, window, cache):
+            return attention(q, k, v, segment_ids, window, self.config.attn_logit_softcapping), cache
 
         return self.run(tokens, positions, attend, None, dtype, remat)[0]
 
@@ -111,43 +156,73 @@ class Gemma(nnx.Module):
         # Gathered whole along D first: a lookup in rows cut along D would make XLA replicate its result.
         x = constrain(self.embed_tokens[...].astype(dtype), "vocab", "activation_embed")[tokens]
         x = constrain(x, "batch", "position", "activation_embed")
-        # transformers multiplies by sqrt(D) rounded to the weights' dtype: 55.5 and not 55.4256 for 7B in bfloat16.
-        x = x * jnp.asarray(self.config.hidden_size**0.5, dtype)
+        if self.config.family.scaled_embedding:
+            # transformers multiplies by sqrt(D) rounded to the weights' dtype: 55.5 and not 55.4256 for 7B in bfloat16.
+            x = x * jnp.asarray(self.config.hidden_size**0.5, dtype)
 
-        def body(x, layer_and_cache):
-            layer, cache = layer_and_cache
-            return layer(x, positions, attend, cache)
+        def body(x, scanned):
+            layer, traits, cache = scanned
+            return layer(x, positions, traits, attend, cache)
 
         policy = REMAT_POLICIES[remat]
         body = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, caches = jax.lax.scan(body, x, (self.layers, caches))
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), caches
+        x, caches = jax.lax.scan(body, x, (self.layers, layer_traits(self.config), caches))
+        return _norm(x, self.norm, self.config), caches
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """RMSNorm [..., D] with Gemma's `1 + weight`, wholly in float32 and rounded to x's dtype last."""
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, offset: float = 1.0) -> jax.Array:
+    """RMSNorm [..., D] times `offset + weight` (Gemma's offset is 1), wholly in float32 and rounded to x's dtype last."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return (wide * (offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float, scale: float = 1.0) -> jax.Array:
-    """Half-split rotary embedding of x [B, T, heads, H] at positions [B, T], times `scale`.
+def rotary_frequencies(theta: float, head_dim: int) -> jax.Array:
+    """float32 [H / 2]: theta ** (-2i / H) radians a position."""
+    half = head_dim // 2
+    return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def scaled_frequencies(frequencies: jax.Array, scaling: RopeScaling | None) -> jax.Array:
+    """Source: transformers `modeling_rope_utils.py`, `linear` and `llama3`."""
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    waves = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
+    return frequencies * kept + frequencies / scaling.factor * (1.0 - kept)
+
+
+def rotary(x: jax.Array, positions: jax.Array, frequencies: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Half-split rotary embedding of x [B, T, heads, H] at positions [B, T], times `scale`; frequencies [H / 2].
 
     Angles are float32: in bfloat16 positions would be wrong from 257 on.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., D] through the tied embedding [V, D]."""
-    return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def logits(hidden: jax.Array, head: jax.Array, soft_cap: float | None) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., D] through the output head [V, D], capped where there is a cap."""
+    scores = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return capped(scores, soft_cap)
+
+
+# Gemma was trained with the tanh form of GELU; the erf form is another function.
+_ACTIVATIONS = {"gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}
 
 
 def _kernel(key, shape, m: ModelConfig) -> nnx.Param:
     return nnx.Param(m.initializer_range * jax.random.normal(key, shape, jnp.float32))
+
+
+def _norm_weight(size: int, m: ModelConfig) -> nnx.Param:
+    return nnx.Param(jnp.full((size,), 1.0 - m.family.norm_offset))
+
+
+def _norm(x, weight: nnx.Param, m: ModelConfig):
+    return rms_norm(x, weight[...], m.rms_norm_eps, m.family.norm_offset)

@@ -29,32 +29,44 @@ class Parameter:
 
 
 def parameter_table(m: ModelConfig) -> list[Parameter]:
-    """Every parameter of the model, in the order of Hugging Face's files."""
-    L, V, D, F = m.num_hidden_layers, m.vocab_size, m.hidden_size, m.intermediate_size
+    """Every parameter of the model, in the order of Hugging Face's files: each layer's rows stand together."""
+    V, D = m.vocab_size, m.hidden_size
+    table = [Parameter("embed_tokens", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", (V, D), "embedding")]
+    table += _layer_rows(m)
+    table.append(Parameter("norm", (D,), ("embed",), "model.norm.weight", (D,), "norm"))
+    if not m.tie_word_embeddings:
+        table.append(Parameter("lm_head", (V, D), ("vocab", "embed"), "lm_head.weight", (V, D), "embedding"))
+    return table
+
+
+def _layer_rows(m: ModelConfig) -> list[Parameter]:
+    L, D, F = m.num_hidden_layers, m.hidden_size, m.intermediate_size
     N, K, H = m.num_attention_heads, m.num_key_value_heads, m.head_dim
-    layer = "model.layers.{layer}"
-    norm, heads, kv = (
-        ("layers", "embed"),
-        ("layers", "heads", "head_dim", "embed"),
-        ("layers", "kv_heads", "head_dim", "embed"),
-    )
-    mlp_in, mlp_out = ("layers", "mlp", "embed"), ("layers", "embed", "mlp")
-    out = ("layers", "embed", "heads", "head_dim")
-    row = Parameter
-    return [
-        row("embed_tokens", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", (V, D), "embedding"),
-        row("layers.input_layernorm", (L, D), norm, f"{layer}.input_layernorm.weight", (D,), "norm"),
-        row("layers.self_attn.q_proj", (L, N, H, D), heads, f"{layer}.self_attn.q_proj.weight", (N * H, D), "kernel"),
-        row("layers.self_attn.k_proj", (L, K, H, D), kv, f"{layer}.self_attn.k_proj.weight", (K * H, D), "kernel"),
-        row("layers.self_attn.v_proj", (L, K, H, D), kv, f"{layer}.self_attn.v_proj.weight", (K * H, D), "kernel"),
-        row("layers.self_attn.o_proj", (L, D, N, H), out, f"{layer}.self_attn.o_proj.weight", (D, N * H), "kernel"),
-        # Gemma 1 calls the norm *before the MLP* post_attention.
-        row("layers.post_attention_layernorm", (L, D), norm, f"{layer}.post_attention_layernorm.weight", (D,), "norm"),
-        row("layers.mlp.gate_proj", (L, F, D), mlp_in, f"{layer}.mlp.gate_proj.weight", (F, D), "kernel"),
-        row("layers.mlp.up_proj", (L, F, D), mlp_in, f"{layer}.mlp.up_proj.weight", (F, D), "kernel"),
-        row("layers.mlp.down_proj", (L, D, F), mlp_out, f"{layer}.mlp.down_proj.weight", (D, F), "kernel"),
-        row("norm", (D,), ("embed",), "model.norm.weight", (D,), "norm"),
+
+    def row(name, shape, axes, hf_shape, kind):
+        hf_name = f"model.layers.{{layer}}.{name}.weight"
+        return Parameter(f"layers.{name}", (L, *shape), ("layers", *axes), hf_name, hf_shape, kind)
+
+    def norm(name, size, axis="embed"):
+        return row(name, (size,), (axis,), (size,), "norm")
+
+    rows = [
+        norm("input_layernorm", D),
+        row("self_attn.q_proj", (N, H, D), ("heads", "head_dim", "embed"), (N * H, D), "kernel"),
+        row("self_attn.k_proj", (K, H, D), ("kv_heads", "head_dim", "embed"), (K * H, D), "kernel"),
+        row("self_attn.v_proj", (K, H, D), ("kv_heads", "head_dim", "embed"), (K * H, D), "kernel"),
+        row("self_attn.o_proj", (D, N, H), ("embed", "heads", "head_dim"), (D, N * H), "kernel"),
+        # Gemma 1 and Llama call the norm *before the MLP* post_attention; from Gemma 2 on it is what it says.
+        norm("post_attention_layernorm", D),
+        row("mlp.gate_proj", (F, D), ("mlp", "embed"), (F, D), "kernel"),
+        row("mlp.up_proj", (F, D), ("mlp", "embed"), (F, D), "kernel"),
+        row("mlp.down_proj", (D, F), ("embed", "mlp"), (D, F), "kernel"),
     ]
+    if m.family.post_norms:
+        rows += [norm("pre_feedforward_layernorm", D), norm("post_feedforward_layernorm", D)]
+    if m.family.qk_norm:
+        rows += [norm("self_attn.q_norm", H, "head_dim"), norm("self_attn.k_norm", H, "head_dim")]
+    return rows
 
 
 def parameter_count(m: ModelConfig) -> int:

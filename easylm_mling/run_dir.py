@@ -2,10 +2,15 @@
 
 RUN/config.yaml      the resolved config, written once
    /catalog.json     the files of every source and how they are cut
+   /estimates.json   tokens per byte of every language, by a sample
    /tokenizer/       the tokenizer's files, to be exported with the model
    /metrics.jsonl    one line a logged step and one an evaluation, appended; after a resume the last line of a step counts
    /quarantine.jsonl bad records
+   /ledger.json      what was consumed of every source and language, written when a process ends
+   /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/states.py
    /checkpoints/     see checkpoint.py
+
+After `--accept-data-change`, NAME-to-step-N is what config.yaml, catalog.json and tokenizer/ were up to step N.
 """
 
 from pathlib import Path
@@ -21,7 +26,12 @@ FREE_KEYS = (
     "mesh.",
     "checkpoint.",
     "eval.",
+    # Only those that have not begun; run_data.py sees to it.
+    "data.stages",
     "data.max_bad_fraction",
+    "data.token_cache",
+    "data.retries",
+    "data.retry_seconds",
     "train.stop_at_step",
     "train.log_every_steps",
     "train.max_skipped_in_a_row",
@@ -30,21 +40,35 @@ FREE_KEYS = (
     "train.loss_chunk",
 )
 
+# What --accept-data-change lets change besides.
+DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
+REASONS = {
+    "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
+    "data.lanes": "every lane reads its own blocks",
+}
+
 
 class RunDirectory:
-    """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run."""
+    """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run.
 
-    def __init__(self, config: RunConfig):
+    With `accept_data_change`, other sources or another tokenizer are not something else.
+    """
+
+    def __init__(self, config: RunConfig, accept_data_change: bool = False):
         self.path = Path(config.run_dir)
         self.config_file = self.path / "config.yaml"
         self.catalog_file = self.path / "catalog.json"
+        self.estimates_file = self.path / "estimates.json"
+        self.ledger_file = self.path / "ledger.json"
+        self.states_dir = self.path / "data_states"
         self.metrics_file = self.path / "metrics.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir={self.path} is a file; name a directory")
+        self.data_settings_changed = False
         if self.config_file.is_file():
-            self._check_same_run(config)
+            self._check_same_run(config, accept_data_change)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(f"run_dir={self.path} is not empty and holds no run; name a new directory")
 
@@ -58,14 +82,37 @@ class RunDirectory:
             with appears_whole(self.tokenizer_dir) as partial:
                 copy_tokenizer(Path(config.data.tokenizer), partial)
 
-    def _check_same_run(self, config: RunConfig):
+    def set_aside_path(self, path: Path, step: int) -> Path:
+        """Where what `path` was up to the checkpoint of `step` lies now."""
+        aside = path.with_name(f"{path.stem}-to-step-{step}{path.suffix}")
+        return aside if aside.exists() else path
+
+    def set_aside(self, step: int):
+        """Copy what other data than before will replace. What a killed process set aside at this step stays."""
+        for path in (self.config_file, self.catalog_file):
+            if path.exists() and self.set_aside_path(path, step) == path:
+                write_whole(path.with_name(f"{path.stem}-to-step-{step}{path.suffix}"), path.read_bytes())
+        if self.tokenizer_dir.exists() and self.set_aside_path(self.tokenizer_dir, step) == self.tokenizer_dir:
+            self.tokenizer_dir.rename(self.tokenizer_dir.with_name(f"{self.tokenizer_dir.name}-to-step-{step}"))
+
+    def replace_config(self, config: RunConfig):
+        write_whole(self.config_file, to_yaml(config).encode())
+
+    def _check_same_run(self, config: RunConfig, accept_data_change: bool):
         changed = {
             k: v for k, v in differences(load([str(self.config_file)]), config).items() if not k.startswith(FREE_KEYS)
         }
+        if accept_data_change:
+            self.data_settings_changed = any(k.startswith(DATA_KEYS) for k in changed)
+            changed = {k: v for k, v in changed.items() if not k.startswith(DATA_KEYS)}
         if changed:
-            shown = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in list(changed.items())[:5])
+            listed = [
+                f"{key} was {old}, now {new}" + (f" ({REASONS[key]})" if key in REASONS else "")
+                for key, (old, new) in changed.items()
+            ]
             more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+            way = ", or go on with --accept-data-change" if all(k.startswith(DATA_KEYS) for k in changed) else ""
             raise ConfigError(
-                f"run_dir={self.path} belongs to a run with another config: {shown}{more}. "
-                "Choose another run_dir (with init_from to start from this run's parameters), or restore the old values"
+                f"run_dir={self.path} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
+                f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"
             )

@@ -76,8 +76,9 @@ def batch_loss(params, batch, graph, train: TrainConfig, sources: int):
     model = nnx.merge(graph, params)
     dtype = jnp.dtype(train.compute_dtype)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, train.remat)
+    cap = model.config.final_logit_softcapping
     entropy, z = cross_entropy(
-        hidden, model.embed_tokens[...], batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss
+        hidden, model.head, batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss, cap
     )
     by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=sources)
     return jnp.sum(entropy) + jnp.sum(z), (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))

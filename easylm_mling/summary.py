@@ -2,39 +2,38 @@
 
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from easylm_mling.checkpoint import load_data_state
-from easylm_mling.config import ConfigError, RunConfig, load
-from easylm_mling.data.mixture import COUNTERS
+from easylm_mling.checkpoint import load_data_state, load_info
+from easylm_mling.config import ConfigError, RunConfig, from_tree
+from easylm_mling.data.mixture import DataState
 from easylm_mling.metrics import read_metrics
+from easylm_mling.run_data import load_ledger
 
 
 def print_summary(run_dir: str, console: Console | None = None):
     """Print the table of the run in `run_dir` as of its newest checkpoint, and where it was exported to."""
-    config_file, metrics_file = Path(run_dir) / "config.yaml", Path(run_dir) / "metrics.jsonl"
-    if not config_file.is_file():
+    metrics_file = Path(run_dir) / "metrics.jsonl"
+    if not (Path(run_dir) / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
     console = console or Console()
-    console.print(summary_table(load([str(config_file)]), metrics_file, load_data_state(run_dir)))
+    config = from_tree(RunConfig, load_info(run_dir)["config"])
+    state = DataState(**load_data_state(run_dir))
+    console.print(summary_table(config, metrics_file, load_ledger(config, run_dir).sources(state)))
     for export in read_metrics(metrics_file, "export"):
         console.print(
             f"step {export['step']} exported in {export['dtype']} to {export['path']}", highlight=False, soft_wrap=True
         )
 
 
-def summary_table(config: RunConfig, metrics_file: Path, data_state: np.ndarray) -> Table:
-    """A row a source: share wanted, share, tokens, documents, bad records, held-out loss (nats a token) first and last.
+def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dict]) -> Table:
+    """A row a source: share wanted, share, tokens, documents, epochs, bad records, held-out loss first and last.
 
-    data_state is int64 [lanes, sources, counters] as saved with a checkpoint.
+    `consumed` is Ledger.sources' at the step in question; losses are nats a token, epochs estimates.
     """
     evaluations = read_metrics(metrics_file, "eval")
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-    consumed = data_state.sum(axis=0)
-    tokens, documents, bad = (consumed[:, COUNTERS.index(c)] for c in ("tokens", "documents", "bad"))
-    weights = [s.weight for s in config.data.sources.values()]
 
     def losses(name=None):
         found = [e.get("sources", {}).get(name) if name else e.get("loss") for e in (first, last)]
@@ -44,17 +43,20 @@ def summary_table(config: RunConfig, metrics_file: Path, data_state: np.ndarray)
         title=f"{config.run_dir}: tokens of each source, and its held-out loss (nats a token)", title_justify="left"
     )
     table.add_column("source", no_wrap=True)
-    for heading in ("wanted", "share", "tokens", "documents", "bad", "loss", "at end"):
+    for heading in ("wanted", "share", "tokens", "documents", "epochs", "bad", "loss", "at end"):
         table.add_column(heading, justify="right")
-    total = int(tokens.sum())
-    for s, name in enumerate(config.data.sources):
-        share = tokens[s] / max(1, total)
-        counts = (f"{n:,}" for n in (tokens[s], documents[s], bad[s]))
-        table.add_row(name, f"{weights[s] / sum(weights):.2%}", f"{share:.2%}", *counts, *losses(name))
+    tokens, documents, bad, rows = (
+        sum(s[k] for s in consumed.values()) for k in ("tokens", "documents", "bad", "rows")
+    )
+    for name, source in consumed.items():
+        shares = (f"{source['wanted']:.2%}", f"{source['tokens'] / max(1, tokens):.2%}")
+        counts = (f"{source['tokens']:,}", f"{source['documents']:,}")
+        epochs = "-" if source["epochs"] is None else f"{source['epochs']:.2f}"
+        table.add_row(name, *shares, *counts, epochs, f"{source['bad']:,}", *losses(name))
     table.add_section()
-    table.add_row("all", "", "", *(f"{n:,}" for n in (total, documents.sum(), bad.sum())), *losses())
+    table.add_row("all", "", "", f"{tokens:,}", f"{documents:,}", "", f"{bad:,}", *losses())
     table.caption = (
-        f"budget {config.train.budget_tokens:,} tokens; consumed {total:,} in {total // config.tokens_per_step:,} steps "
+        f"budget {config.train.budget_tokens:,} tokens; consumed {tokens:,} in {rows // config.train.batch_size:,} steps "
         f"of {config.tokens_per_step:,}"
     )
     return table

@@ -59,6 +59,29 @@ def test_a_config_survives_the_trip_through_plain_trees_and_yaml(minimal, tmp_pa
         ("train=5", "train: expected `key: value` lines, found 5"),
         ("nonsense", "'nonsense' is not an override"),
         ("run_dir=${oc.env:HOME}", "run_dir='${oc.env:HOME}': ${...} is not filled in here"),
+        ("data.sources.a.max_epochs=2", "data.sources.a: max_epochs=2 does not go with when_used_up=repeat"),
+        ("data.sources.a.when_used_up=stop", "data.sources.a: max_epochs=0 does not go with when_used_up=stop"),
+        ("data.sources.a.when_used_up=end", "data.sources.a.when_used_up='end' must be one of repeat"),
+        ("data.sources.a.sample_fraction=0", "data.sources.a.sample_fraction=0.0 must be in (0, 1]"),
+        ("data.sources.a.language_by=unimax", "data.sources.a.language_by=unimax needs data.sources.a.max_epochs"),
+        ("data.sources.a.language_by=rows", "data.sources.a.language_by='rows' must be one of bytes"),
+        ("data.weighting.by=size", "data.weighting.by='size' must be one of number"),
+        ("data.weighting.by=bytes", "data.sources.a.weight=1.0 means nothing with data.weighting.by=bytes"),
+        ("data.sources.a.weight=null", "data.sources.a.weight is missing"),
+        ("data.sources.a.sources={b: {paths: x}}", "unknown key 'data.sources.a.paths'; a group has only"),
+        ("data.sources.g={weight: 1, sources: {}}", "data.sources.g.sources: name at least one source"),
+        ("data.sources.g={weight: 1, sources: {b: {paths: x}}}", "data.sources.g.sources.b.weight is missing"),
+        ("data.sources.g={sources: {b: {paths: x, weight: 1}}}", "data.sources.g.weight is missing"),
+        ("data.sources.g={weight: -1, sources: {b: {paths: x, weight: 1}}}", "data.sources.g: weights must be finite"),
+        ("data.sources.g={weight: 1, sources: {b: {paths: x, weight: 0}}}", "data.sources.g: weights must be finite"),
+        ("data.sources.g={weight: 1, sources: {b: x}}", "data.sources.g.sources.b: expected `key: value` lines"),
+        ("data.stages=[{from_tokens: 5, weights: {b: 1}}]", "data.stages[0].weights.b: no such source; there are a"),
+        ("data.stages=[{from_tokens: 5, weights: {a: 0}}]", "data.stages[0]: every weight is 0"),
+        ("data.stages=[{from_tokens: 5, weights: {a: -1}}]", "data.stages[0].weights.a=-1.0 must be a finite number"),
+        (
+            "data.stages=[{from_tokens: 5, weights: {}}, {from_tokens: 5, weights: {}}]",
+            "data.stages: from_tokens must rise",
+        ),
         ("train.remat=fulll", "train.remat='fulll' must be one of"),
     ],
 )
@@ -67,6 +90,27 @@ def test_each_mistake_is_one_line_that_names_the_key(minimal, override, message)
         c.load([minimal], [override])
     assert message.replace("\\", "") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_groups_become_sources_that_divide_their_weight(minimal, tmp_path):
+    group = "data.sources.g={weight: 3, sources: {ko: {paths: k, weight: 1}, deep: {weight: 2, sources: {x: {paths: x, weight: 7}}}}}"
+    got = c.load([minimal], [group])
+    assert {n: s.weight for n, s in got.data.sources.items()} == {"a": 1, "g/ko": 1, "g/deep/x": 2}
+    file = tmp_path / "resolved.yaml"
+    file.write_text(c.to_yaml(got))
+    assert c.load([str(file)]) == got
+    plain = ["data.weighting.by=tokens", "data.sources.a.weight=null", "data.sources.g={sources: {ko: {paths: k}}}"]
+    assert {n: s.weight for n, s in c.load([minimal], plain).data.sources.items()} == {"a": None, "g/ko": None}
+
+
+def test_stages_are_read_as_people_write_them(minimal):
+    got = c.load([minimal], ["data.stages=[{from_tokens: 1.5B, weights: {a: 2}}]"])
+    assert got.data.stages == (c.StageConfig(1_500_000_000, {"a": 2.0}),)
+    with pytest.raises(c.ConfigError, match="data.stages goes with data.weighting.by=number, not with 'bytes'"):
+        c.load(
+            [minimal],
+            ["data.stages=[{from_tokens: 1, weights: {}}]", "data.weighting.by=bytes", "data.sources.a.weight=null"],
+        )
 
 
 def test_missing_key_missing_file_and_bad_yaml(minimal, tmp_path):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from easylm_mling.config import ConfigError, SourceConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import DataError, Loader, holdout_rows, to_device
-from easylm_mling.data.mixture import BAD, DOCUMENTS, ROWS, TOKENS
+from easylm_mling.data.mixture import BAD, DOCUMENTS, ROWS, TOKENS, whole_state
 
 BATCH, LANES, T = 8, 4, 32
 
@@ -49,7 +49,7 @@ def global_batches(corpora, steps, hosts=1, state=None):
     made = []
     for _ in range(steps):
         batches, states = zip(*(next(loader) for loader in loaders), strict=True)
-        made.append(({k: np.concatenate([b[k] for b in batches]) for k in batches[0]}, np.maximum.reduce(states)))
+        made.append(({k: np.concatenate([b[k] for b in batches]) for k in batches[0]}, whole_state(list(states))))
     for loader in loaders:
         loader.close()
     return made
@@ -61,7 +61,8 @@ def assert_same(got, want):
         assert a.keys() == b.keys()
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
-        np.testing.assert_array_equal(state_a, state_b)
+        for x, y in zip(state_a, state_b, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,8 @@ def test_shapes_and_types(undisturbed):
         "loss_mask": ((BATCH, T), np.dtype(np.float32)),
         "source": ((BATCH,), np.dtype(np.int32)),
     }
-    assert state.shape == (LANES, 3, 9) and state.dtype == np.int64
+    assert state.lanes.shape == (LANES, 3, 11) and state.languages.shape == (4, 3)
+    assert state.lanes.dtype == state.languages.dtype == np.int64
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -95,7 +97,8 @@ def test_a_state_is_not_touched_by_what_is_read_after_it(corpora, undisturbed):
     with Loader(config, catalog, tokenizer()) as loader:
         states = [next(loader)[1] for _ in range(10)]
     for state, (_, want) in zip(states, undisturbed, strict=False):
-        np.testing.assert_array_equal(state, want)
+        for x, y in zip(state, want, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 def test_the_ledger_is_what_the_batches_hold(corpora, undisturbed):
@@ -105,9 +108,9 @@ def test_the_ledger_is_what_the_batches_hold(corpora, undisturbed):
         for lane in range(LANES):
             rows[lane] += np.bincount(batch["source"].reshape(LANES, -1)[lane], minlength=3)
         begun += [np.count_nonzero(batch["tokens"][batch["source"] == s] == 2) for s in range(3)]
-        np.testing.assert_array_equal(state[..., ROWS], rows)
-        np.testing.assert_array_equal(state[..., TOKENS], rows * T)
-        np.testing.assert_array_equal(state[..., DOCUMENTS].sum(axis=0), begun)
+        np.testing.assert_array_equal(state.lanes[..., ROWS], rows)
+        np.testing.assert_array_equal(state.lanes[..., TOKENS], rows * T)
+        np.testing.assert_array_equal(state.lanes[..., DOCUMENTS].sum(axis=0), begun)
 
 
 def test_every_batch_has_the_shares_to_a_row_a_round_and_the_run_has_them_exactly(undisturbed):
@@ -189,10 +192,10 @@ def test_bad_records_are_written_down_and_counted_once(tmp_path):
     config, catalog = one_source(tmp_path / "a.jsonl", batch=1)
     quarantine = tmp_path / "quarantine.jsonl"
     with Loader(config, catalog, tokenizer(), quarantine=quarantine) as loader:
-        state = next(state for _, state in loader if state[0, 0, 0] == 1)
-    assert state[..., BAD].sum() in (2, 4)
+        state = next(state for _, state in loader if state.lanes[0, 0, 0] == 1)
+    assert state.lanes[..., BAD].sum() in (2, 4)
     entries = [json.loads(line) for line in quarantine.read_text().splitlines()]
-    assert entries[0].keys() == {"source", "file", "offset", "reason", "head"}
+    assert entries[0].keys() == {"source", "lane", "epoch", "block", "window", "file", "offset", "reason", "head"}
     first = {e["offset"]: e for e in entries[:2]}
     content = (tmp_path / "a.jsonl").read_bytes()
     for offset, entry in first.items():

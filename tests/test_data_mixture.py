@@ -6,17 +6,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from easylm_mling.config import ConfigError
-from easylm_mling.data.mixture import ROWS, initial_state, integer_weights, next_round, own_state, row_arrays
+from easylm_mling.data.mixture import ROWS, DataState, initial_state, next_round, own_state, row_arrays, whole_state
+from easylm_mling.data.weights import constant_plan, integer_weights
 
 WEIGHTS = st.lists(st.floats(0, 1) | st.integers(0, 3), min_size=1, max_size=6).filter(lambda w: sum(w) > 1e-6)
 
 
 def play(weights, lanes, rounds, seed=0):
     """Sources [rounds, V] of a run from its start."""
-    shares, planned = integer_weights(weights), np.zeros((lanes, len(weights)), np.int64)
+    plan, planned = constant_plan(weights), np.zeros((lanes, len(weights)), np.int64)
     dealt = []
     for _ in range(rounds):
-        dealt.append(next_round(shares, seed, planned))
+        dealt.append(next_round(plan, seed, planned, [lanes] * len(weights)))
         planned[np.arange(lanes), dealt[-1]] += 1
     return np.array(dealt)
 
@@ -66,23 +67,23 @@ def test_lanes_do_not_go_in_step():
 
 
 def test_a_round_is_a_function_of_the_rows_so_far():
-    shares, planned = integer_weights([5, 3, 1]), np.zeros((4, 3), np.int64)
+    plan, planned = constant_plan([5, 3, 1]), np.zeros((4, 3), np.int64)
     for row in play([5, 3, 1], 4, 50):
-        np.testing.assert_array_equal(next_round(shares, 0, planned.copy()), row)
+        np.testing.assert_array_equal(next_round(plan, 0, planned.copy(), [4] * 3), row)
         planned[np.arange(4), row] += 1
 
 
 def test_changed_weights_are_approached_by_one_row_a_round():
     planned = counts(play([1, 0], 8, 20).T, 2)
     for _ in range(40):
-        dealt = next_round(integer_weights([1, 1]), 0, planned)
+        dealt = next_round(constant_plan([1, 1]), 0, planned, [8, 8])
         assert 3 <= (dealt == 1).sum() <= 5
         planned[np.arange(8), dealt] += 1
 
 
 def test_rounds_are_exact_after_a_billion_rows():
     planned = np.tile(np.array([[250_000_000, 750_000_000]], np.int64), (8, 1))
-    assert np.bincount(next_round(integer_weights([1, 3]), 0, planned)).tolist() == [2, 6]
+    assert np.bincount(next_round(constant_plan([1, 3]), 0, planned, [8, 8])).tolist() == [2, 6]
 
 
 @settings(deadline=None, max_examples=80)
@@ -112,13 +113,14 @@ def test_a_row_s_arrays_are_those_of_its_documents(lengths, skip, width):
 
 def test_a_state_of_another_mixture_is_refused():
     state = initial_state(4, 2, range(4))
-    with pytest.raises(ConfigError, match=r"data.lanes=8 with 2 sources.*\(4, 2, 9\)"):
+    with pytest.raises(ConfigError, match=r"data.lanes=8 with 2 sources.*\(4, 2, 11\)"):
         own_state(state, 8, 2, range(8))
 
 
-def test_the_maximum_of_the_hosts_states_is_the_whole_state():
+def test_the_hosts_states_together_are_the_whole_state():
     rng = np.random.default_rng(0)
-    whole = rng.integers(0, 99, initial_state(6, 3, range(6)).shape)
+    whole = DataState(*(rng.integers(0, 99, x.shape) for x in initial_state(6, 3, range(6), 4)))
     parts = [own_state(whole, 6, 3, r) for r in (range(0, 2), range(2, 3), range(3, 6))]
-    np.testing.assert_array_equal(np.maximum.reduce(parts), whole)
-    assert all((p[..., ROWS] == whole[..., ROWS]).all() for p in parts)
+    assert all((p.lanes[..., ROWS] == whole.lanes[..., ROWS]).all() for p in parts)
+    for got, want in zip(whole_state(parts), whole, strict=True):
+        np.testing.assert_array_equal(got, want)

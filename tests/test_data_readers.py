@@ -101,7 +101,7 @@ BAD_LINES = {
     b'{"text": ["a"]}': "field 'text' is list, not text",
     b'{"body": "a"}': "field 'text' is missing",
     b'["text"]': "not a JSON object",
-    b'{"text": "raw \x01 control"}': "invalid JSON",
+    b'{"text": "raw \x01 control"}': "raw control character in JSON",
     b'{"text": "deep", "x": ' + b"[" * 100_000: "invalid JSON",
     b'{"text": "a", "n": ' + b"9" * 5000 + b', "s": "\\ud800"}': "invalid JSON",
 }

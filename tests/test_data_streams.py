@@ -9,7 +9,8 @@ from data_corpus import data_config, documents, epoch_order, tokenizer, write
 from easylm_mling.config import ConfigError
 from easylm_mling.data import streams
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS, initial_state
-from easylm_mling.data.streams import LaneStream, Shelf, join_documents
+from easylm_mling.data.streams import LaneStream, Shelf
+from easylm_mling.data.tokenizer import join_documents
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def open_stream():
 
         def make(order, state, lane=0, on_window=lambda window: None):
             shelf = stack.enter_context(contextlib.closing(Shelf()))
-            return LaneStream(order, tokenizer(), lane, len(state), state[lane, 0], shelf, on_window)
+            languages = np.zeros((len(order.source.languages), 3), np.int64)
+            return LaneStream(order, tokenizer(), lane, len(state), state[lane, 0], languages, shelf, on_window)
 
         yield make
 
@@ -35,7 +37,7 @@ def read_documents(tokens) -> list[str]:
 @pytest.mark.parametrize("layout", ["jsonl", "jsonl.zst", "parquet", "arrow"])
 def test_a_stream_is_every_document_once_an_epoch(tmp_path, open_stream, layout):
     texts = documents(200)
-    state = initial_state(1, 1, range(1))
+    state = initial_state(1, 1, range(1)).lanes
     stream = open_stream(epoch_order(data_config(write(tmp_path / "a", layout, texts))), state)
     rows = [stream.take(16) for _ in range(len(join_documents(tokenizer(), texts)) // 16 * 2)]
     assert all(a[16] == b[0] for a, b in zip(rows, rows[1:], strict=False))
@@ -49,7 +51,7 @@ def test_a_stream_is_every_document_once_an_epoch(tmp_path, open_stream, layout)
 def test_lanes_share_an_epoch_out_between_them(tmp_path, open_stream):
     texts = documents(300)
     order = epoch_order(data_config(write(tmp_path / "a", "jsonl", texts)))
-    state = initial_state(3, 1, range(3))
+    state = initial_state(3, 1, range(3)).lanes
     read = []
     for lane in range(3):
         stream, tokens = open_stream(order, state, lane), []
@@ -68,7 +70,7 @@ def test_a_stream_goes_on_from_any_state(tmp_path, open_stream, layout):
     if layout == "jsonl":
         path.write_text(path.read_text().replace("\n", "\nno json\n"))
     order = epoch_order(data_config(path))
-    state, entered = initial_state(2, 1, range(2)), []
+    state, entered = initial_state(2, 1, range(2)).lanes, []
     stream = open_stream(order, state, 1, entered.append)
     states, rows = [state.copy()], []
     for _ in range(200):
@@ -86,17 +88,17 @@ def test_a_stream_goes_on_from_any_state(tmp_path, open_stream, layout):
 
 def test_readers_that_rest_too_long_start_again_and_change_nothing(tmp_path, open_stream, monkeypatch):
     order = epoch_order(data_config(write(tmp_path / "a", "jsonl.gz", documents(300))))
-    stream = open_stream(order, initial_state(1, 1, range(1)))
+    stream = open_stream(order, initial_state(1, 1, range(1)).lanes)
     rows = [stream.take(64) for _ in range(60)]
     monkeypatch.setattr(streams, "_RESTING", 0)
-    stream = open_stream(order, initial_state(1, 1, range(1)))
+    stream = open_stream(order, initial_state(1, 1, range(1)).lanes)
     np.testing.assert_array_equal([stream.take(64) for _ in range(60)], rows)
 
 
 def test_a_resume_tokenises_a_row_and_a_document_of_each_stream(tmp_path, open_stream, monkeypatch):
     path = write(tmp_path / "a", "jsonl", documents(3000))
     order = epoch_order(data_config(path, block_bytes=200_000))
-    state = initial_state(1, 1, range(1))
+    state = initial_state(1, 1, range(1)).lanes
     open_stream(order, state).take(8000)
     encoded = []
     encode = tokenizer().encode
@@ -107,7 +109,7 @@ def test_a_resume_tokenises_a_row_and_a_document_of_each_stream(tmp_path, open_s
 
 def test_text_that_waits_is_not_in_memory(tmp_path, open_stream):
     path = write(tmp_path / "a", "jsonl", documents(3000))
-    stream = open_stream(epoch_order(data_config(path, block_bytes=10**6)), initial_state(1, 1, range(1)))
+    stream = open_stream(epoch_order(data_config(path, block_bytes=10**6)), initial_state(1, 1, range(1)).lanes)
     stream.take(32)
     held = sum(v.nbytes for v in vars(stream).values() if isinstance(v, np.ndarray))
     assert held < 3000 * 4 + 2000
@@ -119,12 +121,12 @@ def test_a_source_without_a_document_to_train_on_is_an_error_and_no_endless_loop
     (tmp_path / "b.jsonl").write_text("not json\n" * 50)
     for data in (held_out, data_config(tmp_path / "b.jsonl")):
         with pytest.raises(ConfigError, match=r"data.sources.s: a whole epoch holds no document.*holdout_fraction"):
-            open_stream(epoch_order(data), initial_state(3, 1, range(3)), lane=1).take(8)
+            open_stream(epoch_order(data), initial_state(3, 1, range(3)).lanes, lane=1).take(8)
 
 
 def test_a_few_documents_are_enough(tmp_path, open_stream):
     order = epoch_order(data_config(write(tmp_path / "a", "jsonl", ["one small document"])))
-    tokens = open_stream(order, initial_state(8, 1, range(8)), lane=5).take(100)[:100]
+    tokens = open_stream(order, initial_state(8, 1, range(8)).lanes, lane=5).take(100)[:100]
     assert set(read_documents(tokens)) == {"one small document"}
 
 
@@ -136,7 +138,7 @@ def test_units_larger_than_a_block_leave_no_lane_without_documents(tmp_path, ope
     for epoch in range(20):
         assert all(len(order.units(epoch, b)) for b in range(order.blocks(epoch)))
     for lanes in (1, 2, 3, 4):
-        state = initial_state(lanes, 1, range(lanes))
+        state = initial_state(lanes, 1, range(lanes)).lanes
         for lane in range(lanes):
             assert read_documents(open_stream(order, state, lane).take(1000)[:1000])
 
@@ -147,6 +149,6 @@ def test_a_lane_passes_the_epochs_of_a_tiny_source_quickly(tmp_path, open_stream
     ordered = []
     inner = order._order_epoch
     monkeypatch.setattr(order, "_epoch", lambda epoch: ordered.append(epoch) or inner(epoch))
-    state = initial_state(4096, 1, range(4096))
+    state = initial_state(4096, 1, range(4096)).lanes
     open_stream(order, state, lane=4000).take(8)
     assert state[4000, 0, EPOCH] == 4000 and set(ordered) == {4000}

@@ -3,13 +3,14 @@
 from functools import partial
 from pathlib import Path
 
+import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import GemmaForCausalLM
 
 from easylm_mling import generate as module
 from easylm_mling.checkpoint import Checkpoints
@@ -20,19 +21,11 @@ from easylm_mling.model import logits
 from easylm_mling.sharding import make_mesh
 from easylm_mling.step import model_graph
 
-TINY = dict(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32)
 PROMPTS = [[2, 17, 40, 5], [2], [2, 9, 9, 250, 31, 77, 8, 120, 44], [2, 299, 3]]
 
 
-def transformers_model(heads=4, kv_heads=2) -> GemmaForCausalLM:
-    config = GemmaConfig(**TINY, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512)
-    torch.manual_seed(0)
-    model = GemmaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            # Small embeddings and large kernels: else a tied model only repeats the last token.
-            p.normal_(0, 0.02 if "embed" in name else 0.1 if "norm" in name else 0.3)
-    return model
+# Small embeddings and large kernels: else a tied model only repeats the last token.
+transformers_model = partial(hf_models.transformers_model, kernels=0.3, embedding=0.02)
 
 
 def one_device():
@@ -59,7 +52,9 @@ def loaded(directory):
 @partial(jax.jit, static_argnums=0)
 def all_scores(graph, params, row):
     gemma, positions = nnx.merge(graph, params), jnp.arange(row.shape[1])[None]
-    return logits(gemma(row, positions, jnp.ones_like(row), jnp.float32), gemma.embed_tokens[...])
+    return logits(
+        gemma(row, positions, jnp.ones_like(row), jnp.float32), gemma.head, gemma.config.final_logit_softcapping
+    )
 
 
 def recomputed(loaded, prompt: list[int], count: int) -> list[int]:
@@ -73,9 +68,12 @@ def recomputed(loaded, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
-def test_greedy_text_is_that_of_transformers(tmp_path, heads, kv_heads):
-    theirs = transformers_model(heads, kv_heads)
+@pytest.mark.parametrize(
+    "heads, kv_heads, family",
+    [(4, 4, "gemma"), (4, 1, "gemma"), (4, 2, "gemma2"), (4, 2, "gemma3_text"), (4, 2, "llama")],
+)
+def test_greedy_text_is_that_of_transformers(tmp_path, heads, kv_heads, family):
+    theirs = transformers_model(heads, kv_heads, family=family)
     theirs.save_pretrained(tmp_path / "hf")
     ours = generate(*load_model(tmp_path / "hf", one_device()), PROMPTS, 30, dtype="float32")
     for prompt, new in zip(PROMPTS, ours, strict=True):
@@ -85,7 +83,10 @@ def test_greedy_text_is_that_of_transformers(tmp_path, heads, kv_heads):
     assert len({tuple(new) for new in ours}) == len(PROMPTS) and max(len(set(new)) for new in ours) > 3
 
 
-def test_the_cache_changes_nothing(loaded):
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_the_cache_changes_nothing(family, tmp_path):
+    transformers_model(family=family).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, one_device())
     for prompt, new in zip(PROMPTS, generate(*loaded, PROMPTS, 20, dtype="float32"), strict=True):
         assert new == recomputed(loaded, prompt, 20)
 

@@ -1,5 +1,6 @@
-"""Properties of the model, the loss and the sharding of both. Parity with transformers is in test_hf.py."""
+"""Properties of the model, the loss and the sharding of both. Parity with transformers is in test_hf_parity.py."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,8 +13,8 @@ from easylm_mling.attention import attention
 from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.loss import cross_entropy
-from easylm_mling.model import REMAT_POLICIES, logits, rms_norm, rotary
-from easylm_mling.params import parameter_count, parameter_table, to_flat, to_nested
+from easylm_mling.model import REMAT_POLICIES, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.params import parameter_table, to_flat, to_nested
 from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.step import init_params, model_graph
 
@@ -30,37 +31,50 @@ GEMMA_2B = ModelConfig(256000, 2048, 16384, 18, 8, 1, 256)
 GEMMA_7B = ModelConfig(256000, 3072, 24576, 28, 16, 16, 256)
 
 
+LOCAL = {"num_hidden_layers": 4, "sliding_window": 3, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9}
+FAMILIES = {
+    "gemma": M,
+    "gemma2": replace(M, model_type="gemma2", **LOCAL, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
+    "gemma3_text": replace(M, model_type="gemma3_text", **LOCAL, rope_theta=1e6, rope_local_base_freq=1e4),
+    "llama": replace(M, model_type="llama", tie_word_embeddings=False),
+}
+
+
 @pytest.fixture(scope="module")
 def params():
     return init_params(M, 0)
 
 
-def hidden(params, tokens, positions=None, segment_ids=None, dtype=jnp.float32, remat="full"):
+def hidden(params, tokens, positions=None, segment_ids=None, dtype=jnp.float32, remat="full", m=M):
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
     segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    return nnx.merge(model_graph(M), params)(tokens, positions, segment_ids, dtype, remat)
+    return nnx.merge(model_graph(m), params)(tokens, positions, segment_ids, dtype, remat)
 
 
 def random_tokens(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(3, M.vocab_size, shape, dtype=np.int32))
 
 
-def test_the_table_is_the_model(params):
-    assert {k: v.shape for k, v in to_flat(params).items()} == {p.path: p.shape for p in parameter_table(M)}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_is_the_model(family):
+    m = FAMILIES[family]
+    params = init_params(m, 0)
+    assert {k: v.shape for k, v in to_flat(params).items()} == {p.path: p.shape for p in parameter_table(m)}
     assert to_flat(to_nested(to_flat(params))).keys() == to_flat(params).keys()
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
+    norms = {p.path for p in parameter_table(m) if p.kind == "norm"}
+    assert len(norms) == {"gemma": 3, "gemma2": 5, "gemma3_text": 7, "llama": 3}[family]
+    for path, value in to_flat(params).items():
+        assert (np.unique(value).tolist() == [float(family == "llama")]) == (path in norms), path
 
 
-def test_published_parameter_counts():
-    assert parameter_count(GEMMA_2B) == 2_506_172_416
-    assert parameter_count(GEMMA_7B) == 8_537_680_896
-
-
-def test_each_hugging_face_tensor_is_named_once_and_has_as_many_elements():
-    names = [p.hf_name.format(layer=0) for p in parameter_table(M)]
-    assert len(names) == len(set(names)) == len({p.path for p in parameter_table(M)})
-    for p in parameter_table(M):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_hugging_face_tensor_is_named_once_and_has_as_many_elements(family):
+    table = parameter_table(FAMILIES[family])
+    names = [p.hf_name.format(layer=0) for p in table]
+    assert len(names) == len(set(names)) == len({p.path for p in table})
+    for p in table:
         assert np.prod(p.hf_shape) == np.prod(p.shape[1:] if p.stacked else p.shape), p.path
 
 
@@ -72,16 +86,31 @@ def test_a_later_token_changes_nothing_before_it(params):
     assert not changed[:7].any() and changed[7:].all()
 
 
-def test_packed_documents_do_not_see_each_other(params):
+def test_a_local_layer_sees_its_window_and_no_further():
+    """One local layer of window 3: a token changes itself and the two after it. With global layers: all after it."""
+    m = replace(FAMILIES["gemma3_text"], num_hidden_layers=2, sliding_window_pattern=5)
+    tokens = random_tokens((1, 12))
+    other = tokens.at[0, 4].set((tokens[0, 4] + 1) % M.vocab_size)
+    for layers, pattern, reached in ((1, 5, range(4, 7)), (2, 5, range(4, 9)), (2, 2, range(4, 12))):
+        m = replace(m, num_hidden_layers=layers, sliding_window_pattern=pattern)
+        params = init_params(m, 0)
+        changed = np.any(np.asarray(hidden(params, tokens, m=m) != hidden(params, other, m=m))[0], axis=-1)
+        assert np.flatnonzero(changed).tolist() == list(reached), (layers, pattern)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_do_not_see_each_other(family):
     """Two documents in one row give the hidden states that each has alone, whatever the other says."""
+    m = FAMILIES[family]
+    params, run = init_params(m, 0), partial(hidden, m=m)
     a, b = random_tokens((1, 5), 1), random_tokens((1, 7), 2)
     tokens = jnp.concatenate([a, b], axis=1)
     positions = jnp.asarray([[*range(5), *range(7)]])
     segments = jnp.asarray([[1] * 5 + [2] * 7])
-    packed = hidden(params, tokens, positions, segments)
-    np.testing.assert_allclose(packed[:, :5], hidden(params, a), atol=1e-5)
-    np.testing.assert_allclose(packed[:, 5:], hidden(params, b), atol=1e-5)
-    other = hidden(params, tokens.at[0, 2].set(5), positions, segments)
+    packed = run(params, tokens, positions, segments)
+    np.testing.assert_allclose(packed[:, :5], run(params, a), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:], run(params, b), atol=1e-5)
+    other = run(params, tokens.at[0, 2].set(5), positions, segments)
     np.testing.assert_array_equal(packed[:, 5:], other[:, 5:])
 
 
@@ -102,22 +131,29 @@ def test_packed_loss_is_the_sum_of_each_document_alone(params):
     assert targets == sum(n for _, n in alone) == sum(len(d) - 1 for d in documents)
 
 
-def test_chunked_attention_is_attention():
+@pytest.mark.parametrize("window, soft_cap", [(None, None), (1, None), (100, None), (None, 0.7), (600, 0.7)])
+def test_chunked_attention_is_attention(window, soft_cap):
     keys = jax.random.split(jax.random.key(0), 4)
     B, T, N, K, H = 2, 1024, 2, 1, 8
     q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K), strict=False))
     segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (B, T)), axis=1).astype(jnp.int32) + 1
 
     def plain(q, k, v):
-        mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
-        scores = jnp.where(mask[:, None], jnp.einsum("btnh,bskh->bnts", q, k), -1e30)
-        return jnp.einsum("bnts,bskh->btnh", jax.nn.softmax(scores), v)
+        back = np.arange(T)[:, None] - np.arange(T)
+        seen = (back >= 0) & (back < (window or T))
+        mask = (segments[:, :, None] == segments[:, None, :]) & seen
+        scores = jnp.einsum("btnh,bskh->bnts", q, k)
+        scores = soft_cap * jnp.tanh(scores / soft_cap) if soft_cap else scores
+        return jnp.einsum("bnts,bskh->btnh", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30)), v)
+
+    def chunked(q, k, v):
+        return attention(q, k, v, segments, None if window is None else jnp.int32(window), soft_cap)
 
     def summed(f):
         return lambda *x: jnp.sum(jnp.sin(f(*x)))
 
-    np.testing.assert_allclose(attention(q, k, v, segments), plain(q, k, v), atol=2e-6)
-    got = jax.grad(summed(lambda *x: attention(*x, segments)), (0, 1, 2))(q, k, v)
+    np.testing.assert_allclose(chunked(q, k, v), plain(q, k, v), atol=2e-6)
+    got = jax.grad(summed(chunked), (0, 1, 2))(q, k, v)
     for a, b in zip(got, jax.grad(summed(plain), (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -134,7 +170,9 @@ def test_norms_rotary_and_embedding_scale_round_where_gemma_rounds():
     q = jnp.ones((1, 1, 1, 16), jnp.bfloat16)
     angles = 8191 * 10000.0 ** (-np.arange(8) / 8)
     np.testing.assert_allclose(
-        np.asarray(rotary(q, far, 10000.0), np.float64)[0, 0, 0, :8], np.cos(angles) - np.sin(angles), atol=0.01
+        np.asarray(rotary(q, far, rotary_frequencies(10000.0, 16)), np.float64)[0, 0, 0, :8],
+        np.cos(angles) - np.sin(angles),
+        atol=0.01,
     )
     assert jnp.asarray(3072**0.5, jnp.bfloat16) == 55.5
 
@@ -163,21 +201,22 @@ def largest_array(jaxpr) -> int:
     return largest
 
 
-@pytest.mark.parametrize("chunk", [5, 16, 64])
-def test_chunked_loss_is_the_plain_loss_and_never_holds_all_logits(chunk):
+@pytest.mark.parametrize("chunk, cap", [(5, None), (16, None), (64, None), (16, 0.5)])
+def test_chunked_loss_is_the_plain_loss_and_never_holds_all_logits(chunk, cap):
     B, T, D, V = 2, 40, 8, 300
     h, e = jax.random.normal(jax.random.key(0), (B, T, D)), jax.random.normal(jax.random.key(1), (V, D))
     targets = jax.random.randint(jax.random.key(2), (B, T), 0, V)
     mask = jax.random.bernoulli(jax.random.key(3), 0.7, (B, T)).astype(jnp.float32)
 
     def plain(h, e):
-        scores = logits(h, e)
+        scores = logits(h, e, None)
+        scores = cap * jnp.tanh(scores / cap) if cap else scores
         normaliser = jax.nn.logsumexp(scores, -1)
         entropy = normaliser - jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
         return jnp.sum((entropy + 0.01 * normaliser**2) * mask)
 
     def chunked(h, e):
-        entropy, z = cross_entropy(h, e, targets, mask, chunk, z_loss=0.01)
+        entropy, z = cross_entropy(h, e, targets, mask, chunk, z_loss=0.01, soft_cap=cap)
         return jnp.sum(entropy) + jnp.sum(z)
 
     np.testing.assert_allclose(chunked(h, e), plain(h, e), rtol=1e-6)

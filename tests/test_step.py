@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from easylm_mling.config import (
     ConfigError,
@@ -22,7 +23,7 @@ from easylm_mling.config import (
 from easylm_mling.optimizer import decay_mask, make_optimizer, make_schedule
 from easylm_mling.params import to_flat
 from easylm_mling.sharding import batch_sharding, check_run, make_mesh
-from easylm_mling.step import init_params, init_state, jit_eval_step, jit_train_step, state_shardings
+from easylm_mling.step import init_params, init_state, jit_eval_step, jit_train_step, model_graph, state_shardings
 
 T = 16
 
@@ -198,3 +199,34 @@ def test_a_batch_that_does_not_divide_is_refused():
         ConfigError, match=r"= 4 rows do not divide over the 8 shards of mesh.data x mesh.fsdp; use a multiple of 16"
     ):
         run(make_config((4, 2, 1), accumulation=2), [])
+
+
+LOCAL = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9, "final_logit_softcapping": 0.5}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"model_type": "gemma2", "attn_logit_softcapping": 2.0, **LOCAL},
+        {"model_type": "gemma3_text", "rope_local_base_freq": 100.0, **LOCAL},
+        {"model_type": "llama", "tie_word_embeddings": False},
+    ],
+)
+def test_every_family_has_its_own_loss_on_any_mesh(family):
+    """The sharded evaluation step against cross entropy of the model's plain logits, caps and untied head included."""
+    config = make_config((2, 2, 2))
+    config = replace(config, model=replace(config.model, initializer_range=0.3, **family))
+    mesh, batch = make_mesh(config.mesh), make_batch()
+    params = jax.jit(lambda: init_params(config.model, 0))()
+    gemma = nnx.merge(model_graph(config.model), params)
+    hidden = gemma(*(batch[k] for k in ("tokens", "positions", "segment_ids")), jnp.float32)
+    scores = np.asarray(hidden @ (params["lm_head"] if "lm_head" in params else params["embed_tokens"]).T, np.float64)
+    cap = config.model.final_logit_softcapping
+    scores = cap * np.tanh(scores / cap) if cap else scores
+    chosen = np.take_along_axis(scores, batch["targets"][..., None], -1)[..., 0]
+    entropy = (np.log(np.exp(scores).sum(-1)) - chosen) * batch["loss_mask"]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, state_shardings(config, mesh).params)
+        sums, _ = jit_eval_step(config, mesh)(sharded, jax.device_put(batch, batch_sharding(mesh)))
+    expected = [entropy[batch["source"] == s].sum() for s in (0, 1)]
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)

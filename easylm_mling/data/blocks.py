@@ -1,7 +1,7 @@
 """The order of an epoch, and the shuffled documents of its blocks, as pure functions of the seed.
 
-An epoch is a seeded permutation of a source's units, in which a unit may stand several times or not at all (language
-temperature); neighbours in it are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, are
+An epoch is a seeded permutation of a source's units, in which a unit may stand several times or not at all (the rate of
+its language); neighbours in it are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, are
 one source: their units share blocks.
 """
 
@@ -11,22 +11,27 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 
 from easylm_mling.data.catalog import Source
 from easylm_mling.data.readers import Bad, read_unit
+from easylm_mling.data.weights import ONE, first_epoch_after, language_rates
 
-_ONE = 1 << 32
+# Tells the hash that samples a source from the one that holds documents out.
+_SAMPLE_SALT = b"sample"
 
 
 class Window(NamedTuple):
     """A shuffled portion of a block.
 
-    The documents (UTF-8) of the wanted split, the bad records met, how many good ones were read, and whether the block
-    ends here.
+    The documents (UTF-8) of the wanted split, where each comes from (its unit, and its number among the unit's good
+    documents), the bad records met and their units, how many good ones were read, and whether the block ends here.
     """
 
     documents: list[bytes]
+    places: list[tuple[int, int]]
     bad: list[Bad]
+    bad_units: list[int]
     read: int
     last: bool
 
@@ -48,21 +53,49 @@ def seeded_order(count: int, *key: int | str) -> np.ndarray:
 class EpochOrder:
     """In which order the units of one source are read, epoch by epoch."""
 
-    def __init__(self, source: Source, seed: int, block_bytes: int):
+    def __init__(self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None):
+        """`rates`, int64 [languages]: how often each stands in an epoch, in 2**-32 (see weights.py; default: by bytes)."""
         self.source, self.seed, self.block_bytes = source, seed, block_bytes
-        self._rates = _unit_rates(source)
+        rates = language_rates(source, [], 0.0) if rates is None else rates
+        self._rates = rates[source.unit_languages]
         self._phases = (seeded_bits(len(source.units), seed, source.name, "phase") >> 32).astype(np.int64)
+        self._cap = source.settings["max_epochs"]
+        # The number of epochs that hold anything: None is no end.
+        self.epochs = first_epoch_after(self._rates, self._phases, self._cap) if self._cap else None
         # Known without putting the epoch in order: a lane may have to pass hundreds of epochs of a tiny source.
-        self._one_block = bool(np.all(self._rates == _ONE)) and source.units[:, 3].sum() <= block_bytes
+        self._one_block = bool(np.all(self._rates == ONE)) and source.units[:, 3].sum() <= block_bytes
         # The other sources' lanes are at most a few epochs apart.
         self._epoch = lru_cache(maxsize=8)(self._order_epoch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides which document of the source comes when."""
+        source = self.source
+        about = [
+            source.name,
+            source.settings,
+            [(f.name, f.fingerprint) for f in source.files],
+            self.seed,
+            self.block_bytes,
+        ]
+        digest = blake2b(orjson.dumps(about), digest_size=16)
+        digest.update(source.units.tobytes())
+        digest.update(self._rates.tobytes())
+        return digest.hexdigest()
 
     def blocks(self, epoch: int) -> int:
         """How many blocks the epoch has, none of them empty."""
         if self._one_block:
-            return 1
+            return int(self.epochs is None or epoch < self.epochs)
         bundle = self._epoch(epoch)[1]
         return int(bundle[-1]) + 1 if len(bundle) else 0
+
+    def blocks_up_to(self, limit: int) -> int:
+        """How many blocks all epochs have together, but at most `limit`."""
+        total, epoch = 0, 0
+        while self.epochs is not None and epoch < self.epochs and total < limit:
+            total, epoch = total + self.blocks(epoch), epoch + 1
+        return limit if self.epochs is None else min(total, limit)
 
     def units(self, epoch: int, block: int) -> np.ndarray:
         """int64 [n]: the units of one block, in reading order."""
@@ -73,10 +106,10 @@ class EpochOrder:
         """int64 [units]: how often each unit stands in the epoch.
 
         A rate of 2.3 means 2 or 3, and 23 times in ten epochs: seeded phases, not dice, so that a rare unit is never
-        left out for long.
+        left out for long. Over all epochs, no unit stands more than `max_epochs` times.
         """
-        before = (self._phases + epoch * self._rates) // _ONE
-        return (self._phases + (epoch + 1) * self._rates) // _ONE - before
+        before, after = ((self._phases + e * self._rates) // ONE for e in (epoch, epoch + 1))
+        return np.minimum(after, self._cap) - np.minimum(before, self._cap) if self._cap else after - before
 
     def _order_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         copies = self.copies(epoch)
@@ -97,27 +130,31 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
     for a damaged file.
     """
     source, limit = order.source, order.block_bytes * 3 // 2
-    number, size, texts, bad = 0, 0, [], []
+    number, size, texts, places, bad, bad_units = 0, 0, [], [], [], []
 
     def close(last: bool) -> Window:
         key = (order.seed, source.name, epoch, block, number)
-        chosen = _choose(texts, split, source.settings["holdout_fraction"])
+        chosen = _choose(texts, split, source.settings)
         shuffled = [chosen[i] for i in seeded_order(len(chosen), *key).tolist()]
-        return Window(shuffled, bad, len(texts), last)
+        return Window([texts[i] for i in shuffled], [places[i] for i in shuffled], bad, bad_units, len(texts), last)
 
-    for record in _records(source, order.units(epoch, block)):
-        if size >= limit:
-            # Popped, so that a generator at rest, of which there may be hundreds, holds no window.
-            ready = [close(last=False)] if number >= skip else []
-            number, size, texts, bad = number + 1, 0, [], []
-            if ready:
-                yield ready.pop()
-        if isinstance(record, Bad):
-            bad.append(record)
-            size += len(record.head)
-        else:
-            texts.append(record)
-            size += len(record)
+    for unit in order.units(epoch, block).tolist():
+        ordinal = -1
+        for record in unit_records(source, unit):
+            if size >= limit:
+                # Popped, so that a generator at rest, of which there may be hundreds, holds no window.
+                ready = [close(last=False)] if number >= skip else []
+                number, size, texts, places, bad, bad_units = number + 1, 0, [], [], [], []
+                if ready:
+                    yield ready.pop()
+            if isinstance(record, Bad):
+                bad.append(record)
+                bad_units.append(unit)
+                size += len(record.head)
+            else:
+                places.append((unit, ordinal := ordinal + 1))
+                texts.append(record)
+                size += len(record)
     if number >= skip:
         yield close(last=True)
 
@@ -128,43 +165,24 @@ def epoch_windows(order: EpochOrder, epoch: int, split: str) -> Iterator[Window]
         yield from windows(order, epoch, block, split)
 
 
-def _records(source: Source, units: np.ndarray) -> Iterator[bytes | Bad]:
-    column, row = source.settings["text_column"], source.settings["row"]
-    for index, start, end, _ in source.units[units].tolist():
-        file = source.files[index]
-        yield from read_unit(file.name, file.layout, start, end, column, row)
+def unit_records(source: Source, unit: int) -> Iterator[bytes | Bad]:
+    """The documents of one unit in the file's order, and the bad records on the way."""
+    index, start, end, _ = source.units[unit].tolist()
+    file, column, row = source.files[index], source.settings["text_column"], source.settings["row"]
+    yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
 
 
-def _choose(texts: list[bytes], split: str, holdout_fraction: float) -> list[bytes]:
-    """Those of one split. A document's own hash decides, so its copies, in any file, are all on the same side."""
+def _choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
+    """Which of the texts are of one split. A document's own hash decides, so all its copies are on the same side."""
     assert split in ("train", "holdout"), split
-    threshold = int(holdout_fraction * 2**64)
-    if threshold == 0:
-        return texts if split == "train" else []
-    held_out = [int.from_bytes(blake2b(text, digest_size=8).digest(), "big") < threshold for text in texts]
-    return [text for text, held in zip(texts, held_out, strict=True) if held == (split == "holdout")]
+    held_out, sampled = (int(settings[k] * 2**64) for k in ("holdout_fraction", "sample_fraction"))
+    chosen = range(len(texts))
+    if held_out or split == "holdout":
+        chosen = [i for i in chosen if (_hash(texts[i]) < held_out) == (split == "holdout")]
+    if split == "train" and settings["sample_fraction"] < 1:
+        chosen = [i for i in chosen if _hash(texts[i], _SAMPLE_SALT) < sampled]
+    return list(chosen)
 
 
-def _unit_rates(source: Source) -> np.ndarray:
-    """int64 [units]: how often a unit stands in an epoch on average, in units of 2**-32.
-
-    A language's share is its bytes ** temperature, scaled so that an epoch keeps its bytes; what a language over the
-    cap gives up is shared out among the rest (UniMax, arXiv:2304.09151).
-    """
-    temperature, cap = source.settings["language_temperature"], source.settings["language_max_repeats"]
-    if temperature == 1 or len(source.languages) == 1:
-        return np.full(len(source.units), _ONE, np.int64)
-    sizes = np.bincount(source.unit_languages, weights=source.units[:, 3], minlength=len(source.languages)).tolist()
-    free = [i for i, size in enumerate(sizes) if size > 0]
-    rates, left = [float(cap)] * len(sizes), sum(sizes)
-    while free:
-        # Python's power, not numpy's: the vectorised one may differ between processors in the last bit.
-        scale = left / sum(sizes[i] ** temperature for i in free)
-        wanted = {i: scale * sizes[i] ** temperature / sizes[i] for i in free}
-        over = [i for i in free if wanted[i] > cap]
-        left -= sum(cap * sizes[i] for i in over)
-        free = [i for i in free if wanted[i] <= cap] if over else []
-        if not over:
-            for i, rate in wanted.items():
-                rates[i] = rate
-    return np.array([round(rate * _ONE) for rate in rates], np.int64)[source.unit_languages]
+def _hash(text: bytes, salt: bytes = b"") -> int:
+    return int.from_bytes(blake2b(text, digest_size=8, salt=salt).digest(), "big")

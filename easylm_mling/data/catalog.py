@@ -1,12 +1,11 @@
 """The list of everything a run reads: its files, and the units they are cut into.
 
-Built once, kept in the run directory, and compared on every resume: a run whose files changed under it is refused,
-because the order of its data would no longer be the order its checkpoint counts in.
+Built once, kept in the run directory, and compared with the files on every resume: a run whose files changed under it
+is refused, because the order of its data would no longer be the order its checkpoint counts in.
 """
 
-import glob
-import os
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -15,16 +14,28 @@ import numpy as np
 import orjson
 
 from easylm_mling.atomic import write_whole
-from easylm_mling.config import ConfigError, DataConfig, SourceConfig
-from easylm_mling.data.layouts import cut, layout_of
+from easylm_mling.config import ConfigError, DataConfig, SourceConfig, to_tree
+from easylm_mling.data.files import DEFAULT_RETRY, Retry
+from easylm_mling.data.layouts import Cut, cut, layout_of
+from easylm_mling.data.listing import Info, find_files, size_and_fingerprint
 from easylm_mling.data.readers import DAMAGE, damaged
 
 UNITS_PER_BLOCK = 4
 _VERSION = 1
-_EDGE_BYTES = 1 << 16
+# Requests under way at a time: a bucket's thousand files are listed and cut in a minute.
+_THREADS = 16
 # Everything but the files that decides the order of the data; not the weights, which may change during a run.
 _DATA_KEYS = ("seed", "block_bytes", "sequence_length")
-_SOURCE_KEYS = ("text_column", "row", "holdout_fraction", "language_temperature", "language_max_repeats")
+_SOURCE_KEYS = (
+    "text_column",
+    "row",
+    "holdout_fraction",
+    "sample_fraction",
+    "max_epochs",
+    "language_by",
+    "language_temperature",
+    "language_max_repeats",
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,15 @@ class Source:
     """The files and units of one source.
 
     `units` is int64 [units, 4]: index into `files`, first position, position after the last, estimated bytes of text.
-    `settings` are the values of the source's config that decide the order and content of its documents.
+    `settings` are the values of the source's config that decide the order and content of its documents. `retry` is no
+    part of the catalog: it may change between one process and the next.
     """
 
     name: str
     files: tuple[File, ...]
     units: np.ndarray
     settings: dict
+    retry: Retry = field(default=DEFAULT_RETRY, compare=False)
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -99,7 +112,10 @@ class Catalog:
         return cls(sources, tree["settings"])
 
     def check(self, fresh: "Catalog"):
-        """Raise ConfigError naming the first file or setting in which `fresh` differs from this, the run's own."""
+        """Raise ConfigError naming the first file or setting in which `fresh` differs from this, the run's own.
+
+        Units are not compared: those of the run hold as long as its files do.
+        """
         _check_settings("data", self.settings, fresh.settings)
         if list(self.sources) != list(fresh.sources):
             raise ConfigError(
@@ -108,10 +124,6 @@ class Catalog:
             )
         for name, old in self.sources.items():
             _check_source(f"data.sources.{name}", old, fresh.sources[name])
-        if self.fingerprint != fresh.fingerprint:
-            raise ConfigError(
-                "data: the same files are cut in another way than before; use the code that began the run"
-            )
 
     def _tree(self) -> dict:
         sources = [
@@ -124,12 +136,76 @@ class Catalog:
 def build_catalog(data: DataConfig) -> Catalog:
     """List and cut every file of every source.
 
-    Raises ConfigError for a path that matches nothing, a source without text, an unknown or damaged file, or a text
-    column that is not there.
+    Raises ConfigError for a path that matches nothing, a source without text, an unknown or damaged file, a text
+    column that is not there, or a file that cannot be read.
     """
     unit_bytes = max(1, data.block_bytes // UNITS_PER_BLOCK)
-    sources = {name: _build_source(name, source, unit_bytes) for name, source in data.sources.items()}
-    return Catalog(sources, {key: getattr(data, key) for key in _DATA_KEYS})
+    sources = {name: _cut_source(source, unit_bytes) for name, source in _list_sources(data, {}).items()}
+    return Catalog(sources, _settings(data))
+
+
+def reopen_catalog(stored: Catalog, data: DataConfig) -> Catalog:
+    """The catalog a run began with, its cuts included, once its files were found unchanged (by size and fingerprint).
+
+    Raises ConfigError as Catalog.check does.
+    """
+    stored.check(Catalog(_list_sources(data, stored.sources), _settings(data)))
+    retry = Retry(data.retries, data.retry_seconds)
+    return replace(stored, sources={name: replace(s, retry=retry) for name, s in stored.sources.items()})
+
+
+def _settings(data: DataConfig) -> dict:
+    return {key: getattr(data, key) for key in _DATA_KEYS}
+
+
+def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Source]:
+    """Every source with its files as they are now, and no units."""
+    retry = Retry(data.retries, data.retry_seconds)
+    listed = {}
+    for name, source in data.sources.items():
+        known = tuple(f.name for f in stored[name].files) if name in stored else ()
+        found = find_files(f"data.sources.{name}", source, retry, known)
+        named = [(path, *found[path], retry) for path in sorted(found)]
+        files = tuple(_in_parallel(lambda args: _list_file(*args), named))
+        listed[name] = Source(name, files, np.zeros((0, 4), np.int64), _source_settings(source), retry)
+    return listed
+
+
+def _source_settings(source: SourceConfig) -> dict:
+    settings = {key: getattr(source, key) for key in _SOURCE_KEYS}
+    # Not as null where there is none: runs that began before there was such a key must go on.
+    return {**settings, "dataset": to_tree(source.dataset)} if source.dataset else settings
+
+
+def _list_file(path: str, language: str, info: Info, retry: Retry) -> File:
+    size, fingerprint = size_and_fingerprint(path, info, retry)
+    return File(path, layout_of(path, retry), language, size, fingerprint)
+
+
+def _cut_source(source: Source, unit_bytes: int) -> Source:
+    def cut_file(file: File) -> list[Cut]:
+        try:
+            return cut(file.name, file.layout, file.size, source.settings["text_column"], unit_bytes, source.retry)
+        except DAMAGE as error:
+            raise damaged(file.name, error) from error
+
+    cuts = _in_parallel(cut_file, source.files)
+    units = [(index, *one) for index, of_file in enumerate(cuts) for one in of_file]
+    if not units:
+        key = "dataset" if source.settings.get("dataset") else "paths"
+        some = ", ".join(f.name for f in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
+        raise ConfigError(f"data.sources.{source.name}.{key}: there is no text in {some}; name files that hold some")
+    return replace(source, units=np.array(units, np.int64))
+
+
+def _in_parallel(call, items) -> list:
+    """`call` of each item, in their order; the first error in that order is raised, and nothing new begun."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="easylm-catalog") as pool:
+        try:
+            return list(pool.map(call, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _check_source(key: str, old: Source, new: Source):
@@ -148,53 +224,3 @@ def _check_settings(key: str, old: dict, new: dict):
                 f"{key}.{name} was {old[name]!r} when this run began and is {new.get(name)!r}; "
                 "set it back, or start a new run_dir"
             )
-
-
-def _build_source(name: str, source: SourceConfig, unit_bytes: int) -> Source:
-    key = f"data.sources.{name}.paths"
-    found: dict[str, str] = {}
-    for pattern in source.paths:
-        matches = _match(key, pattern)
-        if not matches:
-            raise ConfigError(f"{key}: {pattern!r} matches no file; correct it (it is relative to {os.getcwd()})")
-        found.update(matches)
-    files, units = [], []
-    for index, path in enumerate(sorted(found)):
-        size, fingerprint = _fingerprint(path)
-        layout = layout_of(path)
-        files.append(File(path, layout, found[path], size, fingerprint))
-        try:
-            cuts = cut(path, layout, size, source.text_column, unit_bytes)
-        except DAMAGE as error:
-            raise damaged(path, error) from error
-        units += [(index, *one) for one in cuts]
-    if not units:
-        raise ConfigError(f"{key}: there is no text in {', '.join(source.paths)}; name files that hold some")
-    settings = {k: getattr(source, k) for k in _SOURCE_KEYS}
-    return Source(name, tuple(files), np.array(units, np.int64), settings)
-
-
-def _match(key: str, pattern: str) -> dict[str, str]:
-    """Path -> language of every file that `pattern` matches; the language is what `{language}` stands for, or empty."""
-    if "://" in pattern:
-        raise ConfigError(f"{key}: {pattern!r} is not a local path; mount the bucket, or copy the files")
-    parts = pattern.split("/")
-    place = parts.index("{language}") if "{language}" in parts else None
-    if "{language}" in pattern and (place is None or pattern.count("{language}") > 1 or "**" in parts):
-        raise ConfigError(
-            f"{key}: {pattern!r}: write {{language}} once, as one whole folder or file name, without '**'"
-        )
-    wild = pattern.replace("{language}", "*")
-    matches = [path for path in glob.glob(wild, recursive=True) if os.path.isfile(path)]
-    return {path: "" if place is None else path.split("/")[place] for path in matches}
-
-
-def _fingerprint(path: str) -> tuple[int, str]:
-    """Size, and a digest of it and of both ends of the file: cheap on terabytes, and any rewritten file differs."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = blake2b(str(size).encode(), digest_size=16)
-        digest.update(file.read(_EDGE_BYTES))
-        file.seek(max(0, size - _EDGE_BYTES))
-        digest.update(file.read(_EDGE_BYTES))
-    return size, digest.hexdigest()

@@ -1,7 +1,6 @@
 """Global batches for the trainer: each host reads, in a background thread, the rows of its own lanes and no others."""
 
 import contextlib
-import json
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import ConfigError, RunConfig
 from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows
+from easylm_mling.data.cache import TokenCache
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.mixture import ROWS, initial_state, integer_weights, next_round, own_state, row_arrays
-from easylm_mling.data.streams import LaneStream, Shelf, join_documents
-from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.mixture import (
+    EXTRA,
+    ROWS,
+    DataState,
+    initial_state,
+    mask_padding,
+    next_round,
+    own_state,
+    row_arrays,
+    substitute,
+)
+from easylm_mling.data.quarantine import Quarantine
+from easylm_mling.data.streams import LaneStream, Shelf
+from easylm_mling.data.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.weights import Plan, make_plan, needs_estimates
 
 _BATCHES_AHEAD = 2
 # One bad record among the first ten is no reason to stop a run.
@@ -32,12 +45,14 @@ class DataError(ValueError):
 
 
 class Loader:
-    """An endless iterator of (batch, state after it) for the lanes of one host.
+    """An iterator of (batch, state after it) for the lanes of one host; endless unless a source that ends is needed.
 
     The batch's arrays are [rows, T] (see mixture.row_arrays), with `source`, int32 [rows]; row r of the *global* batch
-    belongs to lane r // (batch_size // V). The state, int64 [V, S, C] (see mixture.COUNTERS), is a copy that counts
-    exactly the batches handed out so far, whatever has been read ahead; of other hosts' lanes it holds `rows` only, and
-    the maximum over all hosts' states is the whole run's. From that the same batches follow, on any number of hosts.
+    belongs to lane r // (batch_size // V). The state (see mixture.DataState) is a copy that counts exactly the batches
+    handed out so far, whatever has been read ahead. From all hosts' states together, mixture.whole_state, the same
+    batches follow, on any number of hosts. Where a lane is due a row that it cannot have (see SourceConfig.when_used_up),
+    the iterator ends before that batch, for good, and `ended` says why: other hosts' iterators may go on, so a trainer
+    must end all of them.
     """
 
     def __init__(
@@ -45,31 +60,46 @@ class Loader:
         config: RunConfig,
         catalog: Catalog,
         tokenizer: Tokenizer,
-        state: np.ndarray | None = None,
+        state: DataState | None = None,
         lanes: range | None = None,
         quarantine: str | Path | None = None,
+        plan: Plan | None = None,
     ):
-        """`lanes`: this host's, all by default. `quarantine`: a JSONL file that bad records are appended to.
+        """`lanes`: this host's, all by default. `quarantine`: the file that lists bad records (see quarantine.py).
 
-        Raises ConfigError for a state of other lanes or sources. What goes wrong in reading is raised by `next`.
+        `plan`: that of the run, made here if it is not given. Raises ConfigError for a state of other lanes or sources,
+        and for a source that would end the run before its first step. What goes wrong in reading is raised by `next`.
         """
         assert list(catalog.sources) == list(config.data.sources), "the catalog is of another config"
-        self._config, self._tokenizer, self._quarantine = config, tokenizer, quarantine
+        self._config, self._tokenizer = config, tokenizer
         self._lanes = range(config.lanes) if lanes is None else lanes
-        self._orders = [EpochOrder(s, config.data.seed, config.data.block_bytes) for s in catalog.sources.values()]
-        shape = (config.lanes, len(self._orders), self._lanes)
-        self._state = initial_state(*shape) if state is None else own_state(np.asarray(state), *shape)
+        if plan is None:
+            known = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
+            plan = make_plan(config, catalog, known)
+        self._plan = plan
+        self.orders = open_orders(config, catalog, plan)
+        self._cache = TokenCache(config.data.token_cache, tokenizer) if config.data.token_cache else None
+        self.holders = [order.blocks_up_to(config.lanes) for order in self.orders]
+        self._check_holders()
+        counts = [len(s.languages) for s in catalog.sources.values()]
+        self._first_language = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        shape = (config.lanes, len(self.orders), self._lanes)
+        self._state = initial_state(*shape, sum(counts)) if state is None else own_state(state, *shape)
+        self._quarantine = Quarantine(quarantine, list(catalog.sources), state and state.lanes) if quarantine else None
         # Bad and good records of the windows entered by this process.
-        self._records = np.zeros((len(self._orders), 2), np.int64)
+        self._records = np.zeros((len(self.orders), 2), np.int64)
+        # For each lane, the sources whose streams have ended.
+        self._spent: dict[int, set[int]] = {lane: set() for lane in self._lanes}
+        self.ended = ""
         self._closed = False
         self._batches = self._make_batches()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="easylm-loader")
         self._ahead = deque(self._thread.submit(next, self._batches) for _ in range(_BATCHES_AHEAD))
 
-    def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[Batch, DataState]]:
         return self
 
-    def __next__(self) -> tuple[Batch, np.ndarray]:
+    def __next__(self) -> tuple[Batch, DataState]:
         """Raises ConfigError or DataError, now and ever after, if the data cannot be read on."""
         assert not self._closed, "the loader is closed"
         item = self._ahead[0].result()
@@ -89,50 +119,90 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
         self._batches.close()
 
-    def _make_batches(self) -> Generator[tuple[Batch, np.ndarray], None, None]:
-        data, own = self._config.data, self._lanes
-        shares = integer_weights([source.weight for source in data.sources.values()])
+    def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
+        data, own, lanes = self._config.data, self._lanes, self._state.lanes
         per_lane = self._config.train.batch_size // self._config.lanes
         streams: dict[tuple[int, int], LaneStream] = {}
         with contextlib.closing(Shelf()) as shelf:
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
-                sources = np.empty((len(own), per_lane), np.int32)
+                sources, real = np.empty((2, len(own), per_lane), np.int32)
                 for turn in range(per_lane):
-                    dealt = next_round(shares, data.seed, self._state[..., ROWS])
-                    sources[:, turn] = dealt[own.start : own.stop]
+                    dealt = next_round(self._plan, data.seed, lanes[..., ROWS], self.holders)
                     for i, lane in enumerate(own):
                         if self._closed:
                             return
-                        key = (lane, int(dealt[lane]))
-                        if key not in streams:
-                            streams[key] = self._stream(*key, shelf)
-                        tokens[i, turn] = streams[key].take(data.sequence_length)
-                    self._state[np.arange(len(dealt)), dealt, ROWS] += 1
+                        got = self._take(streams, shelf, lane, int(dealt[lane]))
+                        if got is None:
+                            return
+                        sources[i, turn], row = got
+                        tokens[i, turn, : len(row)], real[i, turn] = row, len(row)
+                    lanes[np.arange(len(dealt)), dealt, ROWS] += 1
                 batch = row_arrays(tokens.reshape(-1, data.sequence_length + 1), self._tokenizer.bos_id)
+                mask_padding(batch, real.reshape(-1), self._tokenizer.pad_id)
                 yield {**batch, "source": sources.reshape(-1)}, self._state.copy()
 
-    def _stream(self, lane: int, source: int, shelf: Shelf) -> LaneStream:
-        order, lanes, counters = self._orders[source], self._config.lanes, self._state[lane, source]
-        account = lambda window: self._account(source, window)  # noqa: E731
-        return LaneStream(order, self._tokenizer, lane, lanes, counters, shelf, account)
+    def _take(self, streams: dict, shelf: Shelf, lane: int, due: int) -> tuple[int, np.ndarray] | None:
+        """(source, its row) for a lane that is due a row of source `due`; None if the run ends here."""
+        data, counters = self._config.data, self._state.lanes[lane]
+        shares = self._plan.shares_at(int(counters[:, ROWS].sum()))
+        source: int | None = due
+        while source is not None:
+            if source not in self._spent[lane]:
+                if (lane, source) not in streams:
+                    streams[lane, source] = self._stream(lane, source, shelf)
+                row = streams[lane, source].take(data.sequence_length)
+                if len(row):
+                    counters[source, EXTRA] += source != due
+                    return source, row
+                self._spent[lane].add(source)
+                del streams[lane, source]
+            name = self.orders[source].source.name
+            if data.sources[name].when_used_up == "stop":
+                self.ended = (
+                    f"data.sources.{name} is used up (max_epochs={data.sources[name].max_epochs}) in lane {lane}"
+                )
+                return None
+            source = substitute(shares, data.seed, lane, counters[:, EXTRA], self._spent[lane])
+        self.ended = f"every source is used up in lane {lane}"
+        return None
 
-    def _account(self, source: int, window: Window):
+    def _stream(self, lane: int, source: int, shelf: Shelf) -> LaneStream:
+        order, counters = self.orders[source], self._state.lanes[lane, source]
+        languages = self._state.languages[self._first_language[source] : self._first_language[source + 1]]
+        account = lambda window: self._account(lane, source, window)  # noqa: E731
+        lanes = self._config.lanes
+        return LaneStream(order, self._tokenizer, lane, lanes, counters, languages, shelf, account, self._cache)
+
+    def _check_holders(self):
+        for order, holders in zip(self.orders, self.holders, strict=True):
+            name = order.source.name
+            if holders < self._config.lanes and self._config.data.sources[name].when_used_up == "stop":
+                raise ConfigError(
+                    f"data.sources.{name}.when_used_up=stop: its max_epochs make only {holders} blocks, one for each of so "
+                    f"many of the {self._config.lanes} lanes, and the run would end at once; use redistribute, fewer "
+                    "data.lanes or a smaller data.block_bytes"
+                )
+
+    def _account(self, lane: int, source: int, window: Window):
         """Write the bad records of a window down, and raise DataError if they have become too many."""
-        name, limit = self._orders[source].source.name, self._config.data.max_bad_fraction
-        if window.bad and self._quarantine is not None:
-            with open(self._quarantine, "a", encoding="utf-8") as file:
-                for reason, path, offset, head in window.bad:
-                    entry = {"source": name, "file": path, "offset": offset, "reason": reason}
-                    file.write(json.dumps({**entry, "head": head.decode(errors="replace")}, ensure_ascii=False) + "\n")
+        name, limit = self.orders[source].source.name, self._config.data.max_bad_fraction
+        if window.bad and self._quarantine:
+            self._quarantine.write(lane, source, self._state.lanes[lane, source], window.bad)
         self._records[source] += len(window.bad), window.read
         bad, read = self._records[source].tolist()
         if bad + read >= _MIN_RECORDS and bad > limit * (bad + read):
-            where = f"see {self._quarantine}" if self._quarantine else "a quarantine file would list them"
+            where = f"see {self._quarantine.path}" if self._quarantine else "a quarantine file would list them"
             raise DataError(
                 f"data.sources.{name}: {bad} of {bad + read} records are bad, more than data.max_bad_fraction={limit}; "
                 f"{where}; repair the files or raise the limit"
             )
+
+
+def open_orders(config: RunConfig, catalog: Catalog, plan: Plan) -> list[EpochOrder]:
+    """The order of every source, as the loader and whoever tokenises ahead of it read them."""
+    rates, data = plan.language_rates, config.data
+    return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
 
 
 def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:
@@ -157,10 +227,7 @@ def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, sour
     real = len(stream)
     stream = np.pad(stream, (0, count * length + 1 - real), constant_values=tokenizer.pad_id)
     batch = row_arrays(stream[index], tokenizer.bos_id)
-    batch["loss_mask"][index[:, 1:] >= real] = 0
-    batch["targets"][index[:, 1:] >= real] = 0
-    for key in ("segment_ids", "positions"):
-        batch[key][index[:, :-1] >= real] = 0
+    mask_padding(batch, real - np.arange(count) * length, tokenizer.pad_id)
     return {**batch, "source": np.full(count, list(catalog.sources).index(source), np.int32)}
 
 

@@ -1,7 +1,7 @@
 """The documents of one unit of a file, in the file's order and in bounded memory.
 
-A unit is a range of *positions* of one file (see layouts.py): bytes of a JSONL file, row groups of a parquet file,
-byte offsets of the messages of an Arrow stream, record batches of an Arrow file; a compressed JSONL file is a single
+A unit is a range of *positions* of one file (see layouts.py): bytes of a file of lines, row groups of a parquet file,
+byte offsets of the messages of an Arrow stream, record batches of an Arrow file; a compressed file of lines is a single
 unit. A document belongs to the unit where it starts.
 """
 
@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from easylm_mling.config import ConfigError
+from easylm_mling.data.files import DEFAULT_RETRY, Retry, one_line
+from easylm_mling.data.lines import MAX_LINE_BYTES, file_lines
+from easylm_mling.data.tables import ROWS, portions
 
 HEAD_BYTES = 200
-_CHUNK_BYTES = 1 << 16
-# Rows turned into Python objects at a time: web pages are a few KB each, so this is about a megabyte.
-_ROWS = 256
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_TOO_LONG = f"line longer than {MAX_LINE_BYTES >> 20} MiB"
+# Lines that no blank one ends are cut into documents of this size: they wait in memory.
+_MAX_JOINED_BYTES = 1 << 26
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # What the libraries raise when a file is not what it should be.
 DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
@@ -30,8 +33,8 @@ DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
 class Bad(NamedTuple):
     """One record that cannot be used.
 
-    `offset` is where it lies in `file`: the (decompressed) byte of a JSONL line, the row of a parquet or Arrow file,
-    the byte of the record batch in an Arrow stream. `head` is the start of the record.
+    `offset` is where it lies in `file`: the (decompressed) byte of a line, the row of a parquet or Arrow file, the byte
+    of the record batch in an Arrow stream. `head` is the start of the record.
     """
 
     reason: str
@@ -40,13 +43,15 @@ class Bad(NamedTuple):
     head: bytes
 
 
-def read_unit(path: str, layout: str, start: int, end: int, column: str, row: str) -> Iterator[bytes | Bad]:
+def read_unit(
+    path: str, layout: str, start: int, end: int, column: str, row: str, retry: Retry = DEFAULT_RETRY
+) -> Iterator[bytes | Bad]:
     """Documents (valid UTF-8 without NUL, never blank) that start in [start, end), and the bad records on the way.
 
-    With `row == "line"` rows are joined to documents by newlines, and a blank row ends one. Raises ConfigError, naming
-    the file, if it is damaged or cut off.
+    With `row == "line"` rows are joined to documents by newlines, and a blank row ends one. A row of a text file is a
+    line of it. Raises ConfigError, naming the file, if it is damaged, cut off, or cannot be read.
     """
-    rows = _rows(path, layout, start, column)
+    rows = _rows(path, layout, start, end, column, retry)
     try:
         if row == "line":
             yield from _join_lines(rows, end, skipping=start > 0)
@@ -62,9 +67,8 @@ def read_unit(path: str, layout: str, start: int, end: int, column: str, row: st
 
 def damaged(path: str, error: Exception) -> ConfigError:
     """The one-line error for a file whose bytes are not what its suffix promises."""
-    detail = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
-        f"{path}: damaged or cut off ({detail[:200]}); replace the file, or take it out of the source's paths"
+        f"{path}: damaged or cut off ({one_line(error)}); replace the file, or take it out of the source's paths"
     )
 
 
@@ -94,20 +98,12 @@ def parse_json(line: bytes) -> Any:
     except UnicodeDecodeError:
         raise ValueError("invalid UTF-8") from None
     except (ValueError, RecursionError):
+        pass
+    try:
+        json.loads(line.decode(), strict=False)
+    except (ValueError, RecursionError):
         raise ValueError("invalid JSON") from None
-
-
-def json_lines(path: str, layout: str, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of a JSONL file from the first line that begins at or after byte `start` of its text.
-
-    Raises EOFError, zlib.error or ZstdError if a compressed file is damaged or cut off.
-    """
-    if layout == "jsonl":
-        return _plain_lines(path, start)
-    if layout == "jsonl.gz":
-        return _compressed_lines(path, lambda: zlib.decompressobj(wbits=31))
-    assert layout == "jsonl.zst", layout
-    return _compressed_lines(path, lambda: zstandard.ZstdDecompressor().decompressobj())
+    raise ValueError("raw control character in JSON")
 
 
 def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | Bad]:
@@ -117,6 +113,7 @@ def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | Bad]:
     neither has to look back, and every line is read by exactly one of them, even if units hold no blank row at all.
     """
     lines: list[bytes] = []
+    size = 0
     for position, record in rows:
         if skipping:
             if position >= end:
@@ -126,39 +123,47 @@ def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | Bad]:
             yield record
         elif record:
             lines.append(record.removesuffix(b"\n"))
+            size += len(record) + 1
+            if size > _MAX_JOINED_BYTES:
+                yield b"\n".join(lines)
+                lines, size = [], 0
         else:
             if lines:
                 yield b"\n".join(lines)
             if position >= end:
                 return
-            lines = []
+            lines, size = [], 0
     if lines:
         yield b"\n".join(lines)
 
 
-def _rows(path: str, layout: str, start: int, column: str) -> Iterator[tuple[int, bytes | Bad]]:
-    """(position, record) of every row from position `start` to the end of the *file*; a blank row is empty."""
-    if layout == "parquet":
-        return _parquet_rows(path, start, column)
-    if layout == "arrow":
-        return _arrow_rows(path, start, column)
-    if layout == "arrow-file":
-        return _arrow_file_rows(path, start, column)
-    return _json_rows(path, layout, start, column)
+def _rows(path: str, layout: str, start: int, end: int, column: str, retry: Retry) -> Iterator[tuple[int, bytes | Bad]]:
+    """(position, record) of every row from position `start` to the end of the *file*; a blank row is empty.
 
-
-def _json_rows(path, layout, start, column):
-    splittable = layout == "jsonl"
-    for offset, line in json_lines(path, layout, start):
-        yield offset if splittable else 0, _json_record(path, offset, line, column)
+    Of a file of lines, none if no line begins in [start, end).
+    """
+    if layout.startswith(("jsonl", "text")):
+        record_of = _json_record if layout.startswith("jsonl") else _text_record
+        splittable = "." not in layout
+        for offset, line in file_lines(path, layout, start, end, retry):
+            yield offset if splittable else 0, record_of(path, offset, line, column)
+        return
+    for position, texts, offset_of in portions(path, layout, start, column, retry):
+        # As bytes: one row of invalid UTF-8 must not spoil the rows around it.
+        values = texts.cast(pa.large_binary())
+        for begin in range(0, len(values), ROWS):
+            for i, value in enumerate(values.slice(begin, ROWS).to_pylist(), begin):
+                yield position, _table_record(path, offset_of, i, value, column)
 
 
 def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | Bad:
     if offset == 0:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    if line.isspace():
+        line = line.removeprefix(BYTE_ORDER_MARK)
+    if not line or line.isspace():
         return b""
     try:
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(_TOO_LONG)
         value = parse_json(line)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
@@ -171,101 +176,24 @@ def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | Ba
     return clean(text)
 
 
-def _plain_lines(path: str, start: int) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        offset = max(start - 1, 0)
-        file.seek(offset)
-        if start:
-            # From one byte early: if that byte is a newline, the line at `start` is ours.
-            offset += len(file.readline())
-        for line in file:
-            yield offset, line
-            offset += len(line)
+def _text_record(path: str, offset: int, line: bytes, _column: str) -> bytes | Bad:
+    if offset == 0:
+        line = line.removeprefix(BYTE_ORDER_MARK)
+    line = line.rstrip(b"\r\n")
+    if len(line) > MAX_LINE_BYTES:
+        return Bad(_TOO_LONG, path, offset, line[:HEAD_BYTES])
+    try:
+        return clean(line.decode())
+    except UnicodeDecodeError:
+        return Bad("invalid UTF-8", path, offset, line[:HEAD_BYTES])
 
 
-def _compressed_lines(path: str, decompressor: Callable[[], Any]) -> Iterator[tuple[int, bytes]]:
-    begun, offset = [], 0
-    for chunk in _decompress(path, decompressor):
-        first, *rest = chunk.split(b"\n")
-        begun.append(first)
-        for piece in rest:
-            line = b"".join(begun)
-            yield offset, line
-            offset += len(line) + 1
-            begun = [piece]
-    if last := b"".join(begun):
-        yield offset, last
-
-
-def _decompress(path: str, decompressor: Callable[[], Any]) -> Iterator[bytes]:
-    """The text of a file of one or more gzip members or zstd frames; raises EOFError if the last one does not end."""
-    member = None
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            while chunk:
-                member = member or decompressor()
-                yield member.decompress(chunk)
-                if not member.eof:
-                    break
-                chunk, member = member.unused_data, None
-    if member:
-        raise EOFError("the compressed data ends too early")
-
-
-def _parquet_rows(path, start, column):
-    # Unbuffered reading would hold a whole column chunk of a row group, which may be hundreds of megabytes.
-    with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES, pre_buffer=False) as file:
-        groups = range(file.num_row_groups)
-        offset = sum(file.metadata.row_group(g).num_rows for g in groups[:start])
-        for group in groups[start:]:
-            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[column], use_threads=False):
-                yield from _column_rows(batch.column(0), path, column, group, range(offset, offset + len(batch)))
-                offset += len(batch)
-
-
-def _arrow_rows(path, start, column):
-    with pa.memory_map(path) as source:
-        schema = pa.ipc.read_schema(source)
-        if start:
-            source.seek(start)
-        for position, message in arrow_messages(source):
-            texts = pa.ipc.read_record_batch(message, schema).column(column)
-            yield from _column_rows(texts, path, column, position, [position] * len(texts))
-
-
-def arrow_messages(source: pa.MemoryMappedFile) -> Iterator[tuple[int, pa.Message]]:
-    """(byte offset, message) of the record batches of an Arrow stream from where `source` stands, bodies untouched."""
-    while True:
-        position = source.tell()
-        try:
-            message = pa.ipc.read_message(source)
-        except EOFError:
-            return
-        if message.type != "record batch":
-            raise pa.ArrowInvalid(f"a {message.type} message where a record batch should be")
-        yield position, message
-
-
-def _arrow_file_rows(path, start, column):
-    with pa.memory_map(path) as source, pa.ipc.open_file(source) as file:
-        offset = sum(file.get_batch(i).num_rows for i in range(start))
-        for index in range(start, file.num_record_batches):
-            texts = file.get_batch(index).column(column)
-            yield from _column_rows(texts, path, column, index, range(offset, offset + len(texts)))
-            offset += len(texts)
-
-
-def _column_rows(texts: pa.Array, path: str, column: str, position: int, offsets):
-    # As bytes: one row of invalid UTF-8 must not spoil the rows around it.
-    values = texts.cast(pa.large_binary())
-    for begin in range(0, len(values), _ROWS):
-        for offset, value in zip(offsets[begin:], values.slice(begin, _ROWS).to_pylist(), strict=False):
-            try:
-                text = value.decode()
-            except UnicodeDecodeError:
-                yield position, Bad("invalid UTF-8", path, offset, value[:HEAD_BYTES])
-            except AttributeError:
-                yield position, Bad(f"column {column!r} is null", path, offset, b"")
-            else:
-                # Most text is clean, and then its bytes are already at hand.
-                yield position, clean(text) if "\0" in text or text.isspace() else value
+def _table_record(path: str, offset_of: Callable[[int], int], i: int, value: bytes | None, column: str) -> bytes | Bad:
+    if value is None:
+        return Bad(f"column {column!r} is null", path, offset_of(i), b"")
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return Bad("invalid UTF-8", path, offset_of(i), value[:HEAD_BYTES])
+    # Most text is clean, and then its bytes are already at hand.
+    return clean(text) if "\0" in text or text.isspace() else value

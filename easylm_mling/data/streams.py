@@ -13,8 +13,9 @@ import numpy as np
 
 from easylm_mling.config import ConfigError
 from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows, windows
-from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, TOKENS, WINDOW
-from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.data.cache import TokenCache, TokenWindow
+from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, PADDING, TOKENS, WINDOW
+from easylm_mling.data.tokenizer import Tokenizer, join_documents
 
 # Blocks that take several windows are read by a generator that rests in between, with an open file. At most so many of
 # them rest on one host; one that had to go is read again from its block's start.
@@ -78,18 +79,26 @@ class LaneStream:
         lane: int,
         lanes: int,
         counters: np.ndarray,
+        languages: np.ndarray,
         shelf: Shelf,
         on_window: Callable[[Window], None],
+        cache: TokenCache | None = None,
     ):
         """`counters`, int64 [C], is the cursor to start from, and is kept up to date in place.
 
-        `on_window` is called for each window when its first document is due: not again when a run resumes inside it.
+        `languages`, int64 [source's languages, 3], is added to in place. `on_window` is called for each window when its
+        first document is due: not again when a run resumes inside it.
         """
+        self._languages = languages
         self._order, self._tokenizer, self._lanes, self._counters = order, tokenizer, lanes, counters
         self._key = (lane, order.source.name)
-        self._shelf, self._on_window = shelf, on_window
-        # Where each document of the open window ends in its text. None: no window is open yet.
+        self._shelf, self._on_window, self._cache = shelf, on_window, cache
+        # The open window if the cache had it; else its text is on the shelf.
+        self._stored: TokenWindow | None = None
+        # Where each document of the open window ends, in its tokens or its text. None: no window is open yet.
         self._ends: np.ndarray | None = None
+        # The language of each, int16; of a source of one language, nothing is kept.
+        self._language = np.zeros(0, np.int16)
         self._last = False
         self._buffer = np.zeros(0, np.int32)
         self._barren = 0
@@ -97,43 +106,63 @@ class LaneStream:
     def take(self, count: int) -> np.ndarray:
         """int32 [count + 1]: the next `count` tokens, and the one after them, which the next call gives again.
 
-        Raises ConfigError if the source has no document to train on.
+        Fewer than `count` if the source ends here (max_epochs), and none ever after. Raises ConfigError if the source
+        has no document to train on.
         """
         row = np.empty(count + 1, np.int32)
         filled = 0
         while filled < count:
-            if not len(self._buffer):
-                self._fill(count)
+            if not len(self._buffer) and not self._fill(count):
+                break
             part = self._buffer[: count - filled]
             self._buffer = self._buffer[len(part) :]
             row[filled : filled + len(part)] = part
             filled += len(part)
             self._consume(part)
+        self._counters[TOKENS] += filled
+        if filled < count:
+            self._counters[PADDING] += count - filled if filled else 0
+            return row[:filled]
         # The buffer holds whole documents, so where it ends a document begins, whichever it will be.
         row[count] = self._buffer[0] if len(self._buffer) else self._tokenizer.bos_id
-        self._counters[TOKENS] += count
         return row
 
     def _consume(self, tokens: np.ndarray):
         c, ends = self._counters, np.flatnonzero(tokens == self._tokenizer.eos_id)
-        c[DOCUMENTS] += np.count_nonzero(tokens == self._tokenizer.bos_id)
+        begun = np.count_nonzero(tokens == self._tokenizer.bos_id)
+        if len(self._language):
+            lengths = np.diff(ends, prepend=-1, append=len(tokens) - 1)
+            lengths = lengths[lengths > 0]
+            begins = np.ones(len(lengths), np.int64)
+            begins[0] = c[OFFSET] == 0
+            language = self._language[c[DOCUMENT] : c[DOCUMENT] + len(lengths)]
+            np.add.at(self._languages[:, 0], language, lengths)
+            np.add.at(self._languages[:, 1], language, begins)
+        else:
+            self._languages[0, :2] += len(tokens), begun
+        c[DOCUMENTS] += begun
         c[DOCUMENT] += len(ends)
         c[OFFSET] = len(tokens) - 1 - ends[-1] if len(ends) else c[OFFSET] + len(tokens)
 
-    def _fill(self, count: int):
-        """Tokenise the next documents, about `count` tokens, from the cursor on."""
+    def _fill(self, count: int) -> bool:
+        """Tokenise the next documents, about `count` tokens, from the cursor on; False if there are none left."""
         while self._ends is None or self._counters[DOCUMENT] == len(self._ends):
-            self._open_window()
+            if not self._open_window():
+                return False
         first, offset = int(self._counters[DOCUMENT]), int(self._counters[OFFSET])
         begin = int(self._ends[first - 1]) if first else 0
-        stop = int(np.searchsorted(self._ends, begin + count * _BYTES_PER_TOKEN)) + 1
-        ends = self._ends[first:stop].tolist()
+        reach = begin + (offset + count if self._stored else count * _BYTES_PER_TOKEN)
+        ends = self._ends[first : int(np.searchsorted(self._ends, reach)) + 1].tolist()
+        if self._stored:
+            self._buffer = self._stored.tokens(begin, ends[-1])[offset:]
+            return True
         text = self._shelf.get_text(self._key, begin, ends[-1])
         texts = [text[a - begin : b - begin].decode() for a, b in zip([begin, *ends], ends, strict=False)]
         self._buffer = join_documents(self._tokenizer, texts)[offset:]
+        return True
 
-    def _open_window(self):
-        """Read the window at the cursor or, if one is open, the one after it."""
+    def _open_window(self) -> bool:
+        """Read the window at the cursor or, if one is open, the one after it; False at the end of all epochs."""
         c = self._counters
         if self._ends is not None:
             c[DOCUMENT] = 0
@@ -141,26 +170,42 @@ class LaneStream:
             if self._last:
                 c[WINDOW] = 0
                 c[BLOCK] += self._lanes
-        while c[BLOCK] >= (blocks := self._order.blocks(int(c[EPOCH]))):
+            self._ends = None
+        last = self._order.epochs
+        while c[EPOCH] != last and c[BLOCK] >= (blocks := self._order.blocks(int(c[EPOCH]))):
             c[BLOCK] -= blocks
             c[EPOCH] += 1
-        reader = self._shelf.wake(self._key)
-        if reader is None:
-            reader = windows(self._order, int(c[EPOCH]), int(c[BLOCK]), skip=int(c[WINDOW]))
-        window = next(reader)
-        if not window.last:
-            self._shelf.rest(self._key, reader)
+        if c[EPOCH] == last:
+            return False
+        reader, place = self._shelf.wake(self._key), (int(c[EPOCH]), int(c[BLOCK]), int(c[WINDOW]))
+        self._stored = self._cache.load(self._order, *place) if self._cache else None
+        if self._stored:
+            window, self._ends = self._stored.window, self._stored.ends
+        else:
+            reader = reader or windows(self._order, *place[:2], skip=place[2])
+            window = next(reader)
+            if not window.last:
+                self._shelf.rest(self._key, reader)
+            self._shelf.put_text(self._key, window.documents)
+            self._ends = np.cumsum([len(text) for text in window.documents], dtype=np.uint32)
         if not c[DOCUMENT] and not c[OFFSET]:
             c[BAD] += len(window.bad)
+            np.add.at(self._languages[:, 2], self._order.source.unit_languages[np.array(window.bad_units, np.int64)], 1)
             self._on_window(window)
-        self._shelf.put_text(self._key, window.documents)
-        self._ends = np.cumsum([len(text) for text in window.documents], dtype=np.uint32)
+        self._language = self._languages_of(window)
         self._last = window.last
-        self._check_barren(window, blocks)
+        self._check_barren(len(self._ends), blocks)
+        return True
 
-    def _check_barren(self, window: Window, blocks: int):
+    def _languages_of(self, window: Window) -> np.ndarray:
+        source = self._order.source
+        if len(source.languages) == 1:
+            return self._language
+        return source.unit_languages[np.array([unit for unit, _ in window.places], np.int64)].astype(np.int16)
+
+    def _check_barren(self, documents: int, blocks: int):
         """Raise ConfigError rather than look for ever, once an epoch's worth of windows in a row gave nothing."""
-        self._barren = 0 if window.documents else self._barren + 1
+        self._barren = 0 if documents else self._barren + 1
         if self._barren <= blocks:
             return
         name = self._order.source.name
@@ -170,14 +215,3 @@ class LaneStream:
                 f"lower data.sources.{name}.holdout_fraction, or name other paths"
             )
         self._barren = 0
-
-
-def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """int32 [n]: the documents' tokens end to end, each with one BOS and one EOS."""
-    parts, bos, eos = [], np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    for ids in tokenizer.encode(texts):
-        parts += (bos, ids, eos)
-    joined = np.concatenate(parts)
-    # The cursor counts documents by these two ids: no text may hold them.
-    assert np.count_nonzero(joined == tokenizer.bos_id) == len(texts) == np.count_nonzero(joined == tokenizer.eos_id)
-    return joined

@@ -68,3 +68,14 @@ class Tokenizer:
                     f"model.{name}_token_id={theirs}, but {name} is {ours} in data.tokenizer={self.path}; "
                     "set the model's id to the tokenizer's, or use the tokenizer of the model"
                 )
+
+
+def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """int32 [n]: the documents' tokens end to end, each with one BOS and one EOS."""
+    parts, bos, eos = [], np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
+    for ids in tokenizer.encode(texts):
+        parts += (bos, ids, eos)
+    joined = np.concatenate(parts)
+    # The cursor counts documents by these two ids: no text may hold them.
+    assert np.count_nonzero(joined == tokenizer.bos_id) == len(texts) == np.count_nonzero(joined == tokenizer.eos_id)
+    return joined

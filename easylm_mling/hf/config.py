@@ -1,93 +1,239 @@
-"""`config.json` of a Gemma 1 model, read and written in the dialects of transformers 4 and 5.
+"""`config.json` of a Gemma 1, 2 or 3 (text) or Llama model, read and written in the dialects of transformers 4 and 5.
 
-Source: transformers 5.23 `configuration_gemma.py`; 4.x names are those of the published google/gemma configs.
+Source: transformers 5.23 `configuration_gemma.py`, `configuration_gemma2.py`, `configuration_gemma3.py` and
+`configuration_llama.py`; 4.x names are those of the published configs.
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import orjson
 
-from easylm_mling.config import ConfigError, ModelConfig, from_tree
+from easylm_mling.config import FAMILIES, ConfigError, ModelConfig, from_tree
 
 _SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 _REQUIRED = (*_SHAPES, "num_attention_heads", "num_key_value_heads")
-# What transformers assumes where a config.json is silent is also ModelConfig's default.
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id")
+# What transformers assumes where one of these is silent is also ModelConfig's default.
 _OPTIONAL = ("max_position_embeddings", "rms_norm_eps", "initializer_range", *_IDS)
-# Gemma 1 was trained with the tanh form of GELU, and transformers reads its published "gelu" as that too.
-_ACTIVATIONS = (None, "gelu", "gelu_pytorch_tanh")
+# Where it assumes something else. Published multimodal Gemma 3 files leave most of their text model to these values.
+_SILENT = {
+    "gemma2": {
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+    "llama": {
+        "max_position_embeddings": 2048,
+        "pad_token_id": -1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    },
+}
+_NULL_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_ARCHITECTURES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 # Settings with one value here; a file that leaves them out, or says null, means that value.
-_FIXED = {"attention_bias": False, "tie_word_embeddings": True, "use_bidirectional_attention": False}
+_FIXED = {"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_log = logging.getLogger(__name__)
 
 
 def model_config_from_hf(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of the Hugging Face model in `directory`.
+    """The ModelConfig of the Hugging Face model in `directory`; of a multimodal Gemma 3, that of its text model.
 
     Raises ConfigError for a missing or unreadable config.json, another model type, and every setting that would make
-    the model compute something else (biases, an untied head, scaled rotary embeddings, another activation).
+    the model compute something else (biases, an untied head in Gemma, another activation).
     """
     path = Path(directory) / "config.json"
     found = read_json(path)
+    if found.get("model_type") == "gemma3":
+        text = found.get("text_config")
+        if not isinstance(text, dict):
+            raise ConfigError(f"{path}: text_config is missing; use the config.json that came with the weights")
+        found = {"model_type": "gemma3_text", **text}
     kind = found.get("model_type")
-    if kind != "gemma":
-        raise ConfigError(f"{path}: model_type={kind!r} is not supported; use a Gemma 1 model ('gemma')")
-    for key, wanted in _FIXED.items():
-        if found.get(key) is not None and found[key] is not wanted:
-            raise ConfigError(f"{path}: {key}={found[key]!r} is not supported; Gemma 1 has {wanted}")
-    for key in ("hidden_act", "hidden_activation"):
-        if found.get(key) not in _ACTIVATIONS:
-            raise ConfigError(f"{path}: {key}={found[key]!r} is not supported; Gemma 1 has 'gelu_pytorch_tanh'")
-    missing = [key for key in _REQUIRED if found.get(key) is None]
+    if kind not in FAMILIES:
+        raise ConfigError(f"{path}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)} or gemma3")
+    _check_fixed(found, path)
+    tree = _settings(found)
+    missing = [key for key in _REQUIRED if tree.get(key) is None]
     if missing:
         raise ConfigError(f"{path}: {missing[0]} is missing; use the config.json that came with the weights")
-    tree = {key: found[key] for key in (*_REQUIRED, *_OPTIONAL) if found.get(key) is not None}
+    if isinstance(tree.get("eos_token_id"), list):
+        raise ConfigError(
+            f"{path}: eos_token_id={tree['eos_token_id']} is a list; write the one that ends a document into the file"
+        )
+    tree |= _rope(found, tree, path) | _window(found, tree, path)
+    _correct_query_scale(tree, path)
     try:
-        return from_tree(ModelConfig, tree | {"rope_theta": _rope_theta(found, path)})
+        return from_tree(ModelConfig, tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _rope_theta(found: dict, path: Path):
-    """The rotary base, from `rope_theta` (4.x) or `rope_parameters` (5.x); where both are written they must agree."""
-    if found.get("rope_scaling") is not None:
-        raise ConfigError(f"{path}: rope_scaling={found['rope_scaling']!r} is not supported; Gemma 1 has null")
-    rope = found.get("rope_parameters") or {}
-    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
-    if not plain or not rope.keys() <= {"rope_type", "rope_theta"}:
-        raise ConfigError(f"{path}: rope_parameters={rope!r} is not supported; Gemma 1 has only a rope_theta")
-    values = [v for v in (found.get("rope_theta"), rope.get("rope_theta")) if v is not None]
-    if len(values) == 2 and values[0] != values[1]:
-        raise ConfigError(f"{path}: rope_theta={values[0]!r}, but rope_parameters has {values[1]!r}; make them equal")
-    return values[0] if values else ModelConfig.rope_theta
+def _settings(found: dict) -> dict:
+    """What `found` says, over what transformers assumes where it is silent; without the rotary settings."""
+    kind = found["model_type"]
+    tree = _SILENT.get(kind, {}) | {"model_type": kind}
+    # What the family may not set is kept here, to be refused by ModelConfig.
+    optional = {key for family in FAMILIES.values() for key in family.may_set}
+    for key in (*_REQUIRED, *_OPTIONAL, *optional):
+        if found.get(key) is not None or (key in found and key in _NULL_MEANS_NONE):
+            tree[key] = found[key]
+    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
+    if kind == "llama" and "head_dim" not in tree and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        tree["head_dim"] = width // heads
+    return tree
+
+
+def _check_fixed(found: dict, path: Path):
+    kind = found["model_type"]
+    fixed = _FIXED if kind == "llama" else _FIXED | {"tie_word_embeddings": True}
+    for key, wanted in fixed.items():
+        if found.get(key) is not None and found[key] is not wanted:
+            raise ConfigError(f"{path}: {key}={found[key]!r} is not supported; a {kind} model here has {wanted}")
+    wanted = FAMILIES[kind].activation
+    # Gemma 1 was trained with the tanh form of GELU, and transformers reads its published "gelu" as that too.
+    known = (None, wanted, "gelu") if kind == "gemma" else (None, wanted)
+    for key in ("hidden_act", "hidden_activation"):
+        if found.get(key) not in known:
+            raise ConfigError(f"{path}: {key}={found[key]!r} is not supported; a {kind} model here has {wanted!r}")
+
+
+def _rope(found: dict, tree: dict, path: Path) -> dict:
+    """The rotary settings, from `rope_theta` and its like (4.x) or `rope_parameters` (5.x); if both, they must agree."""
+    new = found.get("rope_parameters") or {}
+    by_layer = _FULL in new or _SLIDING in new
+    far, near = (new.get(_FULL) or {}, new.get(_SLIDING) or {}) if by_layer else (new, {})
+    if _scaling(near):
+        raise ConfigError(f"{path}: rope_parameters of {_SLIDING} are scaled, which is not supported")
+    out = {}
+    for key, old, value in (
+        ("rope_theta", found.get("rope_theta"), far.get("rope_theta")),
+        ("rope_local_base_freq", found.get("rope_local_base_freq"), near.get("rope_theta")),
+        ("rope_scaling", _scaling(found.get("rope_scaling") or {}), _scaling(far)),
+    ):
+        written_twice = old is not None and (value is not None or (key == "rope_scaling" and far))
+        if written_twice and old != value:
+            raise ConfigError(f"{path}: {key}={old!r}, but rope_parameters has {value!r}; make them equal")
+        chosen = old if old is not None else value
+        out[key] = chosen if chosen is not None else tree.get(key, getattr(ModelConfig, key))
+    return out
+
+
+def _scaling(rope: dict) -> dict | None:
+    """The fields of RopeScaling in a `rope_scaling` or in one entry of `rope_parameters`; None when nothing is scaled."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta") and v is not None}
+    return None if kind == "default" else {"rope_type": kind, **rest}
+
+
+def _window(found: dict, tree: dict, path: Path) -> dict:
+    """The sliding window and its pattern, from `layer_types` where they are written."""
+    kinds, pattern = found.get("layer_types"), tree.get("sliding_window_pattern", 1)
+    if "sliding_window" not in FAMILIES[tree["model_type"]].may_set:
+        return {}
+    if kinds is not None:
+        layers = len(kinds) if isinstance(kinds, list) else 0
+        pattern = next((n for n in range(1, layers + 2) if kinds == _layer_types(layers, n)), None)
+        if pattern is None or layers != tree["num_hidden_layers"]:
+            raise ConfigError(
+                f"{path}: layer_types is not, for each layer, {_FULL!r} in every n-th and {_SLIDING!r} in all others; "
+                "no other pattern is supported"
+            )
+    window = tree["sliding_window"] if pattern != 1 else None
+    return {"sliding_window": window, "sliding_window_pattern": pattern if window is not None else 1}
+
+
+def _layer_types(layers: int, pattern: int) -> list[str]:
+    return [_SLIDING if (i + 1) % pattern else _FULL for i in range(layers)]
+
+
+def _correct_query_scale(tree: dict, path: Path):
+    """Early gemma-2-9b files say 224 (hidden_size / heads); the model was trained with 256 (google/gemma_pytorch)."""
+    nine_b = {"model_type": "gemma2", "hidden_size": 3584, "num_attention_heads": 16, "head_dim": 256}
+    if tree.get("query_pre_attn_scalar") == 224 and nine_b.items() <= tree.items():
+        _log.warning("%s: query_pre_attn_scalar=224 is a mistake of early gemma-2-9b files; taken as 256", path)
+        tree["query_pre_attn_scalar"] = 256
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict:
     """`config.json` for weights of `dtype` ("bfloat16" or "float32"), which transformers 4 and 5 read alike."""
-    fields = dataclasses.asdict(model)
-    theta = fields.pop("rope_theta")
+    fields = {name: getattr(model, name) for name in (*_REQUIRED, *_OPTIONAL)}
+    if model.pad_token_id < 0:
+        fields["pad_token_id"] = None
+    activation = model.family.activation
     return {
-        "architectures": ["GemmaForCausalLM"],
+        "architectures": [_ARCHITECTURES[model.model_type]],
+        "model_type": model.model_type,
         **fields,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
-        "hidden_act": "gelu_pytorch_tanh",
-        # transformers 4
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rope_theta": theta,
-        "rope_scaling": None,
-        "torch_dtype": dtype,
-        # transformers 5
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "dtype": dtype,
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        **_local_attention(model),
+        **_written_rope(model),
+        "torch_dtype": dtype,  # transformers 4
+        "dtype": dtype,  # transformers 5
     }
+
+
+def _local_attention(model: ModelConfig) -> dict:
+    if "sliding_window" not in model.family.may_set:
+        return {}
+    out = {
+        "query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim,
+        "sliding_window": model.sliding_window,
+        "layer_types": _layer_types(model.num_hidden_layers, model.sliding_window_pattern),
+        "attn_logit_softcapping": model.attn_logit_softcapping,
+        "final_logit_softcapping": model.final_logit_softcapping,
+    }
+    # transformers 4 before layer_types; for Gemma 2 it then knew only every second layer.
+    return out | {"sliding_window_pattern": model.sliding_window_pattern} if model.model_type == "gemma3_text" else out
+
+
+def _written_rope(model: ModelConfig) -> dict:
+    scaling = None
+    if model.rope_scaling is not None:
+        scaling = dataclasses.asdict(model.rope_scaling)
+        if model.rope_scaling.rope_type == "linear":
+            scaling = {key: scaling[key] for key in ("rope_type", "factor")}
+    far = {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})}
+    old = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    if model.model_type != "gemma3_text":
+        return old | {"rope_parameters": far}
+    local = model.rope_local_base_freq or model.rope_theta
+    near = {"rope_theta": local, "rope_type": "default"}
+    return old | {"rope_local_base_freq": local, "rope_parameters": {_FULL: far, _SLIDING: near}}
 
 
 def hf_generation_config(model: ModelConfig) -> dict:
     """`generation_config.json`: without it a loader has to guess where a text ends."""
-    return {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in ids.items() if value >= 0}
 
 
 def read_json(path: Path) -> dict:

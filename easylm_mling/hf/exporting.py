@@ -4,6 +4,7 @@ The plan of files and their headers follow from shapes alone, so each tensor is 
 Source of the format: safetensors README (8-byte little-endian header length, JSON header, then the data).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import tensorstore as ts
 from easylm_mling.atomic import appears_whole
 from easylm_mling.checkpoint import load_info, step_directory
 from easylm_mling.config import ConfigError, ModelConfig, from_tree
+from easylm_mling.hf.card import model_card
 from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
 from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.hf.importing import DTYPES, INDEX
@@ -41,10 +43,13 @@ def export_hf(
     step: int | None = None,
     dtype: str = "bfloat16",
     max_shard_bytes: float = 5e9,
+    name: str | None = None,
+    languages: tuple[str, ...] = (),
 ) -> list[str]:
     """Write the parameters at `step` (default: the newest) of a run or an imported checkpoint for transformers.
 
-    Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file of its own. Returns warnings,
+    README.md is the model's card; `name` (default: that of `hf_dir`) and `languages` (ISO 639 codes, beside those that
+    the data's folders name) go into it. Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file of its own. Returns warnings,
     one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other shapes than its
     config, and for an `hf_dir` with content.
     """
@@ -58,17 +63,19 @@ def export_hf(
     read = open_parameters(where, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with appears_whole(hf_dir) as partial:
-        names = copy_tokenizer(Path(checkpoint_dir) / TOKENIZER_FOLDER, partial)
+        tokenizer_files = copy_tokenizer(Path(checkpoint_dir) / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))
-        for name, tensors in shards.items():
-            with open(partial / name, "xb") as file:
+        card = model_card(checkpoint_dir, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        for file_name, tensors in shards.items():
+            with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))
                 for tensor in tensors:
                     file.write(read(tensor).view(np.uint8).data)
         if len(shards) > 1:
             write_json(partial / INDEX, shard_index(shards))
-    if names:
+    if tokenizer_files:
         return []
     lacking = f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer"
     return [f"{lacking}; copy the base model's files into it"]
@@ -82,10 +89,11 @@ def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelCo
 
 def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> dict[str, list[Tensor]]:
     """File name -> its tensors, in the order of the layers, each file filled as far as `max_shard_bytes` allows."""
-    table = parameter_table(model)
-    first, stacked, last = table[0], [p for p in table if p.stacked], table[-1]
-    order = [(first, None), *((p, i) for i in range(model.num_hidden_layers) for p in stacked), (last, None)]
-    assert len(stacked) + 2 == len(table), "a parameter outside the layers is neither the first nor the last"
+    order = []
+    for stacked, rows in itertools.groupby(parameter_table(model), lambda p: p.stacked):
+        together = list(rows)
+        layers = range(model.num_hidden_layers) if stacked else (None,)
+        order += [(p, layer) for layer in layers for p in together]
     groups: list[list[Tensor]] = [[]]
     for p, layer in order:
         tensor = Tensor(p.hf_name.format(layer=layer), p, layer, math.prod(p.hf_shape) * itemsize)

@@ -3,7 +3,9 @@
 Every name, shape and dtype is checked from the files' headers before the first byte of a weight is read.
 """
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -16,30 +18,51 @@ from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, MeshConfig, ModelConfig, to_tree
 from easylm_mling.hf.config import model_config_from_hf, read_json
 from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.hf.hub import local_directory
+from easylm_mling.hf.vocabulary import grow, spelled
 from easylm_mling.params import Parameter, parameter_table, to_flat, to_nested
 from easylm_mling.sharding import make_mesh, parameter_shardings
+
+# Where a multimodal Gemma 3 keeps its text model (transformers 4 and 5), and what is not of it.
+_TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_log = logging.getLogger(__name__)
 
 # All of these are float32 values with fewer bits: widening them is exact.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 INDEX = "model.safetensors.index.json"
 
 
-def import_hf(hf_dir: str | Path, checkpoint_dir: str | Path) -> ModelConfig:
-    """Write the Gemma 1 model in `hf_dir` as a float32 checkpoint (step 0, parameters only) in `checkpoint_dir`.
+def import_hf(
+    hf_dir: str | Path, checkpoint_dir: str | Path, tokenizer: str | Path | None = None, revision: str | None = None
+) -> ModelConfig:
+    """Write the model in `hf_dir` (of a multimodal Gemma 3, its text model) as a float32 checkpoint in `checkpoint_dir`.
 
-    The tokenizer's files are copied to `checkpoint_dir/tokenizer`. Raises ConfigError, and writes nothing, when the
-    weights are not exactly those of config.json or when `checkpoint_dir` has content.
+    The checkpoint is step 0 with parameters only; the tokenizer's files are copied to `checkpoint_dir/tokenizer`.
+    `hf_dir` may be a hub name (`google/gemma-7b`, at `revision`). A `tokenizer` that continues the model's own (a
+    tokenizer.model or its folder) takes its place, and the embedding gets rows for the new pieces. Raises ConfigError,
+    and writes nothing, when the weights are not exactly those of config.json or when `checkpoint_dir` has content.
     """
     if jax.process_count() > 1:
         raise ConfigError("import-hf runs in one process; run it on one host, into storage that every host can read")
-    model = model_config_from_hf(hf_dir)
-    weights = open_weights(hf_dir, model)
+    info: dict[str, Any] = {"source": {"name": str(hf_dir), "revision": revision}}
+    directory = local_directory(hf_dir, revision)
+    info["source"]["hub"] = directory != Path(hf_dir)
+    model = model_config_from_hf(directory)
+    weights = open_weights(directory, model)
+    if tokenizer is not None:
+        info["source"]["vocab_size"] = model.vocab_size
+        weights, model = grow(weights, model, *spelled(directory, Path(tokenizer)))
     with appears_whole(checkpoint_dir) as partial:
         params = read_params(weights, model, widest_mesh(model))
-        info = {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
+        info |= {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
         with Checkpoints(partial) as checkpoints:
             checkpoints.save_params(params, info)
-        copy_tokenizer(Path(hf_dir), partial / TOKENIZER_FOLDER)
+        copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, partial / TOKENIZER_FOLDER)
     return model
 
 
@@ -50,8 +73,8 @@ def widest_mesh(model: ModelConfig) -> Mesh:
     return make_mesh(MeshConfig(), devices[:count])
 
 
-def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, safe_open]:
-    """For each Hugging Face tensor of the model, the open file that holds it with the right shape and dtype.
+def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
+    """For each Hugging Face tensor of the model, its safetensors slice, whose shape and dtype are right.
 
     Raises ConfigError that names the file and the tensor for one that is missing, misshapen, of an unknown dtype or
     unknown to the model, and for a file that is missing or cut short.
@@ -65,26 +88,43 @@ def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, safe_open]
     accepted = expected | {"lm_head.weight": (model.vocab_size, model.hidden_size)}
 
     files, placed = _open_files(hf_dir)
+    found, dropped = {}, 0
     for file, handle in files.items():
-        for name in handle.keys():
-            if name.endswith("rotary_emb.inv_freq"):
+        for stored in handle.keys():
+            if stored.endswith("rotary_emb.inv_freq"):
                 continue  # a buffer of old transformers, which follows from rope_theta
-            if name not in accepted or placed.get(name) != file:
+            if model.model_type == "gemma3_text" and stored.startswith(_NOT_TEXT):
+                dropped += 1
+                continue
+            name = _text_name(stored, model)
+            if name not in accepted or name in found or placed.get(stored) != file:
                 raise ConfigError(
-                    f"{hf_dir / file}: unexpected tensor {name}; these are not the weights of config.json"
+                    f"{hf_dir / file}: unexpected tensor {stored}; these are not the weights of config.json"
                 )
-            _check_header(hf_dir / file, name, handle.get_slice(name), accepted[name])
+            found[name] = handle.get_slice(stored)
+            _check_header(hf_dir / file, stored, found[name], accepted[name])
+    planned = {_text_name(stored, model): file for stored, file in placed.items()}
     for name in expected:
-        if name not in placed:
+        if name not in planned:
             raise ConfigError(f"{hf_dir}: tensor {name} is missing from {', '.join(files)}; download the model again")
-        if name not in files[placed[name]].keys():
+        if name not in found:
             raise ConfigError(
-                f"{hf_dir / placed[name]}: tensor {name} is missing, but {INDEX} places it here; download both"
+                f"{hf_dir / planned[name]}: tensor {name} is missing, but {INDEX} places it here; download both"
             )
-    return {name: files[placed[name]] for name in expected}
+    if dropped:
+        _log.warning("%s: left out %d tensors of the vision tower; this is the text model alone", hf_dir, dropped)
+    return {name: found[name] for name in expected}
 
 
-def read_params(weights: dict[str, safe_open], model: ModelConfig, mesh: Mesh) -> dict:
+def _text_name(stored: str, model: ModelConfig) -> str:
+    """The name in the parameter table of a stored tensor."""
+    for prefix, ours in _TEXT_PREFIXES.items() if model.model_type == "gemma3_text" else ():
+        if stored.startswith(prefix):
+            return ours + stored.removeprefix(prefix)
+    return stored
+
+
+def read_params(weights: dict[str, Any], model: ModelConfig, mesh: Mesh) -> dict:
     """The float32 parameters as a nested dict, sharded over `mesh`; only what a device holds is read for it."""
     shardings = to_flat(parameter_shardings(model, mesh))
     arrays = {}
@@ -94,15 +134,15 @@ def read_params(weights: dict[str, safe_open], model: ModelConfig, mesh: Mesh) -
     return to_nested(arrays)
 
 
-def _read_shard(weights: dict[str, safe_open], p: Parameter, index) -> np.ndarray:
+def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
     """The part of parameter `p` at `index` (a slice for each axis), read from one Hugging Face tensor a layer."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, p.shape, strict=True)]
     out = np.empty([stop - start for start, stop in bounds], np.float32)
     inner = p.axes[1:] if p.stacked else p.axes
     rows, shape = [], p.shape[-len(inner) :]
     for axis, size, (start, stop) in zip(inner, shape, bounds[-len(inner) :], strict=True):
-        if axis == "head_dim":
-            # Hugging Face keeps a head's entries together in the axis of heads.
+        if axis == "head_dim" and rows:
+            # Hugging Face keeps a head's entries together in the axis of heads, which stands before this one.
             assert (start, stop) == (0, size), (p.path, index)
             rows[-1] = slice(rows[-1].start * size, rows[-1].stop * size)
         else:
@@ -110,7 +150,7 @@ def _read_shard(weights: dict[str, safe_open], p: Parameter, index) -> np.ndarra
     layers = range(*bounds[0]) if p.stacked else range(1)
     for part, layer in zip(out if p.stacked else out[None], layers, strict=True):
         name = p.hf_name.format(layer=layer)
-        part[...] = weights[name].get_slice(name)[tuple(rows)].reshape(part.shape)
+        part[...] = weights[name][tuple(rows)].reshape(part.shape)
     return out
 
 
@@ -153,7 +193,7 @@ def _check_header(path: Path, name: str, header, shape: tuple[int, ...]):
         raise ConfigError(f"{path}: tensor {name} has dtype {tag}; convert it to one of {', '.join(DTYPES)}")
 
 
-def _source_dtype(weights: dict[str, safe_open]) -> str:
+def _source_dtype(weights: dict[str, Any]) -> str:
     """The name of the files' one dtype, or "mixed"."""
-    names = {str(DTYPES[handle.get_slice(name).get_dtype()]) for name, handle in weights.items()}
+    names = {str(DTYPES[part.get_dtype()]) for part in weights.values()}
     return names.pop() if len(names) == 1 else "mixed"

@@ -1,0 +1,45 @@
+"""Every setting of a run as frozen dataclasses, and the one function that fills them: `load`.
+
+YAML files merge left to right, then `key.path=value` arguments. Units are in the names
+(`budget_tokens`, `every_steps`). An unknown key is an error that names the nearest known one. Nothing here
+knows jax: a config must load in milliseconds on a laptop.
+"""
+
+from easylm_mling.config.basics import ConfigError, Duration
+from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, StageConfig, WeightingConfig
+from easylm_mling.config.loading import differences, from_tree, load, to_tree, to_yaml
+from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
+from easylm_mling.config.run import (
+    REMAT_NAMES,
+    CheckpointConfig,
+    EvalConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "FAMILIES",
+    "REMAT_NAMES",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "Duration",
+    "EvalConfig",
+    "HubDataset",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "RunConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TrainConfig",
+    "WeightingConfig",
+    "differences",
+    "from_tree",
+    "load",
+    "to_tree",
+    "to_yaml",
+]

@@ -1,0 +1,27 @@
+"""What every part of a config uses: the error, its check, and lengths of training."""
+
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message is one line that names the key and the way out."""
+
+
+def check(ok: bool, message: str):
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: written `2000 steps`, `1.5B tokens` or `500M tokens`."""
+
+    amount: int
+    unit: str
+
+    def to_steps(self, tokens_per_step: int) -> int:
+        """Whole steps that cover this duration (rounded up)."""
+        return self.amount if self.unit == "steps" else -(-self.amount // tokens_per_step)
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.unit}"

@@ -1,0 +1,195 @@
+"""What is read, in which shares and in which order."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from easylm_mling.config.basics import check
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the Hugging Face hub (or a local folder like one), resolved to its files when a run begins."""
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    # A branch, tag or commit; by default the newest commit, to which the run then keeps.
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One corpus of the mixture.
+
+    A path is a local one, or begins with gs://, s3://, https:// or hf://datasets/. It may name a folder, hold globs,
+    and `{language}` in place of one whole folder or file name: every match is then a language of this source
+    (`data/glot500/{language}/train/data-*.arrow`). Instead of paths, `dataset` names a data set of the hub.
+
+    In YAML a source may be a group instead: `llama2ko: {weight: 2, sources: {ko: {...}, en: {...}}}` is two sources,
+    `llama2ko/ko` and `llama2ko/en`, that divide the group's weight by their own.
+    """
+
+    paths: tuple[str, ...] = ()
+    # Its share of the tokens, relative to the other sources'. Left out where `data.weighting` finds the shares.
+    weight: float | None = None
+    dataset: HubDataset | None = None
+    text_column: str = "text"
+    # "document": a row is a document. "line": a row is a line, and a blank row ends a document. (A row of a .txt file
+    # is a line of it.)
+    row: str = "document"
+    holdout_fraction: float = 0.001
+    # Train on this share of the documents, chosen by a hash of their text (the held-out ones are not affected).
+    sample_fraction: float = 1.0
+    # No document is trained on more often than this in the whole run. 0: as often as the budget needs.
+    max_epochs: int = 0
+    # What a lane does that has read its part of `max_epochs` epochs and is due a row of this source. "repeat": read on
+    # (max_epochs must be 0). "redistribute": take the row from its other sources, by their shares. "stop": end the run.
+    when_used_up: str = "repeat"
+    # A language's share of an epoch is this size of it, "bytes" or "tokens" (estimated), to the power of
+    # `language_temperature`: 1 keeps natural shares, 0 makes all equal. "unimax": equal shares of what the run takes
+    # of this source, but of no language more than max_epochs epochs (arXiv:2304.09151).
+    language_by: str = "bytes"
+    language_temperature: float = 1.0
+    # No language is repeated more often than this inside one epoch, whatever the temperature says.
+    language_max_repeats: int = 4
+
+    def validate(self, name: str):
+        key = f"data.sources.{name}"
+        check(self.dataset is None or not self.paths, f"{key}: has both paths and a dataset; keep one of them")
+        check(bool(self.paths or self.dataset), f"{key}.paths is empty; name at least one file or glob")
+        check(
+            self.weight is None or (math.isfinite(self.weight) and self.weight >= 0),
+            f"{key}.weight={self.weight} must be a finite number, zero or more",
+        )
+        check(self.row in ("document", "line"), f"{key}.row={self.row!r} must be 'document' or 'line'")
+        check(0 <= self.holdout_fraction < 1, f"{key}.holdout_fraction={self.holdout_fraction} must be in [0, 1)")
+        check(0 < self.sample_fraction <= 1, f"{key}.sample_fraction={self.sample_fraction} must be in (0, 1]")
+        check(self.max_epochs >= 0, f"{key}.max_epochs={self.max_epochs} must be zero (no limit) or more")
+        rules = ("repeat", "stop", "redistribute")
+        check(self.when_used_up in rules, f"{key}.when_used_up={self.when_used_up!r} must be one of {', '.join(rules)}")
+        check(
+            (self.max_epochs > 0) == (self.when_used_up != "repeat"),
+            f"{key}: max_epochs={self.max_epochs} does not go with when_used_up={self.when_used_up}; "
+            "'repeat' has no limit (max_epochs 0), 'stop' and 'redistribute' need one (max_epochs 1 or more)",
+        )
+        measures = ("bytes", "tokens", "unimax")
+        check(
+            self.language_by in measures, f"{key}.language_by={self.language_by!r} must be one of {', '.join(measures)}"
+        )
+        check(
+            self.language_by != "unimax" or self.max_epochs > 0,
+            f"{key}.language_by=unimax needs {key}.max_epochs, the most epochs of a language",
+        )
+        check(
+            0 <= self.language_temperature <= 1,
+            f"{key}.language_temperature={self.language_temperature} must be between 0 and 1",
+        )
+        check(self.language_max_repeats >= 1, f"{key}.language_max_repeats must be at least 1")
+
+
+@dataclass(frozen=True)
+class WeightingConfig:
+    """Where the sources' shares come from.
+
+    number: each source's `weight`. bytes, tokens (estimated by a sample): as large as the sources are. temperature:
+    tokens to the power of `temperature`. unimax: equal shares, but of no source more than `max_epochs` epochs of its
+    estimated tokens under the budget (arXiv:2304.09151; the exact limit is each source's own `max_epochs`).
+    """
+
+    by: str = "number"
+    temperature: float = 0.7
+    max_epochs: int = 4
+
+    def __post_init__(self):
+        ways = ("number", "bytes", "tokens", "temperature", "unimax")
+        check(self.by in ways, f"data.weighting.by={self.by!r} must be one of {', '.join(ways)}")
+        check(0 <= self.temperature <= 1, f"data.weighting.temperature={self.temperature} must be between 0 and 1")
+        check(self.max_epochs >= 1, f"data.weighting.max_epochs={self.max_epochs} must be at least 1")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Other weights from the first round of rows on that begins `from_tokens` tokens into the run, or later.
+
+    A source that is not named keeps its own `weight`.
+    """
+
+    from_tokens: int
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in which order."""
+
+    tokenizer: str
+    sources: dict[str, SourceConfig]
+    weighting: WeightingConfig = WeightingConfig()
+    # Those that have not begun may still be changed when a run resumes.
+    stages: tuple[StageConfig, ...] = ()
+    sequence_length: int = 8192
+    # Text is read, shuffled and tokenised in pieces of about this size; it bounds memory and the cost of a resume.
+    block_bytes: int = 4_000_000
+    seed: int = 0
+    # Rows are dealt to this many independent streams. 0: as many as `train.batch_size`. Fixed for a run's life.
+    lanes: int = 0
+    # A folder of tokenised windows that `data tokenize` fills. What is not in it is tokenised when it is due: same bits.
+    token_cache: str | None = None
+    # More bad records than this share of those read (after the first 1000) stop the run.
+    max_bad_fraction: float = 0.01
+    # A read that fails is tried again so often, after so many seconds at first; they double each time.
+    retries: int = 5
+    retry_seconds: float = 1.0
+
+    def __post_init__(self):
+        check(self.sequence_length >= 8, f"data.sequence_length={self.sequence_length} must be at least 8")
+        check(self.block_bytes >= 1000, f"data.block_bytes={self.block_bytes} must be at least 1000")
+        check(bool(self.sources), "data.sources is empty; name at least one source")
+        check(self.lanes >= 0, f"data.lanes={self.lanes} must be zero or more")
+        check(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
+        check(self.retries >= 0, f"data.retries={self.retries} must be zero or more")
+        check(0 <= self.retry_seconds <= 600, f"data.retry_seconds={self.retry_seconds} must be between 0 and 600")
+        for name, source in self.sources.items():
+            check(
+                re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) is not None,
+                f"data.sources: the name {name!r} may only hold letters, digits, '_', '-' and '.'",
+            )
+            source.validate(name)
+            self._check_weight(name, source.weight)
+        check(
+            any(s.weight != 0 for s in self.sources.values()),
+            "data.sources: every weight is 0; give one a positive weight",
+        )
+        self._check_stages()
+
+    def _check_weight(self, name: str, weight: float | None):
+        key, by = f"data.sources.{name}.weight", self.weighting.by
+        if by == "number":
+            check(weight is not None, f"{key} is missing; add it, or choose another data.weighting.by than 'number'")
+        else:
+            check(
+                weight in (None, 0), f"{key}={weight} means nothing with data.weighting.by={by}; remove it, or write 0"
+            )
+
+    def _check_stages(self):
+        check(
+            not self.stages or self.weighting.by == "number",
+            f"data.stages goes with data.weighting.by=number, not with {self.weighting.by!r}; remove one of them",
+        )
+        starts = [stage.from_tokens for stage in self.stages]
+        check(
+            all(a < b for a, b in zip([-1, *starts], starts, strict=False)),
+            f"data.stages: from_tokens must rise from stage to stage, and is {starts}",
+        )
+        for i, stage in enumerate(self.stages):
+            for name, weight in stage.weights.items():
+                key = f"data.stages[{i}].weights.{name}"
+                check(name in self.sources, f"{key}: no such source; there are {', '.join(self.sources)}")
+                check(math.isfinite(weight) and weight >= 0, f"{key}={weight} must be a finite number, zero or more")
+            check(
+                sum(self.stage_weights(stage)) > 0, f"data.stages[{i}]: every weight is 0; give one a positive weight"
+            )
+
+    def stage_weights(self, stage: StageConfig) -> list[float]:
+        return [stage.weights.get(name, s.weight or 0.0) for name, s in self.sources.items()]

@@ -1,0 +1,200 @@
+"""Configs from YAML files and arguments, strictly, and back to plain trees."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from easylm_mling.config.basics import ConfigError, Duration, check
+from easylm_mling.config.run import RunConfig
+
+Schema = typing.TypeVar("Schema")
+
+
+def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge YAML `files` left to right, then `key.path=value` overrides.
+
+    Raises ConfigError (one line) for a missing file, bad YAML, an unknown key or a value of the wrong type.
+    """
+    merged = OmegaConf.create({})
+    try:
+        for name in files:
+            if not Path(name).is_file():
+                raise ConfigError(f"{name}: no such config file")
+            part = OmegaConf.load(name)
+            if not OmegaConf.is_dict(part):
+                raise ConfigError(f"{name}: expected `key: value` lines at the top level")
+            merged = OmegaConf.merge(merged, part)
+        for item in overrides:
+            if not re.match(r"[\w.-]+=", item):
+                raise ConfigError(f"{item!r} is not an override; write key.path=value")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        # Not resolved: `${oc.env:...}` in somebody's config would put a secret into the config that a run keeps.
+        tree = OmegaConf.to_container(merged, resolve=False)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{name if where else 'config'}: cannot be read as YAML: {detail}") from error
+    data = tree.get("data") if isinstance(tree, dict) else None
+    if isinstance(data, dict) and isinstance(data.get("sources"), dict):
+        data["sources"] = _flat_sources(data["sources"], "data.sources")
+    return _build(RunConfig, tree, "")
+
+
+def _flat_sources(sources: dict, path: str) -> dict:
+    """Groups replaced by their members: `g: {weight: w, sources: {a: ...}}` becomes `g/a`, with its part of w."""
+    flat = {}
+    for name, entry in sources.items():
+        if not (isinstance(entry, dict) and "sources" in entry):
+            flat[str(name)] = entry
+            continue
+        key = f"{path}.{name}"
+        unknown = [k for k in entry if k not in ("weight", "sources")]
+        check(
+            not unknown,
+            f"unknown key '{key}.{''.join(map(str, unknown[:1]))}'; a group has only 'weight' and 'sources'",
+        )
+        check(isinstance(entry["sources"], dict) and bool(entry["sources"]), f"{key}.sources: name at least one source")
+        members = _flat_sources(entry["sources"], f"{key}.sources")
+        for member, settings in members.items():
+            check(
+                isinstance(settings, dict), f"{key}.sources.{member}: expected `key: value` lines, found {settings!r}"
+            )
+        given = [m for m, settings in members.items() if settings.get("weight") is not None]
+        if entry.get("weight") is None:
+            check(not given, f"{key}.weight is missing; add it, or remove the weights inside")
+        else:
+            missing = [m for m in members if m not in given]
+            check(not missing, f"{key}.sources.{''.join(missing[:1])}.weight is missing; add it to the config")
+            whole = _build(float, entry["weight"], f"{key}.weight")
+            parts = {m: _build(float, members[m]["weight"], f"{key}.sources.{m}.weight") for m in members}
+            check(
+                all(math.isfinite(x) and x >= 0 for x in [whole, *parts.values()]) and sum(parts.values()) > 0,
+                f"{key}: weights must be finite numbers, zero or more, and not all 0",
+            )
+            total = sum(parts.values())
+            members = {m: {**settings, "weight": whole * parts[m] / total} for m, settings in members.items()}
+        flat.update({f"{name}/{member}": settings for member, settings in members.items()})
+    return flat
+
+
+def to_tree(value) -> typing.Any:
+    """A config as plain dicts, lists and scalars, such that `from_tree(type(c), to_tree(c)) == c`."""
+    if isinstance(value, Duration):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_tree(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [to_tree(v) for v in value]
+    return value
+
+
+def from_tree(schema: type[Schema], tree: dict) -> Schema:
+    """The dataclass `schema` from plain dicts; raises ConfigError as `load` does."""
+    return _build(schema, tree, "")
+
+
+def to_yaml(config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
+
+
+def differences(old, new) -> dict[str, tuple]:
+    """Every `key.path` whose value differs between two configs, with both values."""
+    a, b = _flatten(to_tree(old)), _flatten(to_tree(new))
+    return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def _flatten(tree, prefix="") -> dict:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _build(kind, value, path) -> typing.Any:
+    """`value` (plain YAML) as an instance of the annotated type `kind`, or a ConfigError that names `path`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _build(next(a for a in args if a is not type(None)), value, path)
+    if kind is Duration:
+        return _duration(value, path)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    if origin is dict:
+        check(isinstance(value, dict), f"{path}: expected `name: ...` entries, found {value!r}")
+        return {str(k): _build(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_build(args[0], v, f"{path}[{i}]") for i, v in enumerate(items))
+    if kind is bool:
+        check(isinstance(value, bool), f"{path}={value!r} must be true or false")
+        return value
+    if kind is int:
+        return _integer(value, path)
+    if kind is float:
+        return _number(value, path)
+    check(kind is str, f"{path}: no rule for {kind}")
+    check(isinstance(value, (str, int, float)) and not isinstance(value, bool), f"{path}={value!r} must be text")
+    check("${" not in str(value), f"{path}={value!r}: ${{...}} is not filled in here; write the value itself")
+    return str(value)
+
+
+def _build_dataclass(kind, value, path):
+    check(isinstance(value, dict), f"{path or 'config'}: expected `key: value` lines, found {value!r}")
+    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {_join(path, key)!r}; {hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        check(name in value or not required, f"{_join(path, name)} is missing; add it to the config")
+    return kind(**{k: _build(hints[k], v, _join(path, k)) for k, v in value.items()})
+
+
+def _join(path, key):
+    return f"{path}.{key}" if path else str(key)
+
+
+def _number(value, path) -> float:
+    try:
+        return float("not a number" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path}={value!r} must be a number") from None
+
+
+_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _integer(value, path) -> int:
+    """An int from `4096`, `1_000_000`, `100e9` or `100B`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(-?[\d_]*\.?\d+(?:[eE]\+?\d+)?)\s*([KMBT]?)", str(value).strip())
+    number = float(match[1].replace("_", "")) * _SCALE[match[2]] if match else math.nan
+    check(
+        math.isfinite(number) and number == int(number) and not isinstance(value, bool),
+        f"{path}={value!r} must be a whole number such as 4096, 1_000_000 or 100B",
+    )
+    return int(number)
+
+
+def _duration(value, path) -> Duration:
+    match = re.fullmatch(r"(\S+)\s+(steps?|tokens?)", str(value).strip())
+    if match is None:
+        raise ConfigError(f"{path}={value!r} must be a length such as '2000 steps' or '1B tokens'")
+    amount = _integer(match[1], path)
+    check(amount >= 0, f"{path}={value!r} must not be negative")
+    return Duration(amount, match[2].rstrip("s") + "s")

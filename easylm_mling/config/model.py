@@ -1,0 +1,142 @@
+"""The shape of a model, in the names of Hugging Face's `config.json`."""
+
+import math
+from dataclasses import dataclass, fields
+
+from easylm_mling.config.basics import check
+
+
+@dataclass(frozen=True)
+class Family:
+    """What every model of one `model_type` has, and which optional fields of ModelConfig it may set."""
+
+    # A norm behind attention and behind the MLP too, each before its sum with the residual stream.
+    post_norms: bool = False
+    # Queries and keys are normed over head_dim before the rotary embedding.
+    qk_norm: bool = False
+    # A norm multiplies by this plus its weight.
+    norm_offset: float = 1.0
+    # Embeddings are multiplied by sqrt(hidden_size).
+    scaled_embedding: bool = True
+    activation: str = "gelu_pytorch_tanh"
+    may_set: tuple[str, ...] = ()
+
+
+_LOCAL = ("query_pre_attn_scalar", "sliding_window", "sliding_window_pattern", "final_logit_softcapping")
+FAMILIES = {
+    "gemma": Family(),
+    "gemma2": Family(post_norms=True, may_set=(*_LOCAL, "attn_logit_softcapping")),
+    "gemma3_text": Family(post_norms=True, qk_norm=True, may_set=(*_LOCAL, "rope_local_base_freq", "rope_scaling")),
+    "llama": Family(
+        norm_offset=0.0, scaled_embedding=False, activation="silu", may_set=("rope_scaling", "tie_word_embeddings")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for texts longer than those of the first training.
+
+    linear: all are divided by `factor`. llama3: those of long waves are, short waves stay, and between the two (set by
+    the next two fields, in waves per `original_max_position_embeddings`) it goes over smoothly.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        key = "model.rope_scaling"
+        check(
+            self.rope_type in ("linear", "llama3"), f"{key}.rope_type={self.rope_type!r} must be 'linear' or 'llama3'"
+        )
+        check(math.isfinite(self.factor) and self.factor >= 1, f"{key}.factor={self.factor} must be at least 1")
+        check(
+            0 < self.low_freq_factor < self.high_freq_factor and self.original_max_position_embeddings > 0,
+            f"{key}: low_freq_factor must be positive and less than high_freq_factor",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Gemma 1, 2 or 3 (text) or Llama decoder, in the names of Hugging Face's `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    model_type: str = "gemma"
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+    pad_token_id: int = 0  # -1: none
+    eos_token_id: int = 1
+    bos_token_id: int = 2
+    # Attention scores are divided by the square root of this (null: of head_dim).
+    query_pre_attn_scalar: int | None = None
+    # In a local layer a position sees itself and the `sliding_window - 1` before it; every
+    # `sliding_window_pattern`-th layer is global.
+    sliding_window: int | None = None
+    sliding_window_pattern: int = 1
+    # Scores and logits x become cap * tanh(x / cap).
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    # The rotary base of local layers (null: rope_theta); scaling applies to the others.
+    rope_local_base_freq: float | None = None
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+            check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
+        check(
+            self.model_type in FAMILIES,
+            f"model.model_type={self.model_type!r} is not supported; use one of {', '.join(FAMILIES)}",
+        )
+        check(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for rotary embeddings")
+        check(
+            self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
+            f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"model.num_key_value_heads={self.num_key_value_heads}",
+        )
+        self._check_family()
+
+    def _check_family(self):
+        may_set = {name for family in FAMILIES.values() for name in family.may_set}
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in sorted(may_set - set(self.family.may_set)):
+            check(
+                getattr(self, name) == defaults[name],
+                f"model.{name}={getattr(self, name)} does not exist in model_type={self.model_type!r}; leave it out",
+            )
+        for name in ("query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"model.{name}={value} must be positive, or null for none")
+        check(
+            self.sliding_window_pattern > 0 and (self.sliding_window is None) == (self.sliding_window_pattern == 1),
+            f"model.sliding_window={self.sliding_window} and model.sliding_window_pattern={self.sliding_window_pattern} "
+            "belong together: give a window and a pattern of at least 2, or neither",
+        )
+        check(
+            self.rope_scaling is None or self.model_type != "gemma3_text" or self.rope_scaling.rope_type == "linear",
+            "model.rope_scaling.rope_type must be 'linear' in model_type='gemma3_text'",
+        )
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def query_scale(self) -> float:
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees only the sliding window."""
+        return tuple((i + 1) % self.sliding_window_pattern != 0 for i in range(self.num_hidden_layers))

@@ -1,0 +1,171 @@
+"""A whole run: model, data, training, optimizer, mesh, checkpoints, evaluation."""
+
+import math
+from dataclasses import dataclass
+
+from easylm_mling.config.basics import Duration, check
+from easylm_mling.config.data import DataConfig
+from easylm_mling.config.model import ModelConfig
+
+# What a layer keeps for its backward pass; model.py says what each name means.
+REMAT_NAMES = ("full", "save_attention", "save_qkv", "save_dots", "none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How much is trained, and in which portions."""
+
+    budget_tokens: int
+    # Sequences a step, over all devices and accumulation steps.
+    batch_size: int = 64
+    accumulation_steps: int = 1
+    seed: int = 0
+    compute_dtype: str = "bfloat16"
+    # Which values of a layer are kept for the backward pass; the rest is computed again. See REMAT_NAMES.
+    remat: str = "full"
+    # The vocabulary's logits are computed for this many positions of each sequence at a time.
+    loss_chunk: int = 512
+    z_loss: float = 0.0
+    # Write a line of metrics.jsonl for every step that is a multiple of this.
+    log_every_steps: int = 1
+    # End this process (with a checkpoint) once the run has reached this step. 0: go on to the budget.
+    stop_at_step: int = 0
+    # A step whose loss or gradient is not finite changes nothing; this many in a row stop the run.
+    max_skipped_in_a_row: int = 5
+
+    def __post_init__(self):
+        for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
+            check(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        check(
+            self.batch_size % self.accumulation_steps == 0,
+            f"train.batch_size={self.batch_size} must be a multiple of train.accumulation_steps={self.accumulation_steps}",
+        )
+        check(
+            self.compute_dtype in ("bfloat16", "float32"),
+            f"train.compute_dtype={self.compute_dtype!r} must be 'bfloat16' or 'float32'",
+        )
+        check(self.remat in REMAT_NAMES, f"train.remat={self.remat!r} must be one of {', '.join(REMAT_NAMES)}")
+        check(self.z_loss >= 0, f"train.z_loss={self.z_loss} must be zero or more")
+        check(self.stop_at_step >= 0, f"train.stop_at_step={self.stop_at_step} must be zero or more")
+        check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule.
+
+    cosine: linear warm-up, then a half cosine down to `final_fraction` of the peak at the end of the budget.
+    wsd: linear warm-up, then constant, then a linear decay over the last `decay`.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup: Duration = Duration(0, "steps")
+    decay: Duration = Duration(0, "steps")
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embedding: bool = False
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        check(self.schedule in ("cosine", "wsd"), f"optimizer.schedule={self.schedule!r} must be 'cosine' or 'wsd'")
+        check(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"optimizer.learning_rate={self.learning_rate} must be positive and finite",
+        )
+        check(0 <= self.final_fraction <= 1, f"optimizer.final_fraction={self.final_fraction} must be in [0, 1]")
+        check(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and beta2 must be in [0, 1)")
+        check(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be positive")
+        check(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must be zero or more")
+        check(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, 'all that are left'."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    # Run on the CPU and simulate this many devices (0: use the accelerators that are there).
+    cpu_devices: int = 0
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        check(all(s == -1 or s > 0 for s in sizes), "mesh: every axis must be positive, or -1 for all that are left")
+        check(sizes.count(-1) <= 1, "mesh: only one axis may be -1")
+        check(self.cpu_devices >= 0, f"mesh.cpu_devices={self.cpu_devices} must be zero or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a checkpoint is written, and which are kept (the newest `keep_last`, and every multiple of `keep_every_steps`)."""
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every_steps: int = 0
+
+    def __post_init__(self):
+        check(self.every_steps > 0, f"checkpoint.every_steps={self.every_steps} must be positive")
+        check(self.keep_last > 0, f"checkpoint.keep_last={self.keep_last} must be positive")
+        check(self.keep_every_steps >= 0, f"checkpoint.keep_every_steps={self.keep_every_steps} must be zero or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation on held-out documents: up to `rows_per_source` sequences of each source, every `every_steps` (0: only at the end)."""
+
+    every_steps: int = 0
+    rows_per_source: int = 64
+
+    def __post_init__(self):
+        check(self.every_steps >= 0, f"eval.every_steps={self.every_steps} must be zero or more")
+        check(self.rows_per_source >= 0, f"eval.rows_per_source={self.rows_per_source} must be zero or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    # A checkpoint directory (from `import-hf`, or another run) whose parameters this run starts from.
+    init_from: str | None = None
+
+    def __post_init__(self):
+        check(
+            self.data.sequence_length <= self.model.max_position_embeddings,
+            f"data.sequence_length={self.data.sequence_length} is longer than "
+            f"model.max_position_embeddings={self.model.max_position_embeddings}",
+        )
+        check(
+            self.train.batch_size % self.lanes == 0,
+            f"train.batch_size={self.train.batch_size} must be a multiple of data.lanes={self.lanes}",
+        )
+        if self.optimizer.schedule == "wsd":
+            check(
+                self.optimizer.decay.to_steps(self.tokens_per_step) <= self.total_steps,
+                f"optimizer.decay={self.optimizer.decay} is longer than the run ({self.total_steps} steps)",
+            )
+
+    @property
+    def lanes(self) -> int:
+        return self.data.lanes or self.train.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Steps to the token budget: every row is full, so the last step passes it by less than one batch."""
+        return -(-self.train.budget_tokens // self.tokens_per_step)

@@ -1,0 +1,55 @@
+"""The file that lists the bad records of a run: each once for every time the run reads it, however often it was stopped."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from easylm_mling.atomic import replaces_whole
+from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW
+from easylm_mling.data.readers import Bad
+
+
+class Quarantine:
+    """A JSONL file: source, lane, epoch, block and window that met the record; file, offset, reason, head.
+
+    Windows are read ahead of the trainer, so a killed process leaves entries of windows that the resumed one reads
+    again: those go when it starts. Each is on disk before the trainer gets the window's first token.
+    """
+
+    def __init__(self, path: str | Path, sources: Sequence[str], state: np.ndarray | None):
+        """`state`, int64 [V, S, C], is the whole run's that is resumed from; None: nothing was consumed yet."""
+        self.path, self._sources = Path(path), list(sources)
+        if self.path.exists():
+            with open(self.path, "rb") as old, replaces_whole(self.path) as kept:
+                kept.writelines(line for line in old if self._is_consumed(line, state))
+
+    def write(self, lane: int, source: int, counters: np.ndarray, bad: list[Bad]):
+        """Append the bad records of the window at a lane's `counters`, int64 [C]."""
+        where = {name: int(counters[c]) for name, c in (("epoch", EPOCH), ("block", BLOCK), ("window", WINDOW))}
+        entry = {"source": self._sources[source], "lane": lane, **where}
+        lines = [
+            {**entry, "file": b.file, "offset": b.offset, "reason": b.reason, "head": b.head.decode(errors="replace")}
+            for b in bad
+        ]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _is_consumed(self, line: bytes, state: np.ndarray | None) -> bool:
+        """Whether `state` has entered the window that met it."""
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return False  # a kill cut the line short
+        if "lane" not in entry or entry["source"] not in self._sources:
+            return True  # of a run that began before entries had a place
+        if state is None:
+            return False
+        at = state[entry["lane"], self._sources.index(entry["source"])]
+        place, reached = (entry["epoch"], entry["block"], entry["window"]), tuple(at[[EPOCH, BLOCK, WINDOW]].tolist())
+        # A window is counted as entered with its first token.
+        return place < reached or (place == reached and bool(at[DOCUMENT] or at[OFFSET]))

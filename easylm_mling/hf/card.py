@@ -1,0 +1,233 @@
+"""The README.md of an exported model: what the run's own records say, and nothing that they do not.
+
+Records are the checkpoint's info and data state, metrics.jsonl and catalog.json. Paths and addresses stay out, for they
+can hold names and keys: a source goes by its name in the config.
+"""
+
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from easylm_mling.checkpoint import load_data_state, load_info
+from easylm_mling.config import ConfigError, ModelConfig, RunConfig, from_tree
+from easylm_mling.data.catalog import Catalog
+from easylm_mling.data.mixture import COUNTERS
+from easylm_mling.metrics import read_metrics, tokens_text
+from easylm_mling.params import parameter_count
+
+_FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "llama": "Llama"}
+# Folders of languages are named ja or jpn_Jpan; the hub wants the part that is an ISO 639 code.
+_FOLDER = re.compile(r"([a-z]{2})|([a-z]{3})_[A-Z][a-z]{3}")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a model's first parameters came from; `hub` says whether `name` is a model of the hub."""
+
+    name: str | None
+    revision: str | None = None
+    hub: bool = False
+
+
+def model_card(
+    checkpoint_dir: str | Path, model: ModelConfig, step: int, dtype: str, name: str, languages: tuple[str, ...] = ()
+) -> str:
+    """Markdown with YAML front matter for the model at `step`, to be known as `name` (a hub name or a folder's)."""
+    info, records = load_info(checkpoint_dir, step), Path(checkpoint_dir) / "catalog.json"
+    config = from_tree(RunConfig, info["config"]) if records.is_file() else None
+    base = _base(info, config)
+    # In the catalog's order, which is that of the data state; a config that was stored as JSON has lost it.
+    by_source = {name: s.languages for name, s in Catalog.load(records).sources.items()} if config else {}
+    codes = _codes(languages, by_source)
+    parts = [_front_matter(base, model, codes), _summary(base, model, step, info, name, codes)]
+    if config is not None:
+        evaluations, training = (_up_to(checkpoint_dir, kind, step) for kind in ("eval", "train"))
+        parts += [
+            _data(config, _consumed(checkpoint_dir, list(by_source), step), by_source),
+            _losses(list(by_source), evaluations),
+            _recipe(config, step, training),
+        ]
+    return "\n".join([*parts, _usage(name, dtype, model), _limits(base, model)])
+
+
+def _front_matter(base: Base, model: ModelConfig, codes: list[str]) -> str:
+    values: dict = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["continued-pretraining"],
+    }
+    if base.hub:
+        values["base_model"] = base.name
+    if base.name and model.model_type != "llama":
+        values["license"] = "gemma"
+    if codes:
+        values["language"] = codes
+    # JSON is YAML too, and quotes what YAML would misread (the language code "no" is not false).
+    return "\n".join(["---", *(f"{key}: {orjson.dumps(value).decode()}" for key, value in values.items()), "---", ""])
+
+
+def _summary(base: Base, model: ModelConfig, step: int, info: dict, name: str, codes: list[str]) -> str:
+    size = f"{_FAMILY_NAMES[model.model_type]} model of {parameter_count(model):,} parameters"
+    begun = f"from {_shown(base)}" if base.name else "from random parameters"
+    trained = f"trained {begun} on {info['tokens']:,} tokens ({step:,} steps)" if "tokens" in info else f"taken {begun}"
+    spoken = ""
+    if codes:
+        spoken = (
+            f" Languages: {', '.join(codes)}."
+            if len(codes) <= 10
+            else f" Its data is in {len(codes)} languages (see the top of this file)."
+        )
+    return f"# {name.split('/')[-1]}\n\nA {size}, {trained} with easylm_mling.{spoken}\n"
+
+
+def _data(config: RunConfig, consumed: dict[str, dict], by_source: dict[str, tuple[str, ...]]) -> str:
+    total = max(1, sum(source["tokens"] for source in consumed.values()))
+    rows = []
+    for name, source in consumed.items():
+        epochs, spoken = source["epochs"], [t for t in by_source[name] if t]
+        sampled = "yes" if epochs < 1 else f"no, read {epochs:.4g} times"
+        rows.append(
+            (
+                name,
+                len(spoken) or "-",
+                sampled,
+                f"{source['documents']:,}",
+                f"{source['tokens']:,}",
+                f"{source['tokens'] / total:.2%}",
+            )
+        )
+    table = _table(("corpus", "languages", "sampled", "documents", "tokens consumed", "share"), rows)
+    named = [f"Languages of {name}: {', '.join(tags)}." for name, tags in by_source.items() if len(tags) > 1]
+    packed = f"Documents are packed into rows of {config.data.sequence_length:,} tokens and do not see each other."
+    return "\n".join(["## Data", "", *table, "", packed, *named, ""])
+
+
+def _losses(names: list[str], evaluations: list[dict]) -> str:
+    measured = [e for e in evaluations if e.get("loss") is not None]
+    if not measured:
+        return "## Losses\n\nNo text was held out, so none were measured.\n"
+    shown = [measured[0], measured[-1]] if len(measured) > 1 else measured
+    rows = []
+    for name in (*names, None):
+        values = [e["loss"] if name is None else e["sources"].get(name) for e in shown]
+        rows.append((name or "**all**", *("-" if v is None else f"{v:.4f}" for v in values)))
+    table = _table(("corpus", *(f"step {e['step']:,}" for e in shown)), rows)
+    note = "Nats a token on held-out documents of the same corpora, never trained on."
+    return "\n".join(["## Losses", "", note, "", *table, ""])
+
+
+def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
+    o, t, mesh = config.optimizer, config.train, config.mesh
+    rates = [e["tokens_per_second"] for e in training if e.get("tokens_per_second")]
+    axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor"))
+    hardware = f"{mesh.cpu_devices} simulated CPU devices" if mesh.cpu_devices else "accelerators"
+    rest = " (-1: all that are left)" if -1 in (mesh.data, mesh.fsdp, mesh.tensor) else ""
+    decay = f", decay over the last {o.decay}" if o.schedule == "wsd" else ""
+    rows = [
+        ("steps", f"{step:,} of {config.total_steps:,}"),
+        ("tokens a step", f"{config.tokens_per_step:,} ({t.batch_size} rows of {config.data.sequence_length:,})"),
+        ("optimizer", f"AdamW, beta {o.beta1} and {o.beta2}, epsilon {o.epsilon}, weight decay {o.weight_decay}"),
+        (
+            "learning rate",
+            f"{o.learning_rate}, {o.schedule}, warm-up {o.warmup}{decay}, down to {o.final_fraction} of it",
+        ),
+        ("gradient clipping", f"global norm {o.clip_norm}"),
+        ("precision", f"parameters and moments float32, computed in {t.compute_dtype}"),
+        ("seeds", f"parameters {t.seed}, data {config.data.seed}"),
+        ("hardware", f"{hardware}, mesh {axes}{rest}"),
+    ]
+    if rates:
+        rows.append(("speed", f"{tokens_text(statistics.median(rates))} tokens a second (median of the steps logged)"))
+    return "\n".join(["## Training", "", *_table(("setting", "value"), rows), ""])
+
+
+def _usage(name: str, dtype: str, model: ModelConfig) -> str:
+    return f"""## How to load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="{dtype}")
+inputs = tokenizer("...", return_tensors="pt")  # adds the one BOS (id {model.bos_token_id}) that the model needs
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```
+
+transformers 4 says `torch_dtype` for `dtype`.
+"""
+
+
+def _limits(base: Base, model: ModelConfig) -> str:
+    if base.name and model.model_type != "llama":
+        licence = (
+            "Derived from Gemma: the Gemma Terms of Use (https://ai.google.dev/gemma/terms) apply to these weights."
+        )
+    elif base.name:
+        licence = "Derived from other weights: their licence applies to these too."
+    else:
+        licence = "Not derived from other weights: whoever publishes them chooses the licence, and names it here."
+    return f"""## Licence and limits
+
+{licence} The corpora have licences of their own.
+
+A pretrained model: it continues text and follows no instructions, and nothing was done to make it safe. It repeats
+what its corpora say, also what is false or offensive, and is weaker in the languages of which it read little. Losses on
+held-out text are no measure of use: evaluate it for yours.
+"""
+
+
+def _base(info: dict, config: RunConfig | None) -> Base:
+    """Follows init_from from run to run, as far as the checkpoints are still there, to what was imported."""
+    seen = set()
+    while "source" not in info and config is not None and config.init_from and config.init_from not in seen:
+        seen.add(config.init_from)
+        try:
+            info = load_info(config.init_from)
+        except ConfigError:
+            return Base(Path(config.init_from).name)
+        config = from_tree(RunConfig, info["config"]) if "config" in info else None
+    if "source" not in info:
+        # A checkpoint without a run that does not say where it came from still came from somewhere.
+        return Base(None) if "config" in info else Base("other weights")
+    source = info["source"]
+    return Base(source["name"] if source["hub"] else Path(source["name"]).name, source["revision"], source["hub"])
+
+
+def _shown(base: Base) -> str:
+    at = f" at {base.revision}" if base.revision else ""
+    return f"[{base.name}](https://huggingface.co/{base.name}){at}" if base.hub else f"`{base.name}`"
+
+
+def _consumed(checkpoint_dir: str | Path, names: list[str], step: int) -> dict[str, dict]:
+    """For each source: tokens and documents consumed, and how often all of it was read at least."""
+    state = load_data_state(checkpoint_dir, step)["lanes"]
+    total, least = state.sum(axis=0), state.min(axis=0)
+    return {
+        name: {
+            "tokens": int(total[s, COUNTERS.index("tokens")]),
+            "documents": int(total[s, COUNTERS.index("documents")]),
+            "epochs": int(least[s, COUNTERS.index("epoch")]),
+        }
+        for s, name in enumerate(names)
+    }
+
+
+def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
+    for code in languages:
+        if not re.fullmatch(r"[a-z]{2,3}", code):
+            raise ConfigError(f"language {code!r} is no ISO 639 code; write two or three letters, such as ja")
+    found = (_FOLDER.fullmatch(tag) for tags in by_source.values() for tag in tags)
+    return sorted({*languages, *(match[1] or match[2] for match in found if match)})
+
+
+def _up_to(run_dir: str | Path, kind: str, step: int) -> list[dict]:
+    file = Path(run_dir) / "metrics.jsonl"
+    return [e for e in read_metrics(file, kind) if e["step"] <= step] if file.is_file() else []
+
+
+def _table(heads: tuple, rows: list[tuple]) -> list[str]:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]

@@ -1,0 +1,57 @@
+"""Models by their hub names, through huggingface_hub (the extra [hf]); it finds a token itself, and no token is seen here."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from easylm_mling.config import ConfigError
+from easylm_mling.hf.files import TOKENIZER_FILES
+
+
+def local_directory(name: str | Path, revision: str | None = None) -> Path:
+    """`name` itself where it is a directory; else the hub model of that name (`google/gemma-7b`), downloaded.
+
+    Only weights in safetensors, configs and tokenizers are fetched. Raises ConfigError when it is neither, or cannot be
+    had.
+    """
+    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        if revision is not None:
+            raise ConfigError(f"{name}: a revision belongs to a hub name such as google/gemma-7b; leave it out")
+        return Path(name)
+    hub = _hub(f"{name} is no directory here; to download it from the hub")
+    try:
+        wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
+        return Path(hub.snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError, hub.errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise ConfigError(
+            f"{name}: no directory here, and not to be had from the hub ({_one_line(error)}); check the name, accept the "
+            "model's licence on its page and log in with `hf auth login`, or download it and name the directory"
+        ) from None
+
+
+def push(directory: str | Path, repository: str) -> str:
+    """Upload a directory as the hub model `repository`, made private where it is new; returns its address."""
+    hub = _hub("to upload a model")
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=str(directory), commit_message="Upload by easylm-mling")
+    except (OSError, ValueError, hub.errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise ConfigError(
+            f"{repository}: the upload failed ({_one_line(error)}); {directory} is whole: log in with `hf auth login` and "
+            f"run `hf upload {repository} {directory}`"
+        ) from None
+    return f"https://huggingface.co/{repository}"
+
+
+def _hub(why: str):
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError(f"{why}, install huggingface_hub: pip install 'easylm-mling[hf]'")
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    return huggingface_hub
+
+
+def _one_line(error: Exception) -> str:
+    # What follows a ? in an address can be a signature that opens it.
+    return re.sub(r"\?\S+", "?...", " ".join(str(error).split()))[:200]

@@ -1,0 +1,119 @@
+"""Is an exported directory what its checkpoint says? Bytes against bytes, and where transformers is, logits too.
+
+The files are read as a stranger would: by the safetensors library, by transformers. torch and transformers are no
+requirements of this package; what cannot be checked without them is said.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from easylm_mling.checkpoint import step_directory
+from easylm_mling.config import ConfigError, MeshConfig, ModelConfig
+from easylm_mling.hf.config import hf_config, model_config_from_hf
+from easylm_mling.hf.exporting import open_parameters, plan_shards, stored_model
+from easylm_mling.hf.importing import DTYPES, open_weights, read_params
+from easylm_mling.model import logits
+from easylm_mling.params import parameter_count
+from easylm_mling.sharding import make_mesh
+from easylm_mling.step import model_graph
+
+# float32 logits of two programs with the same weights differ by rounding; a wrong setting moves them far more.
+_LOGIT_TOLERANCE = 1e-3
+_PROBE_LENGTH = 64
+
+
+class VerificationError(RuntimeError):
+    """An exported directory is not what its checkpoint says; the message names the first difference."""
+
+
+def verify_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int | None = None) -> list[str]:
+    """What was checked of the export of `step` in `hf_dir`, one line each, and what could not be.
+
+    Raises VerificationError at the first difference.
+    """
+    model = stored_model(checkpoint_dir, step)
+    lines = [_same_config(hf_dir, model), _same_bytes(step_directory(checkpoint_dir, step), Path(hf_dir), model)]
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        return [*lines, "not checked: logits and tokenizer (install torch and transformers to compare them)"]
+    return [*lines, _one_bos(Path(hf_dir), model), _same_logits(Path(hf_dir), model)]
+
+
+def _same_config(hf_dir: str | Path, model: ModelConfig) -> str:
+    # Compared as written, where everything is explicit: a config may leave the query scale to its default.
+    found, wanted = (hf_config(m, "float32") for m in (model_config_from_hf(hf_dir), model))
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise VerificationError(f"{hf_dir}/config.json: {name}={found[name]}, but {value} in the checkpoint")
+    return "config.json says what the checkpoint says"
+
+
+def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
+    """Every tensor of the files against the checkpoint, rounded anew; one tensor of each in memory."""
+    try:
+        weights = open_weights(hf_dir, model)
+    except ConfigError as error:
+        raise VerificationError(str(error)) from None
+    (tag,) = {part.get_dtype() for part in weights.values()}
+    read = open_parameters(step_dir, model, DTYPES[tag])
+    tensors = [t for group in plan_shards(model, DTYPES[tag].itemsize, float("inf")).values() for t in group]
+    for t in tensors:
+        written = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)]
+        if written.tobytes() != read(t).tobytes():
+            raise VerificationError(f"{hf_dir}: tensor {t.name} is not the checkpoint's; export again")
+    return (
+        f"{len(tensors)} tensors ({sum(t.nbytes for t in tensors):,} bytes) are bit for bit the checkpoint's in {tag}"
+    )
+
+
+def _one_bos(hf_dir: Path, model: ModelConfig) -> str:
+    """With two BOS, or none, Gemma is another model: 0.67 of LAMBADA becomes 0.004 (lm-evaluation-harness PR 1465)."""
+    if not any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "not checked: tokenizer (there is none here)"
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(hf_dir).encode("a")
+    if ids[0] != model.bos_token_id or ids.count(model.bos_token_id) != 1:
+        raise VerificationError(f"{hf_dir}: its tokenizer encodes 'a' as {ids}, which does not start with one BOS")
+    return "transformers' tokenizer starts a text with exactly one BOS"
+
+
+def _same_logits(hf_dir: Path, model: ModelConfig) -> str:
+    needed, there = 9 * parameter_count(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        return (
+            f"not checked: logits (two float32 copies need {needed / 1e9:.0f} GB of memory; {there / 1e9:.0f} GB here)"
+        )
+    length = min(_PROBE_LENGTH, model.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, length))
+    tokens[:, 0] = model.bos_token_id
+    ours, theirs = _our_logits(hf_dir, model, tokens), _their_logits(hf_dir, tokens)
+    difference, scale = np.abs(ours - theirs).max(), max(1.0, np.abs(theirs).max())
+    if not difference <= _LOGIT_TOLERANCE * scale:
+        raise VerificationError(
+            f"{hf_dir}: float32 logits differ from transformers' by {difference:.2e} (largest logit {scale:.2e})"
+        )
+    return f"float32 logits on {tokens.size} random tokens are transformers' to {difference:.1e}"
+
+
+def _our_logits(hf_dir: Path, model: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    gemma = nnx.merge(model_graph(model), read_params(open_weights(hf_dir, model), model, mesh))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    with jax.default_matmul_precision("highest"):
+        hidden = gemma(jnp.asarray(tokens), positions, jnp.ones(tokens.shape, jnp.int32), jnp.float32)
+        return np.asarray(logits(hidden, gemma.head, model.final_logit_softcapping))
+
+
+def _their_logits(hf_dir: Path, tokens: np.ndarray) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()

@@ -1,0 +1,268 @@
+"""config.json: what is read, what is refused, and both dialects out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import FAMILIES, FAR, NEAR, TINY, save, transformers_model
+from omegaconf import OmegaConf
+from transformers import AutoConfig
+
+from easylm_mling.config import ConfigError, ModelConfig, from_tree
+from easylm_mling.hf.config import hf_config, model_config_from_hf
+from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf.importing import import_hf
+from easylm_mling.params import parameter_count
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save(transformers_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("hf") / "source")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("imported") / "checkpoint"
+    import_hf(source, directory)
+    return directory
+
+
+def test_config_speaks_both_dialects(source, checkpoint, tmp_path):
+    export_hf(checkpoint, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == 10_000.0 and written["rope_parameters"]["rope_theta"] == 10_000.0
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    assert (
+        written["hidden_act"] == written["hidden_activation"] == "gelu_pytorch_tanh" and written["rope_scaling"] is None
+    )
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+    theirs = json.loads((source / "config.json").read_text())
+    assert {k: written[k] for k in theirs.keys() & written.keys()} == {
+        k: theirs[k] for k in theirs.keys() & written.keys()
+    }
+    model = model_config_from_hf(source)
+    for drop in (["rope_parameters", "dtype"], ["rope_theta", "rope_scaling", "torch_dtype"], ["hidden_act"]):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in drop}))
+        assert model_config_from_hf(tmp_path) == model
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_both_dialects_of_the_rotary_base_are_read(tmp_path, theta):
+    written = hf_config(ModelConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, rope_theta=theta), "float32")
+    for drop in ("rope_parameters", "rope_theta"):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k != drop}))
+        assert model_config_from_hf(tmp_path).rope_theta == theta
+
+
+CONFIG_FAULTS = {
+    "model_type='mamba'": {"model_type": "mamba"},
+    "attention_bias=True": {"attention_bias": True},
+    "tie_word_embeddings=False": {"tie_word_embeddings": False},
+    "hidden_activation='relu'": {"hidden_activation": "relu"},
+    "use_bidirectional_attention=True": {"use_bidirectional_attention": True},
+    "rope_scaling=.* does not exist in model_type='gemma'": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": None,
+    },
+    "model.rope_scaling=": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+    "rope_scaling=.*but rope_parameters": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "rope_theta=5.0, but": {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 6.0}},
+    "head_dim is missing": {"head_dim": None},
+    "hidden_size='wide'": {"hidden_size": "wide"},
+    r"eos_token_id=\[1, 107\]": {"eos_token_id": [1, 107]},
+    "num_attention_heads=4 must be a multiple": {"num_key_value_heads": 3},
+}
+
+
+@pytest.mark.parametrize("message", CONFIG_FAULTS)
+def test_a_config_of_another_model_is_refused(source, tmp_path, message):
+    config = json.loads((source / "config.json").read_text()) | CONFIG_FAULTS[message]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message) as caught:
+        import_hf(tmp_path, tmp_path / "checkpoint")
+    assert str(tmp_path / "config.json") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_config_that_is_no_object_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="config.json: no such file"):
+        import_hf(tmp_path, tmp_path / "checkpoint")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="config.json: "):
+        import_hf(tmp_path, tmp_path / "checkpoint")
+
+
+# config.json as published, without what our config does not hold. Multimodal files name only what differs from
+# transformers' defaults.
+LINEAR = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+
+
+def gemma(layers, width, heads, kv_heads, hidden, **more):
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": hidden,
+        "rms_norm_eps": 1e-06,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "attention_bias": False,
+        **more,
+    }
+
+
+def gemma1(*shape):
+    theirs = {"model_type": "gemma", "vocab_size": 256000, "head_dim": 256, "hidden_act": "gelu"}
+    return gemma(*shape, **theirs, hidden_activation=None, max_position_embeddings=8192, rope_theta=10000.0)
+
+
+def gemma2(*shape, head_dim=256, query=256):
+    theirs = {"model_type": "gemma2", "vocab_size": 256000, "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+    return gemma(
+        *shape, **theirs, **caps, head_dim=head_dim, query_pre_attn_scalar=query, cache_implementation="hybrid"
+    )
+
+
+def gemma3_text(*shape, **more):
+    theirs = {"model_type": "gemma3_text", "vocab_size": 262144, "head_dim": 256, "max_position_embeddings": 32768}
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 512}
+    rope = {"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000}
+    return gemma(*shape, **theirs, **caps, **rope, query_pre_attn_scalar=256, **more)
+
+
+def gemma3(**text):
+    text |= {"model_type": "gemma3_text", "sliding_window": 1024} | LINEAR
+    return {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text, "vision_config": {}}
+
+
+PUBLISHED = {
+    "gemma-2b": (2_506_172_416, gemma1(18, 2048, 8, 1, 16384)),
+    "gemma-7b": (8_537_680_896, gemma1(28, 3072, 16, 16, 24576)),
+    "gemma-2-2b": (2_614_341_888, gemma2(26, 2304, 8, 4, 9216)),
+    "gemma-2-9b": (9_241_705_984, gemma2(42, 3584, 16, 8, 14336)),
+    "gemma-2-27b": (27_227_128_320, gemma2(46, 4608, 32, 16, 36864, head_dim=128, query=144)),
+    "gemma-3-270m": (
+        268_098_176,
+        gemma3_text(18, 640, 4, 1, 2048, layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3),
+    ),
+    "gemma-3-1b": (999_885_952, gemma3_text(26, 1152, 4, 1, 6912, sliding_window_pattern=6)),
+    "gemma-3-4b": (3_880_263_168, gemma3(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34)),
+    "gemma-3-12b": (
+        11_766_034_176,
+        gemma3(
+            hidden_size=3840,
+            intermediate_size=15360,
+            num_hidden_layers=48,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+        ),
+    ),
+    "gemma-3-27b": (
+        27_009_346_304,
+        gemma3(
+            hidden_size=5376,
+            intermediate_size=21504,
+            num_hidden_layers=62,
+            num_attention_heads=32,
+            num_key_value_heads=16,
+            head_dim=128,
+            query_pre_attn_scalar=168,
+        ),
+    ),
+}
+SIZES = Path(__file__).parent.parent / "configs" / "model"
+
+
+def test_every_size_is_here():
+    assert {p.stem for p in SIZES.iterdir()} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_configs_are_ours_with_their_parameter_counts(name, tmp_path):
+    count, published = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    model = model_config_from_hf(tmp_path)
+    ours = from_tree(ModelConfig, OmegaConf.to_container(OmegaConf.load(SIZES / f"{name}.yaml"))["model"])
+    explicit = {"query_pre_attn_scalar": model.query_pre_attn_scalar}
+    assert dataclasses.replace(ours, **explicit) == model and ours.query_scale == model.query_scale
+    assert parameter_count(model) == count
+    assert f"{count:,} parameters" in (SIZES / f"{name}.yaml").read_text()
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, "bfloat16")))
+    assert model_config_from_hf(tmp_path) == model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_understands_both_dialects_of_ours_as_the_published(name, tmp_path):
+    """What transformers computes with, from the published file, from ours, and from each dialect of ours alone."""
+    published = PUBLISHED[name][1]
+    text = published.get("text_config", published)
+    ours = OmegaConf.to_container(OmegaConf.load(SIZES / f"{name}.yaml"))["model"]
+    written = hf_config(from_tree(ModelConfig, ours), "bfloat16")
+    new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
+    old = {k: v for k, v in written.items() if k not in ("rope_parameters", "layer_types")}
+    names = ("rope_parameters", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+    names += ("vocab_size", "head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+
+    def read(tree):
+        config = AutoConfig.for_model(**tree)
+        window = (config.layer_types, config.sliding_window) if getattr(config, "layer_types", None) else None
+        return [getattr(config, n, None) for n in names], window
+
+    expected = read(text)
+    assert read(written) == read(new) == read(old) == expected
+
+
+def test_the_wrong_query_scale_of_early_9b_files_is_corrected(tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gemma-2-9b"][1] | {"query_pre_attn_scalar": 224}))
+    assert model_config_from_hf(tmp_path).query_pre_attn_scalar == 256
+    assert "query_pre_attn_scalar=224" in caplog.text
+    # Any other model is believed.
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gemma-2-2b"][1] | {"query_pre_attn_scalar": 224}))
+    assert model_config_from_hf(tmp_path).query_pre_attn_scalar == 224
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_out_and_in_again(family, tmp_path):
+    source = save(transformers_model(family=family), tmp_path / "source")
+    model = model_config_from_hf(source)
+    written = hf_config(model, "float32")
+    old = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
+    new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
+    for tree in (written, old, new):
+        (tmp_path / "config.json").write_text(json.dumps(tree))
+        assert model_config_from_hf(tmp_path) == model
+    theirs = json.loads((source / "config.json").read_text())
+    shared = theirs.keys() & written.keys() - {"sliding_window_pattern"}
+    assert {k: written[k] for k in shared} == {k: theirs[k] for k in shared}
+
+
+LOCAL_FAULTS = {
+    "layer_types is not": {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]},
+    "layer_types is not, ": {"layer_types": ["sliding_attention", "full_attention"]},
+    "rope_parameters of sliding_attention are scaled": {
+        "rope_parameters": {"sliding_attention": FAR, "full_attention": FAR}
+    },
+    "rope_local_base_freq=5, but rope_parameters has 10000.0": {"rope_local_base_freq": 5},
+    "attn_logit_softcapping=50.0 does not exist in model_type='gemma3_text'": {"attn_logit_softcapping": 50.0},
+    "rope_type='yarn' must be 'linear' or 'llama3'": {
+        "rope_parameters": {"full_attention": FAR | {"rope_type": "yarn"}, "sliding_attention": NEAR}
+    },
+}
+
+
+@pytest.mark.parametrize("message", LOCAL_FAULTS)
+def test_a_gemma_3_that_is_none_is_refused(tmp_path, message):
+    transformers_model(family="gemma3_text").config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | LOCAL_FAULTS[message]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message) as caught:
+        model_config_from_hf(tmp_path)
+    assert "\n" not in str(caught.value)
