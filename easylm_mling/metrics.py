@@ -65,6 +65,12 @@ def finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
+def make_console() -> Console:
+    """A terminal's own width; in a file or a pipe, room for the widest table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
 class ProgressLine:
     """One line that follows the run: a bar on a terminal, a printed line every few seconds elsewhere."""
 

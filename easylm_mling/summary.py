@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, RunConfig, from_tree
 from easylm_mling.data.mixture import DataState
-from easylm_mling.metrics import read_metrics
+from easylm_mling.metrics import make_console, read_metrics
 from easylm_mling.run_data import load_ledger
 
 
@@ -17,7 +18,7 @@ def print_summary(run_dir: str, console: Console | None = None):
     metrics_file = Path(run_dir) / "metrics.jsonl"
     if not (Path(run_dir) / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
-    console = console or Console()
+    console = console or make_console()
     config = from_tree(RunConfig, load_info(run_dir)["config"])
     state = DataState(**load_data_state(run_dir))
     console.print(summary_table(config, metrics_file, load_ledger(config, run_dir).sources(state)))
@@ -40,11 +41,13 @@ def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dic
         return ["-" if x is None else f"{x:.3f}" for x in found]
 
     table = Table(
-        title=f"{config.run_dir}: tokens of each source, and its held-out loss (nats a token)", title_justify="left"
+        title=f"{config.run_dir}: tokens of each source, and its held-out loss (nats a token)",
+        title_justify="left",
+        box=box.SIMPLE,
     )
     table.add_column("source", no_wrap=True)
     for heading in ("wanted", "share", "tokens", "documents", "epochs", "bad", "loss", "at end"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     tokens, documents, bad, rows = (
         sum(s[k] for s in consumed.values()) for k in ("tokens", "documents", "bad", "rows")
     )

@@ -15,7 +15,7 @@ from easylm_mling.config import RunConfig, to_tree
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
-from easylm_mling.metrics import MetricsLog, ProgressLine, step_metrics
+from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
@@ -65,7 +65,7 @@ def train(config: RunConfig, console: Console | None = None, accept_data_change:
     stop and the state is saved. Raises ConfigError for anything wrong with the config or the data before a device is
     used.
     """
-    console = console or Console()
+    console = console or make_console()
     tokenizer = Tokenizer(config.data.tokenizer)
     tokenizer.check_model(config.model)
     run = RunDirectory(config, accept_data_change)
