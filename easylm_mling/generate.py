@@ -119,7 +119,7 @@ def _find_tokenizer(path: str | Path) -> Path:
     for folder in (Path(path), Path(path) / TOKENIZER_FOLDER):
         if (folder / "tokenizer.model").is_file():
             return folder / "tokenizer.model"
-    raise ConfigError(f"{path}: no tokenizer.model here or in {TOKENIZER_FOLDER}/; name one with tokenizer_path")
+    raise ConfigError(f"{path}: no tokenizer.model here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):
