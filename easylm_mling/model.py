@@ -1,7 +1,7 @@
 """Gemma 1, 2 and 3 (and Llama) as a stack of layers of one form, run by one scan.
 
 What differs from layer to layer (the window, the rotary frequencies) is scanned beside the parameters; what differs
-from family to family is in config.py's table of families.
+from family to family is in config/model.py's table of families.
 
 Axis letters: B batch, T positions, D embed, F mlp, N query heads, K key/value heads, H head_dim, L layers, V vocabulary.
 Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`, `modeling_gemma2.py`,

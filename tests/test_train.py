@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from easylm_mling.__main__ import main
-from easylm_mling.checkpoint import load_data_state, load_params
+from easylm_mling.checkpoint import load_data_state, load_info, load_params
 from easylm_mling.config import ConfigError, load
 from easylm_mling.metrics import read_metrics
 from easylm_mling.sharding import make_mesh
@@ -100,6 +100,13 @@ def test_resuming_on_another_mesh_goes_on_with_the_same_data(undisturbed, tmp_pa
     (lines, data, _), (expected, expected_data, _) = outcome(tmp_path / "run"), outcome(undisturbed)
     assert_same_bits(([], data), ([], expected_data))
     np.testing.assert_allclose([x["loss"] for x in lines], [x["loss"] for x in expected], rtol=1e-4)
+
+
+def test_a_checkpoint_keeps_the_order_of_the_sources(undisturbed):
+    """The data state counts sources by their place, so a stored config that sorts them would be of another run."""
+    names = list(tiny(undisturbed).data.sources)
+    assert names != sorted(names)
+    assert list(load_info(undisturbed)["config"]["data"]["sources"]) == names
 
 
 def test_init_from_takes_parameters_but_not_the_past(undisturbed, tmp_path):
