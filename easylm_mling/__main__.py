@@ -45,13 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    plan = verbs.add_parser(
-        "plan", help="before a run, without a TPU: does it fit a slice, how fast, how long, what cost"
+    _add_plan(
+        verbs.add_parser("plan", help="before a run, without a TPU: does it fit a slice, how fast, how long, what cost")
     )
-    plan.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as for train, with mesh.slice=v4-64")
-    plan.add_argument("--price-per-chip-hour", type=float, metavar="PRICE", help="to show what the run will cost")
-    plan.add_argument("--json", action="store_true", help="print everything as JSON instead of text")
-    plan.set_defaults(run=_plan)
 
     importer = verbs.add_parser(
         "import-hf", help="Hugging Face weights -> a checkpoint that train starts from (init_from=...)"
@@ -104,6 +100,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(plan: argparse.ArgumentParser):
+    plan.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="as for train, with mesh.slice=v4-64")
+    plan.add_argument("--price-per-chip-hour", type=float, metavar="PRICE", help="to show what the run will cost")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON instead of text")
+    plan.add_argument(
+        "--keep", action="store_true", help="leave the plan in run_dir: train shows it beside what it measures"
+    )
+    plan.add_argument(
+        "--search", metavar="DIR", help="try meshes, micro-batches and remat; DIR keeps the measurements and best.yaml"
+    )
+    plan.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="CONFIG.yaml",
+        help="each of these over the configs before, side by side",
+    )
+    plan.add_argument(
+        "--calibrate", metavar="RUN", help="correct step times by what this run measured, and say where they were wrong"
+    )
+    plan.set_defaults(run=_plan)
+
+
 def _add_data_verbs(parser: argparse.ArgumentParser):
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     inspect = verbs.add_parser("inspect", help="before a run: sizes, shares and epochs of every source and language")
@@ -129,9 +148,9 @@ def _add_data_verbs(parser: argparse.ArgumentParser):
 # Each verb imports what it needs: a config error should not wait for jax to load.
 
 
-def _config(a) -> RunConfig:
+def _config(a, *more: str) -> RunConfig:
     files = [x for x in a.config if "=" not in x or Path(x).is_file()]
-    return load(files, [x for x in a.config if x not in files])
+    return load([*files, *more], [x for x in a.config if x not in files])
 
 
 def _train(a) -> int:
@@ -142,9 +161,13 @@ def _train(a) -> int:
 
 
 def _plan(a) -> int:
-    from easylm_mling.plan.verb import plan
+    configs = {name: _config(a, name) for name in a.compare}
+    if a.config and not configs:
+        configs = {"": _config(a)}
+    from easylm_mling.metrics import make_console
+    from easylm_mling.plan.verb import Wishes, plan
 
-    return plan(_config(a), price=a.price_per_chip_hour, as_json=a.json)
+    return plan(configs, Wishes(a.price_per_chip_hour, a.json, a.keep, a.search, a.calibrate), make_console())
 
 
 def _inspect(a) -> int:

@@ -6,6 +6,7 @@ RUN/config.yaml      the resolved config, written once
    /tokenizer/       the tokenizer's files, to be exported with the model
    /metrics.jsonl    one line a logged step and one an evaluation, appended; after a resume the last line of a step counts
    /quarantine.jsonl bad records
+   /plan.json        what `plan --keep` said of this run before it began; calibration.json: how it compared (plan/calibrate.py)
    /ledger.json      what was consumed of every source and language, written when a process ends
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/states.py
    /checkpoints/     see checkpoint.py
@@ -70,7 +71,7 @@ class RunDirectory:
         self.data_settings_changed = False
         if self.config_file.is_file():
             self._check_same_run(config, accept_data_change)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name != "plan.json" for p in self.path.iterdir()):
             raise ConfigError(f"run_dir={self.path} is not empty and holds no run; name a new directory")
 
     def write_start(self, config: RunConfig):

@@ -2,6 +2,7 @@
 
 import signal
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
+from easylm_mling.plan.calibrate import beside
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
@@ -32,6 +34,7 @@ from easylm_mling.summary import summary_table
 from easylm_mling.validation import Validation
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 42
+SETTLED_STEPS = 20
 
 
 class Books(NamedTuple):
@@ -103,6 +106,7 @@ def train(config: RunConfig, console: Console | None = None, accept_data_change:
             state, data_state, ended = run_steps(config, mesh, state, data_state, books, save, evaluate, progress, stop)
 
     done = int(state.step)
+    tell_speed(config, run.path, mesh, console)
     if data_state is not None:
         data.write_ledger(done, data_state)
         console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
@@ -135,6 +139,8 @@ def run_steps(config: RunConfig, mesh, state, data_state, books: Books, save, ev
         state, metrics = train_step(state, to_device(batch, mesh, PartitionSpec(BATCH_AXES)))
         if waiting:
             report(config, books, progress, *waiting)
+        if step == start + SETTLED_STEPS:
+            tell_speed(config, books.data.run.path, mesh, books.console)
         waiting = step, metrics, before, data_state
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             books.log.write("eval", step, **evaluate(state.params))
@@ -215,6 +221,14 @@ def report(config: RunConfig, books: Books, progress: ProgressLine, step: int, m
             "parameters are unchanged since. Lower optimizer.learning_rate or look at the data, then run again: it resumes "
             "from the newest checkpoint"
         )
+
+
+def tell_speed(config: RunConfig, run: Path, mesh, console: Console):
+    """Step time, MFU and peak memory beside what `plan --keep` said of this run, where something is there to compare."""
+    device = mesh.local_devices[0]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if line := beside(run, config, device.device_kind, mesh.size, memory):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 class StopSignal:

@@ -67,12 +67,14 @@ MAY_IMPORT = {
     "plan.buffers": {"plan.hlo"},
     "plan.kernels": {"plan.hlo", "plan.slices"},
     "plan.schedule": {"plan.hlo", "plan.kernels", "plan.slices"},
-    "plan.compiled": {"config", "plan.buffers", "plan.slices", "sharding", "step"},
+    "plan.compiled": {"config", "plan.buffers", "plan.hlo", "plan.slices", "sharding", "step"},
     "plan.measure": {
         "atomic", "config", "plan.buffers", "plan.compiled", "plan.hlo", "plan.schedule", "plan.slices",
     },
     "plan.predict": {"config", "model_flops", "params", "plan.slices"},
     "plan.report": {"config", "metrics", "plan.slices"},
+    "plan.search": {"config", "plan.measure", "plan.report", "plan.slices"},
+    "plan.calibrate": {"atomic", "config", "metrics", "model_flops", "plan.slices"},
 }
 # fmt: on
 

@@ -1,13 +1,36 @@
 """The planner: what it reads out of compiled programs, and what it says of them."""
 
-import pytest
+import dataclasses
+import importlib.util
+import io
+import json
 
-from easylm_mling.config import ConfigError, ModelConfig
+import pytest
+from rich.console import Console
+
+from easylm_mling.__main__ import main
+from easylm_mling.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    load,
+    to_yaml,
+)
 from easylm_mling.model_flops import model_flops
+from easylm_mling.plan import search as search_module
 from easylm_mling.plan.buffers import largest_live
+from easylm_mling.plan.calibrate import beside, calibrate
 from easylm_mling.plan.hlo import flops, parse, trip_count
+from easylm_mling.plan.measure import measure
+from easylm_mling.plan.predict import predict
 from easylm_mling.plan.schedule import walk
-from easylm_mling.plan.slices import SLICES, find_slice
+from easylm_mling.plan.search import search
+from easylm_mling.plan.slices import SLICES, GiB, find_slice
+from easylm_mling.plan.verb import Wishes, plan, remedies
 
 V4 = find_slice("v4-64")
 GATHERED = 4 * 1024 * 1024 * 31  # bytes that a chip takes in: 31 others' f32[1024,1024]
@@ -206,3 +229,179 @@ def test_an_unknown_slice_is_refused_with_the_known_ones(name):
     with pytest.raises(ConfigError, match="v4-64.*v6e-256") as error:
         find_slice(name)
     assert "\n" not in str(error.value)
+
+
+def make_config(slice_name="v4-64", rows=128, run_dir="runs/x", **train) -> RunConfig:
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(256000, 3072, 24576, 28, 16, 16, 256),
+        data=DataConfig("tokenizer.model", {"a": SourceConfig(("x",), 1.0)}, sequence_length=8192),
+        train=TrainConfig(budget_tokens=100_000_000_000, batch_size=rows, accumulation_steps=4, **train),
+        mesh=MeshConfig(1, 32, 1, slice=slice_name),
+    )
+
+
+def measured(matrix=8.0, waiting=2.0, peak=20 * GiB) -> dict:
+    return {
+        "memory": {"peak": peak, "arguments": 1, "temporaries": 1, "host": 0},
+        "buffers": [{"name": "f", "bytes": GiB, "shape": "f32[8]", "what": "jit(train_step)/while/body/transpose(jvp())/add"}],
+        "compile_seconds": 60.0,
+        "times": {
+            "matrix": matrix, "other": 1.0, "attention": 1.0, "waiting": waiting, "product_flops": 2e15, "kernel_flops": 5e14,
+        },
+        "collectives": [],
+        "kernels": [],
+    }  # fmt: skip
+
+
+def test_a_prediction_adds_up():
+    found = predict(make_config(), measured(), price=2.0)
+    assert found["step"]["seconds"] == 12.0 and found["step"]["hidden"] == 10.0
+    assert found["tokens_per_second"] == pytest.approx(128 * 8192 / 12)
+    assert found["days"] == pytest.approx(12 * make_config().total_steps / 86400)
+    assert found["cost"] == pytest.approx(2.0 * 32 * 24 * found["days"])
+    assert found["mfu"] == pytest.approx(465.82e12 * 4 / 12 / 275e12, rel=1e-4)
+    assert found["seconds_a_sequence"]["paid"] == 3.0
+    assert found["hardware_flops_per_model_flop"] == pytest.approx(2.5e15 / (465.82e12 * 4), rel=1e-4)
+    assert found["checkpoint"]["bytes"] == 12 * 8_537_680_896
+    slower = predict(make_config(), measured(), factor=1.5)
+    assert slower["step"]["seconds"] == 18.0 and any("1.500" in line for line in slower["assumptions"])
+
+
+class FakeCompiler:
+    """In place of `Measuring`: fsdp alone waits longest, tensor is slow, remat saves time until memory is full."""
+
+    started: list[RunConfig] = []
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        FakeCompiler.started.append(config)
+
+    def result(self, wait=0):
+        m, rows = self.config.mesh, 128 // self.config.train.accumulation_steps / 32
+        kept = search_module.REMAT_NAMES.index(self.config.train.remat)
+        peak = int((8 + 4 * rows + 6 * kept + m.data) * GiB)
+        if peak > 30 * GiB:
+            return {"does_not_fit": {"needed": peak, "available": 30 * GiB, "buffers": []}}
+        return measured(matrix=8.0 + 3 * m.tensor - kept, waiting=2.0 / m.data / rows, peak=peak)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake_compiler(monkeypatch):
+    FakeCompiler.started = []
+    monkeypatch.setattr("easylm_mling.plan.search.Measuring", FakeCompiler)
+    monkeypatch.setattr("easylm_mling.plan.verb.Measuring", FakeCompiler)
+    return FakeCompiler.started
+
+
+def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(tmp_path, fake_compiler, capsys):
+    config = make_config(run_dir=tmp_path / "run")
+    wishes = Wishes(search=str(tmp_path / "plans"), keep=True)
+    assert plan({"": config}, wishes, Console(width=120)) == 0
+    tried = list(fake_compiler)
+    assert all(c.train.batch_size == 128 for c in tried) and len({to_yaml(c) for c in tried}) == len(tried)
+
+    best = load([str(tmp_path / "plans/best.yaml")])
+    fits = {
+        to_yaml(c): m for c, m in search(config, str(tmp_path / "plans"), Console(file=io.StringIO())) if "times" in m
+    }
+    seconds = {name: predict(config, m)["step"]["seconds"] for name, m in fits.items()}
+    assert seconds[to_yaml(best)] == min(seconds.values())
+    assert best.train.remat != "full" and best.mesh.tensor == 1
+    assert json.loads((tmp_path / "run/plan.json").read_text())["step"]["seconds"] == min(seconds.values())
+    assert len(fake_compiler) == len(tried)  # the second search measured nothing
+
+    with open(tmp_path / "plans/measured.jsonl", "rb+") as file:
+        file.truncate(file.seek(0, io.SEEK_END) - 10)  # killed while it wrote the last line
+    search(config, str(tmp_path / "plans"), Console(file=io.StringIO()))
+    assert len(fake_compiler) == len(tried) + 1
+    assert "do not fit" in capsys.readouterr().out
+
+
+def test_a_batch_that_no_mesh_divides_is_refused_before_anything_is_compiled(tmp_path, fake_compiler):
+    with pytest.raises(ConfigError, match="train.batch_size=20.*multiple of 32"):
+        search(make_config(rows=20), str(tmp_path), Console(file=io.StringIO()))
+    assert not fake_compiler
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would(fake_compiler):
+    out = io.StringIO()
+    config = make_config(remat="none")
+    assert plan({"": config}, Wishes(), Console(file=out, width=200)) == 1
+    assert "does not fit by 7.0 GiB: 37.0 of 30.0" in out.getvalue()
+    assert "what would fit: v4-64 with data 1 x fsdp 32 x tensor 1; remat full" in out.getvalue()
+    assert remedies(make_config(rows=256))[0].train.accumulation_steps == 8  # full remat is what it has
+    assert {c.mesh.slice for c in remedies(make_config(rows=256))} >= {"v4-64", "v4-128", "v4-256"}
+
+
+def test_two_configs_side_by_side(tmp_path, fake_compiler, capsys):
+    for name, config in (("a", make_config()), ("b", make_config(remat="save_attention"))):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
+    files = [str(tmp_path / f"{name}.yaml") for name in "ab"]
+    assert main(["plan", "mesh.slice=v4-64", "--compare", *files]) == 0
+    assert "save_attention" in capsys.readouterr().out
+    assert main(["plan", "--json", "--compare", *files]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[files[0]]["step"]["seconds"] == found[files[1]]["step"]["seconds"] + 1.0
+
+
+def write_run(path, seconds: float, steps: int = 30):
+    path.mkdir()
+    (path / "config.yaml").write_text(to_yaml(make_config(run_dir=path)))
+    lines = [{"kind": "train", "step": n, "time": 1000 + n * seconds + (60 if n > 20 else 0)} for n in range(1, steps)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_run_corrects_the_next_plan(tmp_path, fake_compiler, capsys):
+    """The fake predicts 15 s, 13 of them compute; an evaluation of a minute in between does not count."""
+    for seconds, word in ((30.0, "slower"), (14.0, "more of the collectives is hidden"), (10.0, "too many")):
+        run = tmp_path / str(seconds)
+        write_run(run, seconds)
+        assert main(["plan", "--calibrate", str(run)]) == 0
+        assert json.loads((run / "calibration.json").read_text())["factor"] == pytest.approx(seconds / 15)
+        assert word in capsys.readouterr().out
+    write_run(tmp_path / "short", 1.0, steps=4)
+    with pytest.raises(ConfigError, match="fewer than 5 steps"):
+        calibrate(str(tmp_path / "short"), lambda config: {})
+
+
+def test_train_puts_what_it_measures_beside_the_plan(tmp_path):
+    run = tmp_path / "run"
+    write_run(run, 13.0)
+    config = make_config(run_dir=run)
+    bare = beside(run, config, "TPU v4", 32, 21 * GiB)
+    assert bare == "13.000 s a step, MFU 52.1%, peak memory 21.0 GiB"
+    (run / "plan.json").write_text(json.dumps(predict(config, measured())))
+    line = beside(run, config, "TPU v4", 32, 21 * GiB)
+    assert line == "13.000 s a step (12.000 planned), MFU 52.1% (56.5% planned), peak memory 21.0 GiB (20.0 planned)"
+    assert beside(tmp_path / "no", config, "TPU v4", 32, None) is None
+
+
+def test_plan_without_the_compiler_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a))
+    (tmp_path / "a.yaml").write_text(to_yaml(make_config()))
+    assert main(["plan", str(tmp_path / "a.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "easylm-mling[tpu]" in line
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@needs_libtpu
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mesh": MeshConfig(1, 16, 1, slice="v4-64")}, "does not multiply to the 32 devices"),
+        ({"train": TrainConfig(budget_tokens=1, batch_size=20)}, "do not divide over the 32 shards"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_in_one_line(change, message):
+    config = dataclasses.replace(make_config(), **change)
+    found = measure(config)["error"]
+    assert message in found and "\n" not in found

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from easylm_mling.config import ConfigError, RunConfig
-from easylm_mling.plan.buffers import listed_in, to_bytes
+from easylm_mling.plan.buffers import largest_live, peak_bytes
+from easylm_mling.plan.hlo import parse
 from easylm_mling.plan.slices import Slice, find_slice
 
 # libtpu neither asks the cloud where it runs, nor keeps other compilers out, nor logs what it does not find here.
@@ -26,6 +27,9 @@ ENVIRONMENT = {
     # A program out of the cache would leave no dump.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
+
+
+_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Memory(NamedTuple):
@@ -45,38 +49,30 @@ class CompiledStep(NamedTuple):
 
 
 class DoesNotFit(Exception):
-    """The compiler finds no room: `needed` and `available` bytes of a chip's memory, and the largest buffers."""
+    """The compiler finds no room for `needed` bytes in the `available` ones of a chip; `buffers` are the largest."""
 
-    def __init__(self, message: str):
-        used = re.search(
-            r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm|\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)",
-            message,
-        )
-        self.needed, self.available = (to_bytes(x) for x in used.groups() if x) if used else (None, None)
-        self.buffers = listed_in(message)
+    def __init__(self, message: str, hlo: str, live_ranges: str):
+        amounts = [
+            int(float(x[:-1]) * _SCALE[x[-1]]) for x in re.findall(r"\b([\d.]+[KMGT])\b", message.splitlines()[0])
+        ]
+        self.needed = max(peak_bytes(live_ranges), *amounts[:1])
+        self.available = amounts[1] if len(amounts) > 1 else None
+        self.buffers = largest_live(live_ranges, parse(hlo))
         super().__init__(message.splitlines()[0])
 
 
 def slice_devices(where: Slice) -> list:
-    """The slice's devices, to compile for; raises ConfigError when libtpu is not installed."""
+    """The slice's devices, to compile for."""
     from jax.experimental import topologies
 
     shape = "x".join(str(n) for n in where.shape)
-    try:
-        topology = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{where.chip.topology}:{shape}",
-            chip_config_name=where.chip.core_config,
-            chips_per_host_bounds=where.host,
-            num_slices=where.count,
-        )
-    except RuntimeError as error:
-        if "TPU support not installed" not in str(error):
-            raise
-        raise ConfigError(
-            "plan needs the TPU compiler, libtpu; install it with pip install 'easylm-mling[tpu]'"
-        ) from None
-    return topology.devices
+    return topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=f"{where.chip.topology}:{shape}",
+        chip_config_name=where.chip.core_config,
+        chips_per_host_bounds=where.host,
+        num_slices=where.count,
+    ).devices
 
 
 def compile_step(config: RunConfig) -> CompiledStep:
@@ -98,7 +94,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
             # The dump and not `as_text()`: that fails on some asynchronous instructions of v5p.
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
         except jax.errors.JaxRuntimeError as error:
-            raise _explained(error) from None
+            raise _explained(error, dump) from None
         seconds = time.monotonic() - start
         hlo, live_ranges = (_dumped(dump, name) for name in ("after_codegen.txt", "live-range.txt"))
     m = compiled.memory_analysis()
@@ -112,10 +108,10 @@ def _dumped(folder: str, ending: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _explained(error: Exception) -> Exception:
+def _explained(error: Exception, dump: str) -> Exception:
     message = str(error)
-    if "RESOURCE_EXHAUSTED" in message and ("hbm" in message or "HBM" in message):
-        return DoesNotFit(message)
+    if "RESOURCE_EXHAUSTED" in message and "hbm" in message.splitlines()[0].lower():
+        return DoesNotFit(message, _dumped(dump, "after_optimizations.txt"), _dumped(dump, "live-range.txt"))
     refused = re.search(r"No such compile option: '(\w+)'|Failed to parse .* into flag (\w+)", message)
     if refused:
         name, first = refused[1] or refused[2], message.splitlines()[0]

@@ -1,6 +1,10 @@
 """A plan as a person reads it."""
 
+from collections.abc import Callable
+
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from easylm_mling.config import RunConfig
 from easylm_mling.metrics import tokens_text
@@ -63,4 +67,67 @@ def settings_text(config: RunConfig) -> str:
 
 
 def buffer_text(b: dict) -> str:
-    return f"{b['bytes'] / GiB:6.2f} GiB  {b['shape']}  {b['what'] or b['name']}"
+    return f"{b['bytes'] / GiB:6.2f} GiB  {b['shape']}  {_place(b['what']) or b['name']}"
+
+
+def _place(op_name: str) -> str:
+    """`jit(train_step)/while/body/transpose(jvp())/.../dot_general` as `backward: dot_general`."""
+    if not op_name.startswith("jit("):
+        return op_name.removeprefix("state.")
+    part = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "update"
+    part = "recomputed" if "rematted" in op_name else part
+    ends = [x for x in op_name.split("/") if x not in ("while", "body", "closed_call", "checkpoint", "pallas_call")]
+    return f"{part}: {'/'.join(ends[-2:]) if 'dot_general' in op_name else ends[-1]}"
+
+
+def does_not_fit_text(config: RunConfig, misfit: dict) -> str:
+    needed, available = misfit["needed"], misfit["available"]
+    amount = f" by {(needed - available) / GiB:.1f} GiB: {needed / GiB:.1f} of {available / GiB:.1f}" if needed else ""
+    listed = "".join(f"\n{'':<12} {buffer_text(b)}" for b in misfit["buffers"][:5])
+    return f"{config.mesh.slice}: {settings_text(config)}: does not fit{amount}" + (
+        f"; largest:{listed}" if listed else ""
+    )
+
+
+def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
+    """A row for each config that fits, fastest first."""
+    table = Table(box=box.SIMPLE)
+    for heading in ("", "mesh", "a chip", "accum.", "remat", "GiB", "step s", "waiting", "MFU", "days"):
+        table.add_column(heading, justify="left" if heading in ("mesh", "remat") else "right", no_wrap=True)
+    for place, (c, p) in enumerate(fits, 1):
+        step = p["step"]
+        table.add_row(
+            str(place), f"{c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor}",
+            f"{p['sequences_a_chip'] / c.train.accumulation_steps:g}", str(c.train.accumulation_steps), c.train.remat,
+            f"{p['memory']['peak'] / GiB:.1f}", f"{step['seconds']:.2f}", f"{step['factor'] * step['waiting']:.2f}",
+            f"{p['mfu']:.1%}", f"{p['days']:.1f}",
+        )  # fmt: skip
+    table.caption = "mesh: data x fsdp x tensor; a chip: sequences at a time"
+    return table
+
+
+def comparison(configs: dict[str, RunConfig], found: dict[str, dict]) -> Table:
+    """A column for each config, a line for each number that decides between them."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("")
+    for name in configs:
+        table.add_column(name, justify="right")
+
+    def row(label: str, text: Callable[[dict], str]):
+        table.add_row(label, *("does not fit" if "does_not_fit" in p else text(p) for p in found.values()))
+
+    for key in ("slice", "data", "fsdp", "tensor"):
+        table.add_row(key, *(str(getattr(c.mesh, key)) for c in configs.values()))
+    for key in ("batch_size", "accumulation_steps", "remat"):
+        table.add_row(key.replace("_", " "), *(str(getattr(c.train, key)) for c in configs.values()))
+    row("peak GiB", lambda p: f"{p['memory']['peak'] / GiB:.1f} of {p['memory']['available'] / GiB:.1f}")
+    row("step s", lambda p: f"{p['step']['seconds']:.2f}")
+    for key, label in _KINDS.items():
+        row(f"  {label}", lambda p, key=key: f"{p['step']['factor'] * p['step'][key]:.2f}")
+    row("tokens/s", lambda p: tokens_text(p["tokens_per_second"]))
+    row("MFU", lambda p: f"{p['mfu']:.1%}")
+    row("days", lambda p: f"{p['days']:.1f}")
+    row("chip-hours", lambda p: f"{p['chip_hours']:,.0f}")
+    if any(p.get("cost") is not None for p in found.values()):
+        row("cost", lambda p: f"{p['cost']:,.0f}")
+    return table
