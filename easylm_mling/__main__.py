@@ -45,6 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = verbs.add_parser(
+        "plan", help="before a run, without a TPU: does it fit a slice, how fast, how long, what cost"
+    )
+    plan.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as for train, with mesh.slice=v4-64")
+    plan.add_argument("--price-per-chip-hour", type=float, metavar="PRICE", help="to show what the run will cost")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON instead of text")
+    plan.set_defaults(run=_plan)
+
     importer = verbs.add_parser(
         "import-hf", help="Hugging Face weights -> a checkpoint that train starts from (init_from=...)"
     )
@@ -131,6 +139,12 @@ def _train(a) -> int:
     from easylm_mling.train import train
 
     return train(config, accept_data_change=a.accept_data_change)
+
+
+def _plan(a) -> int:
+    from easylm_mling.plan.verb import plan
+
+    return plan(_config(a), price=a.price_per_chip_hour, as_json=a.json)
 
 
 def _inspect(a) -> int:

@@ -38,6 +38,7 @@ FREE_KEYS = (
     "train.remat",
     "train.accumulation_steps",
     "train.loss_chunk",
+    "train.compiler_flags",
 )
 
 # What --accept-data-change lets change besides.

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from easylm_mling.compiler_flags import compiler_flags
 from easylm_mling.config import ModelConfig, RunConfig, TrainConfig
 from easylm_mling.loss import cross_entropy
 from easylm_mling.model import Gemma
@@ -69,6 +70,21 @@ def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:
     shapes = jax.eval_shape(partial(init_params, m, 0))
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
     return jax.tree.map(place, shapes, parameter_shardings(m, mesh))
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, without memory for it."""
+    shapes = jax.eval_shape(partial(init_state, config=config), abstract_params(config.model, mesh))
+    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, shapes, state_shardings(config, mesh))
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of a batch."""
+    B, T = config.train.batch_size, config.data.sequence_length
+    place = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    batch = {name: place((B, T), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    return {**batch, "loss_mask": place((B, T), jnp.float32), "source": place((B,), jnp.int32)}
 
 
 def batch_loss(params, batch, graph, train: TrainConfig, sources: int):
@@ -149,7 +165,11 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
         sources=len(config.data.sources),
     )
     return jax.jit(
-        step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, whole), donate_argnums=0
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+        compiler_options=compiler_flags(mesh.devices.flat[0].device_kind, config.train.compiler_flags),
     )
 
 

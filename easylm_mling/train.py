@@ -22,6 +22,7 @@ from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
 from easylm_mling.step import (
     TrainState,
     abstract_params,
+    abstract_state,
     init_params,
     init_state,
     jit_train_step,
@@ -185,11 +186,7 @@ def restore_or_init(
     shardings = state_shardings(config, mesh)
     step = checkpoints.latest_step()
     if step is not None:
-        shapes = jax.eval_shape(lambda p: init_state(p, config), abstract_params(config.model, mesh))
-        abstract = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
-        )
-        state, stored, info = checkpoints.restore(step, abstract)
+        state, stored, info = checkpoints.restore(step, abstract_state(config, mesh))
         data_state, news = data.resume(step, DataState(**stored), info)
         for line in (f"resumed from the checkpoint of step {step}", *news):
             console.print(line, highlight=False, soft_wrap=True)

@@ -17,10 +17,12 @@ MAY_IMPORT = {
     "params": {"config"},
     "sharding": {"config", "params"},
     "attention": set(),
+    "compiler_flags": set(),
+    "model_flops": {"config", "params"},
     "model": {"attention", "config", "sharding"},
     "loss": {"model", "sharding"},
     "optimizer": {"config", "params"},
-    "step": {"config", "loss", "model", "optimizer", "sharding"},
+    "step": {"compiler_flags", "config", "loss", "model", "optimizer", "sharding"},
     "checkpoint": {"config", "step"},
     "run_dir": {"atomic", "config", "hf.files"},
     "metrics": set(),
@@ -61,6 +63,17 @@ MAY_IMPORT = {
     "data.changes": {"data.catalog", "data.mixture", "data.weights"},
     "data.cache": {"atomic", "data.blocks", "data.readers", "data.tokenizer"},
     "data.streams": {"config", "data.blocks", "data.cache", "data.mixture", "data.tokenizer"},
+    "plan.slices": {"config"},
+    "plan.hlo": set(),
+    "plan.buffers": {"plan.hlo"},
+    "plan.kernels": {"plan.hlo", "plan.slices"},
+    "plan.schedule": {"plan.hlo", "plan.kernels", "plan.slices"},
+    "plan.compiled": {"config", "plan.buffers", "plan.slices", "sharding", "step"},
+    "plan.measure": {
+        "atomic", "config", "plan.buffers", "plan.compiled", "plan.hlo", "plan.schedule", "plan.slices",
+    },
+    "plan.predict": {"config", "model_flops", "params", "plan.slices"},
+    "plan.report": {"config", "metrics", "plan.slices"},
 }
 # fmt: on
 

@@ -1,7 +1,7 @@
 """A whole run: model, data, training, optimizer, mesh, checkpoints, evaluation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from easylm_mling.config.basics import Duration, check
 from easylm_mling.config.data import DataConfig
@@ -32,6 +32,8 @@ class TrainConfig:
     stop_at_step: int = 0
     # A step whose loss or gradient is not finite changes nothing; this many in a row stop the run.
     max_skipped_in_a_row: int = 5
+    # XLA's own flags for the step (`xla_name: 'value'`), over those in compiler_flags.py.
+    compiler_flags: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
@@ -92,6 +94,9 @@ class MeshConfig:
     tensor: int = 1
     # Run on the CPU and simulate this many devices (0: use the accelerators that are there).
     cpu_devices: int = 0
+    # The TPU slice that the run is meant for: `v4-64`, or `2xv4-64` for two of them. Only `plan` reads it; plan/slices.py
+    # has those known.
+    slice: str | None = None
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)

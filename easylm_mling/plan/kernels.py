@@ -1,0 +1,85 @@
+"""Seconds of Pallas kernels, for which the compiler's HLO holds no estimate.
+
+Splash attention: measured instruction bundles of the compiler's own schedule over the clock (issue slots only, no waiting
+for memory), scaled by heads, positions, head_dim and blocks. Any other kernel: its own cost estimate at a stated share of
+the peak, or nothing, which plans say.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from easylm_mling.plan.hlo import Array, Computation, Instruction
+from easylm_mling.plan.slices import Chip
+
+# Milliseconds of (forward, dq, dkv) for [16 heads, 8192 positions, head_dim 256] with segment ids, causal, by the product
+# of query and key block. On v4 and v5p the forward is split over both cores and the backward is not.
+_MEASURED = {
+    "v4": {512 * 512: (4.37, 9.15, 11.44), 1024 * 1024: (3.69, 7.76, 10.13)},
+    "v5p": {512 * 512: (1.95, 4.48, 5.79), 1024 * 1024: (1.58, 3.95, 5.09)},
+    "v5e": {512 * 512: (4.01, 4.91, 6.47), 1024 * 1024: (3.49, 4.54, 5.88)},
+    "v6e": {512 * 512: (2.07, 2.14, 2.54), 2048 * 512: (1.64, 1.61, 2.03)},
+}
+_KINDS = {"fwd": 0, "dq": 1, "dkv": 2}
+# Products of [block, block, head_dim] in each kernel; a dkv kernel that also makes dq has one more than alone.
+_PRODUCTS = (2, 3, 4)
+OTHER_KERNELS_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One run of a kernel on one chip."""
+
+    name: str
+    seconds: float
+    flops: float
+    known: bool  # whether `seconds` comes from somewhere
+
+
+def kernel(c: Computation, i: Instruction, chip: Chip) -> Kernel | None:
+    """None for what is no Pallas kernel."""
+    if i.opcode != "custom-call" or '"tpu_custom_call"' not in i.attributes:
+        return None
+    splash = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{i.name} {i.op_name}")
+    if splash:
+        return _splash(c, i, chip, _KINDS[splash[1]])
+    cost = re.search(r'"flops":"?(\d+)', i.attributes)
+    flops = float(cost[1]) if cost else 0.0
+    return Kernel(_name(i), flops / (OTHER_KERNELS_SHARE * chip.peak_flops), flops, bool(cost))
+
+
+def _splash(c: Computation, i: Instruction, chip: Chip, kind: int) -> Kernel:
+    blocks = {key: int(n) for key, n in re.findall(r'\\"(block_\w+?)(?:_dq|_dkv)?\\": (\d+)', i.attributes)}
+    block_q, block_kv = blocks.get("block_q", 512), blocks.get("block_kv", 512)
+    arrays = [a for o in c.operands(i) for a in o.arrays[:1]]
+    q = next(a for a in arrays if a.dtype in ("bf16", "f32") and len(a.dims) >= 3)
+    *heads, T, head_dim = q.dims
+    seen = _share_of_blocks(arrays, T // block_kv)
+    fused = kind == 2 and "dq" in i.op_name.rsplit("/", 1)[-1]
+    products = _PRODUCTS[kind] + fused
+    work = math.prod(heads) * T**2 * seen * head_dim
+    reference = 16 * 8192**2 * _causal(8192 // block_kv) * 256
+    ms = _between(_MEASURED[chip.name], block_q * block_kv, kind) * products / _PRODUCTS[kind]
+    return Kernel(f"{_name(i)} {block_q}x{block_kv}", ms / 1000 * work / reference, 2.0 * products * work, True)
+
+
+def _share_of_blocks(arrays: list[Array], n: int) -> float:
+    """Blocks of keys that a block of queries visits, of n: half under a causal mask, or the width of a windowed grid,
+    which stands in the kernel's table of blocks [heads, query blocks, width]."""
+    width = next((a.dims[-1] for a in arrays if a.dtype == "s8" and len(a.dims) == 3), n)
+    return min(_causal(n), width / max(1, n))
+
+
+def _causal(n: int) -> float:
+    return (n + 1) / (2 * max(1, n))
+
+
+def _between(measured: dict[int, tuple], area: int, kind: int) -> float:
+    """The measured milliseconds, between two sizes of blocks by the logarithm of their area."""
+    (small, few), (large, many) = sorted(measured.items())
+    at = math.log(max(small, min(large, area)) / small) / math.log(large / small)
+    return few[kind] + at * (many[kind] - few[kind])
+
+
+def _name(i: Instruction) -> str:
+    return re.sub(r"[.\d]+$", "", i.name)

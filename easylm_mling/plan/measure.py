@@ -1,0 +1,88 @@
+"""One measurement: a config's step compiled for its slice and walked, in a process of its own.
+
+A compiler that runs out of this machine's memory then takes nothing with it, and several can work side by side.
+`python -m easylm_mling.plan.measure CONFIG.yaml RESULT.json` is that process; `Measuring` starts it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from easylm_mling.atomic import write_whole
+from easylm_mling.config import ConfigError, RunConfig, load, to_yaml
+from easylm_mling.plan.buffers import largest_live
+from easylm_mling.plan.compiled import ENVIRONMENT, DoesNotFit, compile_step
+from easylm_mling.plan.hlo import parse
+from easylm_mling.plan.schedule import walk
+from easylm_mling.plan.slices import find_slice
+
+TIMES = ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops")
+
+
+def measure(config: RunConfig) -> dict:
+    """What the compiler says of the step: `memory` and `buffers` (bytes a chip), `times` (seconds and FLOPs a step and
+    chip), `collectives`, `kernels`. Or `does_not_fit`, or `error`: one line for the user."""
+    try:
+        compiled = compile_step(config)
+    except DoesNotFit as error:
+        return {
+            "does_not_fit": {
+                "needed": error.needed,
+                "available": error.available,
+                "buffers": [b._asdict() for b in error.buffers],
+            }
+        }
+    except ConfigError as error:
+        return {"error": str(error)}
+    module = parse(compiled.hlo)
+    times = walk(module, find_slice(config.mesh.slice or ""))
+    return {
+        "memory": compiled.memory._asdict(),
+        "buffers": [b._asdict() for b in largest_live(compiled.live_ranges, module)],
+        "compile_seconds": round(compiled.seconds, 1),
+        "times": {name: getattr(times, name) for name in TIMES},
+        "collectives": [
+            {**vars(c), "times": n, "waited": times.waits[c]}
+            for c, n in sorted(times.collectives.items(), key=lambda item: -times.waits[item[0]])
+        ],
+        "kernels": [{**vars(k), "times": n} for k, n in times.kernels.items()],
+    }
+
+
+class Measuring:
+    """A measurement under way; `result()` is None until it is done."""
+
+    def __init__(self, config: RunConfig):
+        self._folder = tempfile.TemporaryDirectory(prefix="easylm_mling_plan_")
+        self._result, self._log = Path(self._folder.name) / "result.json", Path(self._folder.name) / "log"
+        given = Path(self._folder.name) / "config.yaml"
+        given.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "easylm_mling.plan.measure", str(given), str(self._result)]
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log)
+
+    def result(self, wait: float | None = 0) -> dict | None:
+        """The measurement, waiting up to `wait` seconds for it (None: as long as it takes)."""
+        try:
+            code = self._process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return None
+        if code == 0:
+            return json.loads(self._result.read_bytes())
+        lines = [line for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if code == -9:
+            return {"error": "the compiler was killed, most likely for want of memory on this machine"}
+        return {"error": f"the compiler failed: {lines[-1] if lines else f'exit code {code}'}"}
+
+    def close(self):
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+if __name__ == "__main__":
+    write_whole(Path(sys.argv[2]), json.dumps(measure(load([sys.argv[1]]))).encode())

@@ -1,0 +1,198 @@
+"""How long a compiled step takes, by the compiler's own cycles: a walk over the scheduled HLO.
+
+Compute is the sum of `estimated_cycles` over the clock, loop bodies times their trips. Collectives are bytes over link
+bandwidth, on one link that serves them one after another; the compute between an asynchronous one's start and its done
+hides it. `hidden` seconds take every collective as free, `paid` seconds add what is waited for.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from easylm_mling.plan.hlo import Computation, Instruction, Module, flops, trip_count
+from easylm_mling.plan.kernels import kernel
+from easylm_mling.plan.slices import Slice
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
+_PRODUCTS = ("convolution", "dot")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective; `bytes` are those that a chip's link must carry."""
+
+    kind: str
+    bytes: float
+    group: int
+    asynchronous: bool
+    between_slices: bool
+
+    def seconds(self, where: Slice) -> float:
+        return self.bytes / (where.chip.dcn_bytes if self.between_slices else where.chip.link_bytes)
+
+
+@dataclass
+class Times:
+    """Seconds and counts of a computation that is run once."""
+
+    matrix: float = 0.0
+    other: float = 0.0
+    attention: float = 0.0
+    waiting: float = 0.0  # for collectives
+    product_flops: float = 0.0
+    kernel_flops: float = 0.0
+    # How often a step.
+    kernels: Counter = field(default_factory=Counter)
+    collectives: Counter = field(default_factory=Counter)
+    waits: Counter = field(default_factory=Counter)  # Collective -> seconds waited
+
+    @property
+    def hidden(self) -> float:
+        return self.matrix + self.other + self.attention
+
+    @property
+    def paid(self) -> float:
+        return self.hidden + self.waiting
+
+    def add(self, part: "Times", times: int = 1):
+        for name in ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops"):
+            setattr(self, name, getattr(self, name) + times * getattr(part, name))
+        for name in ("kernels", "collectives", "waits"):
+            mine = getattr(self, name)
+            for key, count in getattr(part, name).items():
+                mine[key] += times * count
+
+
+@dataclass
+class _Link:
+    """The clock of a computation, and until when its link is busy."""
+
+    now: float = 0.0
+    busy: float = 0.0
+    ends: dict[str, float] = field(default_factory=dict)
+    what: dict[str, Collective] = field(default_factory=dict)
+
+    def start(self, name: str, collective: Collective, seconds: float):
+        self.busy = max(self.busy, self.now) + seconds
+        self.ends[name], self.what[name] = self.busy, collective
+
+    def finish(self, name: str, times: Times):
+        waited = max(0.0, self.ends.pop(name) - self.now)
+        self.now += waited
+        times.waiting += waited
+        times.waits[self.what.pop(name)] += waited
+
+
+class Walk:
+    def __init__(self, module: Module, where: Slice):
+        self.module, self.where, self.done = module, where, {}
+
+    def step(self) -> Times:
+        return self.computation(self.module.entry)
+
+    def computation(self, name: str) -> Times:
+        if name not in self.done:
+            self.done[name] = self._walk(self.module.computations[name])
+        return self.done[name]
+
+    def _walk(self, c: Computation) -> Times:
+        times, link = Times(), _Link()
+        for i in c.instructions:
+            before = times.hidden
+            self._instruction(c, i, times, link)
+            link.now += times.hidden - before
+        return times
+
+    def _instruction(self, c: Computation, i: Instruction, times: Times, link: _Link):
+        if i.opcode in _FREE:
+            return
+        if i.opcode == "while":
+            trips = trip_count(self.module, i)
+            self._below(self.computation(i.called("body")[0]), times, link, trips)
+        elif i.opcode == "conditional":
+            branches = i.called("branch_computations", "true_computation", "false_computation")
+            self._below(max((self.computation(b) for b in branches), key=lambda t: t.paid), times, link)
+        elif i.opcode == "call":
+            self._below(self.computation(i.called("to_apply")[0]), times, link)
+        elif i.opcode.endswith("-done"):
+            first = self._first(c, i)
+            if first in link.ends:
+                link.finish(first, times)
+        elif i.opcode.endswith("-update"):
+            pass
+        elif collective := self._collective(c, i):
+            times.collectives[collective] += 1
+            link.start(i.name, collective, collective.seconds(self.where))
+            if not collective.asynchronous:
+                link.finish(i.name, times)
+        elif found := kernel(c, i, self.where.chip):
+            times.kernels[found] += 1
+            times.attention += found.seconds
+            times.kernel_flops += found.flops
+        else:
+            self._compute(c, i, times)
+
+    def _below(self, part: Times, times: Times, link: _Link, trips: int = 1):
+        """What a called computation takes; its waiting moves this one's clock too."""
+        times.add(part, trips)
+        link.now += trips * part.waiting
+        link.busy = max(link.busy, link.now) if part.collectives else link.busy
+
+    def _first(self, c: Computation, i: Instruction) -> str:
+        """The start that a done (or an update in between) belongs to."""
+        while i.operands and (i.opcode.endswith("-done") or i.opcode.endswith("-update")):
+            i = c.by_name[i.operands[0]]
+        return i.name
+
+    def _collective(self, c: Computation, i: Instruction) -> Collective | None:
+        kind = i.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            return self._sized(kind, sum(a.bytes for o in c.operands(i) for a in o.arrays), i, i.opcode != kind)
+        if i.opcode not in ("fusion", "async-start", "custom-call"):
+            return None
+        for part in self.module.all_below("".join(i.called("calls")[:1])):
+            for inner in part.instructions:
+                kind = inner.opcode.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    # An all-reduce of which each chip keeps its own slice is a reduce-scatter.
+                    kind = "reduce-scatter" if "all-reduce-scatter" in part.name else kind
+                    size = sum(a.bytes for o in part.operands(inner) for a in o.arrays)
+                    return self._sized(kind, size, inner, i.opcode == "async-start")
+        return None
+
+    def _sized(self, kind: str, size: float, i: Instruction, asynchronous: bool) -> Collective:
+        """`size`: bytes that a chip puts in."""
+        group = i.group()
+        n = len(group) or self.where.chips
+        per_slice = self.where.chips // self.where.count
+        between = len({d // per_slice for d in group}) > 1 or (not group and self.where.count > 1)
+        if kind == "all-gather":
+            size *= n - 1
+        elif kind == "collective-permute":
+            pass
+        else:
+            size *= (2 if kind == "all-reduce" else 1) * (n - 1) / n
+        return Collective(kind, size, n, asynchronous, between)
+
+    def _compute(self, c: Computation, i: Instruction, times: Times):
+        work = self._products(c, i)
+        times.product_flops += work
+        if i.cycles is None:
+            return
+        seconds = i.cycles / self.where.chip.clock_hz
+        if work:
+            times.matrix += seconds
+        else:
+            times.other += seconds
+
+    def _products(self, c: Computation, i: Instruction) -> float:
+        """FLOPs of all products in this instruction: its own, or those of the fusion that it calls."""
+        if i.opcode in _PRODUCTS:
+            return flops(c, i)
+        inside = self.module.all_below(i.called("calls")[0]) if i.opcode == "fusion" else []
+        return sum(flops(part, p) for part in inside for p in part.instructions if p.opcode in _PRODUCTS)
+
+
+def walk(module: Module, where: Slice) -> Times:
+    """The seconds of one step of the compiled program on one chip of `where`."""
+    return Walk(module, where).step()
