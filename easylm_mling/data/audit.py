@@ -121,7 +121,7 @@ def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lane
             epoch, block = epoch + 1, block - blocks
             continue
         for window in windows(order, epoch, block, skip=skip):
-            for text, (unit, number) in list(zip(window.documents, window.places, strict=True))[first:]:
+            for text, (unit, number) in list(zip(window.documents, window.places.tolist(), strict=True))[first:]:
                 index, start, end, _ = source.units[unit].tolist()
                 file = source.files[index]
                 ids = join_documents(tokenizer, [text.decode()])[offset:]

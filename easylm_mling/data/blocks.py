@@ -24,12 +24,12 @@ _SAMPLE_SALT = b"sample"
 class Window(NamedTuple):
     """A shuffled portion of a block.
 
-    The documents (UTF-8) of the wanted split, where each comes from (its unit, and its number among the unit's good
-    documents), the bad records met and their units, how many good ones were read, and whether the block ends here.
+    The documents (UTF-8) of the wanted split, where each comes from (int64 [documents, 2]: its unit, and its number among
+    the unit's good documents), the bad records met and their units, how many good ones were read, and whether the block ends here.
     """
 
     documents: list[bytes]
-    places: list[tuple[int, int]]
+    places: np.ndarray
     bad: list[Bad]
     bad_units: list[int]
     read: int
@@ -136,7 +136,8 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
         key = (order.seed, source.name, epoch, block, number)
         chosen = _choose(texts, split, source.settings)
         shuffled = [chosen[i] for i in seeded_order(len(chosen), *key).tolist()]
-        return Window([texts[i] for i in shuffled], [places[i] for i in shuffled], bad, bad_units, len(texts), last)
+        where = np.array([places[i] for i in shuffled], np.int64).reshape(-1, 2)
+        return Window([texts[i] for i in shuffled], where, bad, bad_units, len(texts), last)
 
     for unit in order.units(epoch, block).tolist():
         ordinal = -1

@@ -154,7 +154,7 @@ class LaneStream:
         reach = begin + (offset + count if self._stored else count * _BYTES_PER_TOKEN)
         ends = self._ends[first : int(np.searchsorted(self._ends, reach)) + 1].tolist()
         if self._stored:
-            self._buffer = self._stored.tokens(begin, ends[-1])[offset:]
+            self._buffer = self._stored.tokens[begin + offset : ends[-1]]
             return True
         text = self._shelf.get_text(self._key, begin, ends[-1])
         texts = [text[a - begin : b - begin].decode() for a, b in zip([begin, *ends], ends, strict=False)]
@@ -201,7 +201,7 @@ class LaneStream:
         source = self._order.source
         if len(source.languages) == 1:
             return self._language
-        return source.unit_languages[np.array([unit for unit, _ in window.places], np.int64)].astype(np.int16)
+        return source.unit_languages[window.places[:, 0]].astype(np.int16)
 
     def _check_barren(self, documents: int, blocks: int):
         """Raise ConfigError rather than look for ever, once an epoch's worth of windows in a row gave nothing."""
