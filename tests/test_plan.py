@@ -106,6 +106,27 @@ def test_a_synchronous_collective_is_waited_for_and_an_asynchronous_one_only_bey
     assert behind(1_050_000_000).waiting == 0
 
 
+def chain_part(name: str, target: str) -> str:
+    call = (
+        f'  ROOT %r = f32[8] custom-call(%g), custom_call_target="AsyncCollective{target}"'
+        if target
+        else "  ROOT %r = f32[8] negate(%g)"
+    )
+    gather = (
+        f"  %g = {GATHER} all-gather(%s), replica_groups=mesh['a'=32] {{'a'}}, frontend_attributes={{chain_id=\"7\"}}"
+    )
+    return f"%{name} (s: f32[1024,1024]) -> f32[8] {{\n{SHARD.replace('(1)', '(0)')}\n{gather}\n{call}\n}}"
+
+
+def test_a_collective_carried_through_fusions_counts_once_and_hides_behind_its_steps():
+    parts = [chain_part("begin", "Start"), chain_part("middle", ""), chain_part("end", "Done")]
+    lines = [f"  %{name} = f32[8] fusion(%s), kind=kCustom, calls=%{name}" for name in ("begin", "end")]
+    entry = "\n".join([X, SHARD, lines[0], fusion("work", 1_050_000, "middle"), lines[1]])
+    times = walk(parse(program(entry, ELEMENTWISE, *parts)), V4)
+    assert sum(times.collectives.values()) == 1 and times.other == pytest.approx(1e-3)
+    assert times.waiting == pytest.approx(GATHERED / 90e9 - 1e-3)
+
+
 def test_two_collectives_under_way_share_one_link():
     start = (
         "  %{0} = (f32[1024,1024], f32[32768,1024]) all-gather-start(%s), replica_groups=[1,32]<=[32], dimensions={{0}}"
@@ -188,6 +209,32 @@ def test_splash_kernels_take_what_their_bundles_take_scaled_by_heads():
     times = attention_times("fwd", 512)
     assert times.kernel_flops == pytest.approx(4 * 16 * 8192**2 * 256 * 17 / 32)
     assert times.hidden == times.attention
+
+
+def test_a_backward_kernel_mapped_over_heads_runs_on_both_cores_of_a_v4():
+    lines = "  %q = bf16[16,1,8192,256]{3,2,1,0} parameter(1)\n  %m = s8[1,8,8]{2,1,0} parameter(2)\n"
+    for name, factor in (("v4-64", 0.5), ("v5e-64", 1.0)):
+        alone, mapped = (
+            walk(
+                parse(program(f"{X}\n{q}{KERNEL.format(kind='dq', block=1024, suffix='_dq')}")), find_slice(name)
+            ).attention
+            for q in (lines.replace("16,1,", "16,").replace("{3,2,1,0} p", "{2,1,0} p"), lines)
+        )
+        assert mapped == pytest.approx(factor * alone)
+
+
+def test_layers_of_two_kinds_take_the_mean_of_their_kernels():
+    """The window's kernel has a grid of a quarter of the width."""
+
+    def branch(name, width):
+        lines = f"  %q = bf16[16,8192,256]{{2,1,0}} parameter(1)\n  %m = s8[1,16,{width}]{{2,1,0}} parameter(2)\n"
+        return f"%{name} (p: f32[8]) -> f32[8] {{\n{X}\n{lines}{KERNEL.format(kind='fwd', block=512, suffix='')}\n}}"
+
+    entry = f"{X}\n  %c = f32[8]{{0}} conditional(%x, %x, %x), branch_computations={{%near, %far}}"
+    module = parse(program(entry, branch("near", 4), branch("far", 16)))
+    near, far = 4.37e-3 * (4 / 16) / (17 / 32), 4.37e-3
+    assert walk(module, V4, 5 / 6).attention == pytest.approx(near * 5 / 6 + far / 6)
+    assert walk(module, V4).attention == pytest.approx(far)
 
 
 def test_the_largest_buffers_are_those_alive_at_the_peak():

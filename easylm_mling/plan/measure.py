@@ -38,7 +38,8 @@ def measure(config: RunConfig) -> dict:
     except ConfigError as error:
         return {"error": str(error)}
     module = parse(compiled.hlo)
-    times = walk(module, find_slice(config.mesh.slice or ""))
+    local = config.model.local_layers
+    times = walk(module, find_slice(config.mesh.slice or ""), sum(local) / len(local))
     return {
         "memory": compiled.memory._asdict(),
         "buffers": [b._asdict() for b in largest_live(compiled.live_ranges, module)],

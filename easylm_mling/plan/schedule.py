@@ -5,6 +5,7 @@ bandwidth, on one link that serves them one after another; the compute between a
 hides it. `hidden` seconds take every collective as free, `paid` seconds add what is waited for.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ class Times:
     def paid(self) -> float:
         return self.hidden + self.waiting
 
-    def add(self, part: "Times", times: int = 1):
+    def add(self, part: "Times", times: float = 1):
         for name in ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops"):
             setattr(self, name, getattr(self, name) + times * getattr(part, name))
         for name in ("kernels", "collectives", "waits"):
@@ -84,8 +85,8 @@ class _Link:
 
 
 class Walk:
-    def __init__(self, module: Module, where: Slice):
-        self.module, self.where, self.done = module, where, {}
+    def __init__(self, module: Module, where: Slice, local_share: float):
+        self.module, self.where, self.local_share, self.done = module, where, local_share, {}
 
     def step(self) -> Times:
         return self.computation(self.module.entry)
@@ -111,7 +112,7 @@ class Walk:
             self._below(self.computation(i.called("body")[0]), times, link, trips)
         elif i.opcode == "conditional":
             branches = i.called("branch_computations", "true_computation", "false_computation")
-            self._below(max((self.computation(b) for b in branches), key=lambda t: t.paid), times, link)
+            self._below(self._either([self.computation(b) for b in branches]), times, link)
         elif i.opcode == "call":
             self._below(self.computation(i.called("to_apply")[0]), times, link)
         elif i.opcode.endswith("-done"):
@@ -120,6 +121,15 @@ class Walk:
                 link.finish(first, times)
         elif i.opcode.endswith("-update"):
             pass
+        elif chained := self._chained(i):
+            chain, part, role = chained
+            if role == "start":
+                link.start(chain, part, part.seconds(self.where))
+                times.collectives[part] += 1
+            elif role == "done" and chain in link.ends:
+                link.finish(chain, times)
+            elif role == "step":
+                self._compute(c, i, times)
         elif collective := self._collective(c, i):
             times.collectives[collective] += 1
             link.start(i.name, collective, collective.seconds(self.where))
@@ -137,6 +147,34 @@ class Walk:
         times.add(part, trips)
         link.now += trips * part.waiting
         link.busy = max(link.busy, link.now) if part.collectives else link.busy
+
+    def _either(self, branches: list[Times]) -> Times:
+        """One of two attention kernels, by how many layers are local; of anything else, the slowest branch."""
+        slowest, fastest = (pick(branches, key=lambda t: t.paid) for pick in (max, min))
+        if len(branches) != 2 or not (slowest.kernels and fastest.kernels):
+            return slowest
+        mean = Times()
+        mean.add(slowest, 1 - self.local_share)
+        mean.add(fastest, self.local_share)
+        return mean
+
+    def _chained(self, i: Instruction) -> tuple[str, Collective, str] | None:
+        """A collective that v5e carries through several fusions: its chain, and whether this is its start, its done or a
+        step of it inside of other work."""
+        if i.opcode != "fusion":
+            return None
+        part = self.module.computations[i.called("calls")[0]]
+        for inner in part.instructions:
+            chain = re.search(r'chain_id="(\d+)"', inner.attributes)
+            if chain and inner.opcode in COLLECTIVES:
+                targets = [
+                    re.search(r'custom_call_target="AsyncCollective(Start|Done)"', x.attributes)
+                    for x in part.instructions
+                ]
+                role = next((t[1].lower() for t in targets if t), "step")
+                size = sum(a.bytes for o in part.operands(inner) for a in o.arrays)
+                return f"chain {chain[1]}", self._sized(inner.opcode, size, inner, True), role
+        return None
 
     def _first(self, c: Computation, i: Instruction) -> str:
         """The start that a done (or an update in between) belongs to."""
@@ -193,6 +231,7 @@ class Walk:
         return sum(flops(part, p) for part in inside for p in part.instructions if p.opcode in _PRODUCTS)
 
 
-def walk(module: Module, where: Slice) -> Times:
-    """The seconds of one step of the compiled program on one chip of `where`."""
-    return Walk(module, where).step()
+def walk(module: Module, where: Slice, local_share: float = 0.0) -> Times:
+    """The seconds of one step of the compiled program on one chip of `where`. `local_share`: of the layers, those with a
+    sliding window."""
+    return Walk(module, where, local_share).step()

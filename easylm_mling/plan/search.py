@@ -111,7 +111,7 @@ class Book:
     def measure(self, configs: list[RunConfig], console: Console):
         """Measure those that are not known yet, as many at a time as this machine's processors and memory allow."""
         todo = [c for c in configs if self.key(c) not in self.found]
-        at_once = max(1, min(os.cpu_count() or 1, available_memory() // COMPILER_BYTES))
+        at_once = max(1, min(len(os.sched_getaffinity(0)), available_memory() // COMPILER_BYTES))
         running: dict[str, tuple[RunConfig, Measuring]] = {}
         bar = Progress(
             TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[last]}"),
