@@ -12,12 +12,13 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
-from easylm_mling.config import RunConfig, to_tree
+from easylm_mling.config import RunConfig, load, to_tree
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
 from easylm_mling.plan.calibrate import beside
+from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
@@ -77,6 +78,7 @@ def train(config: RunConfig, console: Console | None = None, accept_data_change:
     select_devices(config)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
+    config = with_chosen_remat(config, run, console)
     if config.init_from:
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
     if data.changed:
@@ -183,6 +185,14 @@ def select_devices(config: RunConfig):
     if config.mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
+
+def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
+    """`train.remat: auto` as it was chosen when the run began, or chosen now: a run keeps it whatever compiler comes next."""
+    if config.train.remat == "auto" and run.config_file.is_file():
+        chosen = load([str(run.config_file)]).train
+        return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
+    return choose_remat(config, console)
 
 
 def restore_or_init(

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from easylm_mling.__main__ import main
 from easylm_mling.config import (
+    REMAT_NAMES,
     ConfigError,
     DataConfig,
     MeshConfig,
@@ -21,16 +22,18 @@ from easylm_mling.config import (
     to_yaml,
 )
 from easylm_mling.model_flops import model_flops
-from easylm_mling.plan import search as search_module
+from easylm_mling.plan.book import fits
 from easylm_mling.plan.buffers import largest_live
 from easylm_mling.plan.calibrate import beside, calibrate
 from easylm_mling.plan.hlo import flops, parse, trip_count
 from easylm_mling.plan.measure import measure
 from easylm_mling.plan.predict import predict
+from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.plan.schedule import walk
 from easylm_mling.plan.search import search
 from easylm_mling.plan.slices import SLICES, GiB, find_slice
 from easylm_mling.plan.verb import Wishes, plan, remedies
+from easylm_mling.run_dir import RunDirectory
 
 V4 = find_slice("v4-64")
 GATHERED = 4 * 1024 * 1024 * 31  # bytes that a chip takes in: 31 others' f32[1024,1024]
@@ -255,6 +258,12 @@ def test_model_flops_of_gemma_7b():
     assert model_flops(seven, 8192) == pytest.approx(465.8e12, rel=1e-4)
 
 
+def test_an_embedding_that_is_only_looked_up_is_no_work():
+    shape = (1000, 64, 128, 2, 4, 4, 16)
+    tied, untied = (ModelConfig(*shape, model_type="llama", tie_word_embeddings=tied) for tied in (True, False))
+    assert model_flops(untied, 512) == model_flops(tied, 512)
+
+
 def test_attention_of_a_window_counts_only_what_it_shows():
     shape = (1000, 64, 128, 2, 4, 4, 16)
     whole = model_flops(ModelConfig(*shape), 512)
@@ -316,7 +325,7 @@ def test_a_prediction_adds_up():
 
 
 class FakeCompiler:
-    """In place of `Measuring`: fsdp alone waits longest, tensor is slow, remat saves time until memory is full."""
+    """In place of `Measuring`: fsdp alone waits longest, tensor is slow, and what layers keep costs memory and saves time."""
 
     started: list[RunConfig] = []
 
@@ -325,9 +334,11 @@ class FakeCompiler:
         FakeCompiler.started.append(config)
 
     def result(self, wait=0):
-        m, rows = self.config.mesh, 128 // self.config.train.accumulation_steps / 32
-        kept = search_module.REMAT_NAMES.index(self.config.train.remat)
-        peak = int((8 + 4 * rows + 6 * kept + m.data) * GiB)
+        m, t, layers = self.config.mesh, self.config.train, self.config.model.num_hidden_layers
+        rows, first = 128 // t.accumulation_steps / 32, t.remat_first_layers / layers
+        kept = REMAT_NAMES.index(t.remat) * (1 - first) + REMAT_NAMES.index(t.remat_first) * first
+        # Two portions hold a little more than their mean: what was interpolated has to be corrected.
+        peak = int((8 + 4 * rows + 6 * kept + m.data + (1.5 if first else 0)) * GiB)
         if peak > 30 * GiB:
             return {"does_not_fit": {"needed": peak, "available": 30 * GiB, "buffers": []}}
         return measured(matrix=8.0 + 3 * m.tensor - kept, waiting=2.0 / m.data / rows, peak=peak)
@@ -339,7 +350,7 @@ class FakeCompiler:
 @pytest.fixture
 def fake_compiler(monkeypatch):
     FakeCompiler.started = []
-    monkeypatch.setattr("easylm_mling.plan.search.Measuring", FakeCompiler)
+    monkeypatch.setattr("easylm_mling.plan.book.Measuring", FakeCompiler)
     monkeypatch.setattr("easylm_mling.plan.verb.Measuring", FakeCompiler)
     return FakeCompiler.started
 
@@ -349,15 +360,14 @@ def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(t
     wishes = Wishes(search=str(tmp_path / "plans"), keep=True)
     assert plan({"": config}, wishes, Console(width=120)) == 0
     tried = list(fake_compiler)
+    assert {128 // 32 // c.train.accumulation_steps for c in tried if c.mesh.tensor == 1} == {1, 2, 4}
     assert all(c.train.batch_size == 128 for c in tried) and len({to_yaml(c) for c in tried}) == len(tried)
 
     best = load([str(tmp_path / "plans/best.yaml")])
-    fits = {
-        to_yaml(c): m for c, m in search(config, str(tmp_path / "plans"), Console(file=io.StringIO())) if "times" in m
-    }
-    seconds = {name: predict(config, m)["step"]["seconds"] for name, m in fits.items()}
+    again = search(config, str(tmp_path / "plans"), Console(file=io.StringIO()))
+    seconds = {to_yaml(c): predict(c, m)["step"]["seconds"] for c, m in again if fits(c, m)}
     assert seconds[to_yaml(best)] == min(seconds.values())
-    assert best.train.remat != "full" and best.mesh.tensor == 1
+    assert best.mesh.tensor == 1 and best.train.remat_first_layers > 0
     assert json.loads((tmp_path / "run/plan.json").read_text())["step"]["seconds"] == min(seconds.values())
     assert len(fake_compiler) == len(tried)  # the second search measured nothing
 
@@ -366,6 +376,31 @@ def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(t
     search(config, str(tmp_path / "plans"), Console(file=io.StringIO()))
     assert len(fake_compiler) == len(tried) + 1
     assert "do not fit" in capsys.readouterr().out
+
+
+def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compiler, capsys):
+    config = make_config(remat="auto")
+    chosen = choose_remat(config, Console(width=120))
+    seconds = {}
+    for tried in {to_yaml(c): c for c in fake_compiler}.values():
+        found = FakeCompiler(tried).result()
+        if "times" in found and found["memory"]["peak"] <= 0.92 * 30.75 * GiB:
+            seconds[to_yaml(tried)] = sum(found["times"][k] for k in ("matrix", "waiting"))
+    assert seconds[to_yaml(chosen)] == min(seconds.values())
+    assert min(seconds.values()) < min(seconds.get(to_yaml(with_remat(config, p)), 99) for p in REMAT_NAMES)
+    # One layer more would not fit.
+    richer = with_remat(chosen, chosen.train.remat, chosen.train.remat_first, chosen.train.remat_first_layers + 1)
+    found = FakeCompiler(richer).result()
+    assert "does_not_fit" in found or found["memory"]["peak"] > 0.92 * 30.75 * GiB
+    assert f"train.remat={chosen.train.remat} train.remat_first=" in capsys.readouterr().out
+    assert choose_remat(chosen, Console()) is chosen
+
+
+def test_auto_remat_where_nothing_fits_says_what_would_need_less(fake_compiler):
+    with pytest.raises(ConfigError, match="nothing fits a chip of v5e-64.*accumulation"):
+        choose_remat(
+            dataclasses.replace(make_config(remat="auto"), mesh=MeshConfig(17, 1, 1, slice="v5e-64")), Console()
+        )
 
 
 def test_a_batch_that_no_mesh_divides_is_refused_before_anything_is_compiled(tmp_path, fake_compiler):
@@ -378,7 +413,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(fake_compiler):
     out = io.StringIO()
     config = make_config(remat="none")
     assert plan({"": config}, Wishes(), Console(file=out, width=200)) == 1
-    assert "does not fit by 7.0 GiB: 37.0 of 30.0" in out.getvalue()
+    needed = 13 + 6 * REMAT_NAMES.index("none")
+    assert f"does not fit by {needed - 30:.1f} GiB: {needed:.1f} of 30.0" in out.getvalue()
     assert "what would fit: v4-64 with data 1 x fsdp 32 x tensor 1; remat full" in out.getvalue()
     assert remedies(make_config(rows=256))[0].train.accumulation_steps == 8  # full remat is what it has
     assert {c.mesh.slice for c in remedies(make_config(rows=256))} >= {"v4-64", "v4-128", "v4-256"}
@@ -427,6 +463,14 @@ def test_train_puts_what_it_measures_beside_the_plan(tmp_path):
     assert beside(tmp_path / "no", config, "TPU v4", 32, None) is None
 
 
+def test_a_run_may_begin_in_a_directory_that_holds_only_its_plan(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    RunDirectory(make_config(run_dir=tmp_path))
+    (tmp_path / "other").write_text("")
+    with pytest.raises(ConfigError, match="not empty"):
+        RunDirectory(make_config(run_dir=tmp_path))
+
+
 def test_plan_without_the_compiler_says_how_to_get_it(monkeypatch, tmp_path, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a))
@@ -452,3 +496,28 @@ def test_what_cannot_be_cut_is_refused_in_one_line(change, message):
     config = dataclasses.replace(make_config(), **change)
     found = measure(config)["error"]
     assert message in found and "\n" not in found
+
+
+@needs_libtpu
+@pytest.mark.tpu_compiler
+def test_a_flag_that_the_compiler_does_not_know_is_refused_in_one_line():
+    mesh = MeshConfig(1, 4, 1, slice="v4-8")
+    train = TrainConfig(budget_tokens=1, batch_size=4, compiler_flags={"xla_no_such_flag": "1"})
+    config = dataclasses.replace(make_config(), mesh=mesh, train=train, model=ModelConfig(256, 128, 256, 1, 1, 1, 128))
+    found = measure(config)["error"]
+    assert "train.compiler_flags.xla_no_such_flag" in found and "\n" not in found
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_gemma_7b_on_a_v4_64_keeps_its_memory_and_its_work():
+    found = measure(make_config())
+    times, wanted = found["times"], model_flops(make_config().model, 8192) * 4
+    assert found["memory"]["peak"] < 12.5 * GiB and len(found["buffers"]) == 5
+    # Full remat: a second forward pass, but for the last product of each layer, and the logits again.
+    assert 1.25 < (times["product_flops"] + times["kernel_flops"]) / wanted < 1.36
+    assert all(k["known"] for k in found["kernels"])
+    # What is done cannot be faster than the matrix units.
+    assert times["product_flops"] / times["matrix"] < find_slice("v4-64").chip.peak_flops
+    assert times["kernel_flops"] / max(times["attention"], 1e-9) < find_slice("v4-64").chip.peak_flops

@@ -23,6 +23,9 @@ class TrainConfig:
     compute_dtype: str = "bfloat16"
     # Which values of a layer are kept for the backward pass; the rest is computed again. See REMAT_NAMES.
     remat: str = "full"
+    # Another policy for so many of the first layers, which keep more: memory that would lie idle, spent on speed.
+    remat_first: str = "none"
+    remat_first_layers: int = 0
     # The vocabulary's logits are computed for this many positions of each sequence at a time.
     loss_chunk: int = 512
     z_loss: float = 0.0
@@ -34,6 +37,8 @@ class TrainConfig:
     max_skipped_in_a_row: int = 5
     # XLA's own flags for the step (`xla_name: 'value'`), over those in compiler_flags.py.
     compiler_flags: dict[str, str] = field(default_factory=dict)
+    # The share of a chip's memory that `remat: auto` and `plan --search` may fill.
+    remat_memory: float = 0.92
 
     def __post_init__(self):
         for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
@@ -46,7 +51,12 @@ class TrainConfig:
             self.compute_dtype in ("bfloat16", "float32"),
             f"train.compute_dtype={self.compute_dtype!r} must be 'bfloat16' or 'float32'",
         )
-        check(self.remat in REMAT_NAMES, f"train.remat={self.remat!r} must be one of {', '.join(REMAT_NAMES)}")
+        for name in ("remat", "remat_first"):
+            policy = getattr(self, name)
+            allowed = (*REMAT_NAMES, "auto") if name == "remat" else REMAT_NAMES
+            check(policy in allowed, f"train.{name}={policy!r} must be one of {', '.join(allowed)}")
+        check(self.remat_first_layers >= 0, f"train.remat_first_layers={self.remat_first_layers} must be zero or more")
+        check(0 < self.remat_memory <= 1, f"train.remat_memory={self.remat_memory} must be above 0 and at most 1")
         check(self.z_loss >= 0, f"train.z_loss={self.z_loss} must be zero or more")
         check(self.stop_at_step >= 0, f"train.stop_at_step={self.stop_at_step} must be zero or more")
         check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")

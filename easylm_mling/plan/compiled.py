@@ -27,8 +27,6 @@ ENVIRONMENT = {
     # A program out of the cache would leave no dump.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
-
-
 _SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -112,6 +110,12 @@ def _explained(error: Exception, dump: str) -> Exception:
     message = str(error)
     if "RESOURCE_EXHAUSTED" in message and "hbm" in message.splitlines()[0].lower():
         return DoesNotFit(message, _dumped(dump, "after_optimizations.txt"), _dumped(dump, "live-range.txt"))
+    if "RESOURCE_EXHAUSTED" in message and "vmem" in message:
+        short = re.search(r"Used \S+ of \S+ vmem", message)
+        return ConfigError(
+            f"an operation needs more vector memory than it may have ({short[0] if short else message.splitlines()[0]}); lower "
+            "train.attention_block, or raise train.compiler_flags.xla_tpu_scoped_vmem_limit_kib"
+        )
     refused = re.search(r"No such compile option: '(\w+)'|Failed to parse .* into flag (\w+)", message)
     if refused:
         name, first = refused[1] or refused[2], message.splitlines()[0]

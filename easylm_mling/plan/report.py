@@ -1,5 +1,6 @@
 """A plan as a person reads it."""
 
+import math
 from collections.abc import Callable
 
 from rich import box
@@ -8,7 +9,7 @@ from rich.table import Table
 
 from easylm_mling.config import RunConfig
 from easylm_mling.metrics import tokens_text
-from easylm_mling.plan.slices import GiB
+from easylm_mling.plan.slices import GiB, find_slice
 
 _KINDS = {
     "matrix": "matrix products",
@@ -19,38 +20,56 @@ _KINDS = {
 
 
 def print_plan(config: RunConfig, plan: dict, console: Console):
-    def line(label: str, text: str):
-        console.print(f" {label:<11} {text}", highlight=False, soft_wrap=True)
-
-    step, memory = plan["step"], plan["memory"]
     console.print(heading(config, plan), highlight=False, soft_wrap=True)
-    free, share = memory["free"] / GiB, memory["peak"] / memory["available"]
-    line(
-        "fits",
-        f"{memory['peak'] / GiB:.1f} of {memory['available'] / GiB:.1f} GiB a chip at the peak ({share:.0%}), {free:.1f} free; largest:",
-    )
-    for b in plan["buffers"]:
-        line("", buffer_text(b))
-    parts = ", ".join(f"{what} {step['factor'] * step[k]:.2f}" for k, what in _KINDS.items())
-    line("step", f"{step['seconds']:.2f} s: {parts}")
-    line(
-        "speed",
-        f"{tokens_text(plan['tokens_per_second'])} tokens/s; MFU {plan['mfu']:.1%} ({plan['mfu_hidden']:.1%} without waiting); "
-        f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs",
-    )
+    for label, lines in sections(config, plan).items():
+        for i, line in enumerate(lines):
+            console.print(f" {label if i == 0 else '':<11} {line}", highlight=False, soft_wrap=True)
+
+
+def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
+    step, memory, data = plan["step"], plan["memory"], plan["data_a_host"]
+    peak, room = memory["peak"] / GiB, memory["available"] / GiB
     cost = "" if plan["cost"] is None else f", {plan['cost']:,.0f} at the given price"
-    line(
-        "budget",
-        f"{tokens_text(config.train.budget_tokens)} tokens in {plan['days']:.1f} days; {plan['chip_hours']:,.0f} chip-hours{cost}",
-    )
-    line("checkpoint", f"{plan['checkpoint']['bytes'] / 1e9:.1f} GB, {plan['checkpoint']['seconds']:.0f} s")
-    data = plan["data_a_host"]
-    line(
-        "data",
-        f"{tokens_text(data['tokens_per_second'])} tokens/s a host, {data['bytes_per_second'] / 1e6:.2f} MB/s of text",
-    )
-    for i, text in enumerate(plan["assumptions"]):
-        line("assumed" if i == 0 else "", text)
+    parts = ", ".join(f"{what} {step['factor'] * step[k]:.2f}" for k, what in _KINDS.items())
+    waited = sorted(plan["collectives"], key=lambda c: -c["waited"])[:4]
+    return {
+        "fits": [
+            f"{peak:.1f} of {room:.1f} GiB a chip at the peak ({peak / room:.0%}), {room - peak:.1f} free; largest:",
+            *map(buffer_text, plan["buffers"]),
+        ],
+        "step": [
+            f"{step['seconds']:.2f} s: {parts}",
+            *(f"{k['times']:6.0f} x {k['name']}: {_kernel_text(k)}" for k in plan["kernels"]),
+            *(
+                f"{c['times']:6.0f} x {_collective_text(c)}: {c['waited']:.2f} s waited"
+                for c in waited
+                if c["waited"] > 0.005
+            ),
+        ],
+        "speed": [
+            f"{tokens_text(plan['tokens_per_second'])} tokens/s; MFU {plan['mfu']:.1%} ({plan['mfu_hidden']:.1%} without waiting); "
+            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs; a sequence and chip: "
+            f"{plan['seconds_a_sequence']['hidden']:.2f} s without waiting, {plan['seconds_a_sequence']['paid']:.2f} with it"
+        ],
+        "budget": [
+            f"{tokens_text(config.train.budget_tokens)} tokens in {plan['days']:.1f} days; {plan['chip_hours']:,.0f} chip-hours{cost}"
+        ],
+        "checkpoint": [f"{plan['checkpoint']['bytes'] / 1e9:.1f} GB, {plan['checkpoint']['seconds']:.0f} s"],
+        "data": [
+            f"{tokens_text(data['tokens_per_second'])} tokens/s a host, {data['bytes_per_second'] / 1e6:.2f} MB/s of text"
+        ],
+        "assumed": plan["assumptions"],
+    }
+
+
+def _kernel_text(k: dict) -> str:
+    return f"{k['times'] * k['seconds']:.2f} s" if k["known"] else "of unknown time, counted as nothing"
+
+
+def _collective_text(c: dict) -> str:
+    where = " between slices" if c["between_slices"] else ""
+    how = "asynchronous" if c["asynchronous"] else "synchronous"
+    return f"{how} {c['kind']} among {c['group']}{where}, {c['bytes'] / 1e6:.0f} MB over a link"
 
 
 def heading(config: RunConfig, plan: dict) -> str:
@@ -62,8 +81,18 @@ def heading(config: RunConfig, plan: dict) -> str:
 
 
 def settings_text(config: RunConfig) -> str:
-    mesh = " x ".join(f"{axis} {getattr(config.mesh, axis)}" for axis in ("data", "fsdp", "tensor"))
-    return f"{mesh}; remat {config.train.remat}; accumulation {config.train.accumulation_steps}"
+    return f"{mesh_text(config)}; remat {remat_text(config)}; accumulation {config.train.accumulation_steps}"
+
+
+def remat_text(config: RunConfig) -> str:
+    t = config.train
+    return f"{t.remat}, {t.remat_first} in the first {t.remat_first_layers}" if t.remat_first_layers else t.remat
+
+
+def mesh_text(config: RunConfig) -> str:
+    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    left = find_slice(config.mesh.slice or "").chips // max(1, math.prod(n for n in sizes.values() if n > 0))
+    return " x ".join(f"{axis} {left if n == -1 else n}" for axis, n in sizes.items())
 
 
 def buffer_text(b: dict) -> str:
@@ -98,7 +127,7 @@ def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
         step = p["step"]
         table.add_row(
             str(place), f"{c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor}",
-            f"{p['sequences_a_chip'] / c.train.accumulation_steps:g}", str(c.train.accumulation_steps), c.train.remat,
+            f"{p['sequences_a_chip'] / c.train.accumulation_steps:g}", str(c.train.accumulation_steps), remat_text(c),
             f"{p['memory']['peak'] / GiB:.1f}", f"{step['seconds']:.2f}", f"{step['factor'] * step['waiting']:.2f}",
             f"{p['mfu']:.1%}", f"{p['days']:.1f}",
         )  # fmt: skip
@@ -118,8 +147,9 @@ def comparison(configs: dict[str, RunConfig], found: dict[str, dict]) -> Table:
 
     for key in ("slice", "data", "fsdp", "tensor"):
         table.add_row(key, *(str(getattr(c.mesh, key)) for c in configs.values()))
-    for key in ("batch_size", "accumulation_steps", "remat"):
+    for key in ("batch_size", "accumulation_steps"):
         table.add_row(key.replace("_", " "), *(str(getattr(c.train, key)) for c in configs.values()))
+    table.add_row("remat", *map(remat_text, configs.values()))
     row("peak GiB", lambda p: f"{p['memory']['peak'] / GiB:.1f} of {p['memory']['available'] / GiB:.1f}")
     row("step s", lambda p: f"{p['step']['seconds']:.2f}")
     for key, label in _KINDS.items():

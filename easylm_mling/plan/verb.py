@@ -1,19 +1,20 @@
 """`easylm-mling plan`: one config, several side by side, or a search for the best."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
 from rich.console import Console
 
 from easylm_mling.atomic import write_whole
-from easylm_mling.config import ConfigError, RunConfig, to_yaml
+from easylm_mling.config import ConfigError, RunConfig, to_tree, to_yaml
+from easylm_mling.plan.book import fits, step_seconds
 from easylm_mling.plan.calibrate import PLAN_FILE, calibrate
-from easylm_mling.plan.measure import Measuring
+from easylm_mling.plan.measure import Measuring, check_compiler
 from easylm_mling.plan.predict import predict
+from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.plan.report import comparison, does_not_fit_text, print_plan, ranking, settings_text
-from easylm_mling.plan.search import search, step_seconds, with_train
+from easylm_mling.plan.search import search, with_train
 from easylm_mling.plan.slices import SLICES, GiB, find_slice
 
 REMEDIES = 3
@@ -32,8 +33,7 @@ class Wishes:
 
 def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int:
     """Plan each of `configs` (name -> config), several side by side. Returns 0 when all fit, otherwise 1."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("plan needs the TPU compiler, libtpu; install it with pip install 'easylm-mling[tpu]'")
+    check_compiler()
     # Nothing but the result goes to standard output when that is JSON.
     console = Console(stderr=True) if wishes.as_json else console
     for config in configs.values():
@@ -43,23 +43,24 @@ def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int
         factor, news = calibrate(wishes.calibrate, lambda config: _predicted(config, 1.0, None, console))
         for line in news:
             console.print(line, highlight=False, soft_wrap=True)
+    elif not configs:
+        raise ConfigError("plan: name the run's configs, as for train")
     if wishes.search:
-        (config,) = configs.values()
-        return _search(config, wishes, factor, console)
+        return _search(configs, wishes, factor, console)
+    configs = {name: choose_remat(config, console) for name, config in configs.items()}
     found = {name: _predicted(config, factor, wishes.price, console) for name, config in configs.items()}
-    if wishes.as_json:
+    if wishes.as_json and found:
         print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
-    for name, config in configs.items():
-        if wishes.as_json or len(found) > 1:
-            continue
-        if "does_not_fit" in found[name]:
-            _tell_misfit(config, found[name], console)
-        else:
-            print_plan(config, found[name], console)
-    if len(found) > 1 and not wishes.as_json:
+    elif len(found) > 1:
         console.print(comparison(configs, found))
-    if wishes.keep:
-        for name, config in configs.items():
+    for name, config in configs.items():
+        if "does_not_fit" in found[name]:
+            if len(found) == 1 and not wishes.as_json:
+                _tell_misfit(config, found[name], console)
+            continue
+        if len(found) == 1 and not wishes.as_json:
+            print_plan(config, found[name], console)
+        if wishes.keep:
             _keep(config, found[name])
     return int(any("does_not_fit" in f for f in found.values()))
 
@@ -106,7 +107,7 @@ def _tell_misfit(config: RunConfig, found: dict, console: Console):
 def remedies(config: RunConfig) -> list[RunConfig]:
     """What needs less memory, from the smallest change to the largest."""
     where = find_slice(config.mesh.slice or "")
-    least = with_train(config, remat="full")
+    least = with_remat(config, "full")
     shards = where.chips // max(1, config.mesh.tensor)
     rows = config.train.batch_size
     found = [least]
@@ -119,25 +120,24 @@ def remedies(config: RunConfig) -> list[RunConfig]:
     return [c for i, c in enumerate(found) if c != config and c not in found[:i]]
 
 
-def _search(config: RunConfig, wishes: Wishes, factor: float, console: Console) -> int:
-    folder = Path(wishes.search or "")
+def _search(configs: dict[str, RunConfig], wishes: Wishes, factor: float, console: Console) -> int:
+    if len(configs) != 1:
+        raise ConfigError("plan --search works on one run's configs; leave --compare out")
+    (config,), folder = configs.values(), Path(wishes.search or "")
     tried = search(config, str(folder), console)
-    fits = [(c, predict(c, m, factor, wishes.price)) for c, m in tried if "times" in m]
-    fits.sort(key=lambda item: item[1]["step"]["seconds"])
+    found = [(c, predict(c, m, factor, wishes.price)) for c, m in tried if fits(c, m)]
+    found.sort(key=lambda item: item[1]["step"]["seconds"])
     if wishes.as_json:
-        print(
-            json.dumps(
-                [{"mesh": dataclasses.asdict(c.mesh), "train": dataclasses.asdict(c.train), **p} for c, p in fits],
-                indent=1,
-            )
-        )
+        print(json.dumps([{"mesh": to_tree(c.mesh), "train": to_tree(c.train), **p} for c, p in found], indent=1))
     else:
-        console.print(ranking(fits))
-    misfits, failed = (sum(word in m for _, m in tried) for word in ("does_not_fit", "error"))
-    console.print(f"{len(tried)} tried; {misfits} do not fit, {failed} failed", highlight=False)
-    if not fits:
+        console.print(ranking(found))
+    failed = [m["error"] for _, m in tried if "error" in m]
+    console.print(f"{len(tried)} tried, {len(tried) - len(failed) - len(found)} do not fit", highlight=False)
+    for error in sorted(set(failed)):
+        console.print(f"{failed.count(error)} failed: {error}", highlight=False, soft_wrap=True)
+    if not found:
         return 1
-    best, predicted = fits[0]
+    best, predicted = found[0]
     target = folder / "best.yaml"
     write_whole(target, to_yaml(best).encode())
     if wishes.keep:

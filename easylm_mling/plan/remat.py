@@ -1,0 +1,90 @@
+"""Memory that would lie idle, spent on speed: the remat policy, or mixture of two, with the least predicted step time.
+
+A mixture keeps more in its first layers. How many layers fit is interpolated between the peaks of its two policies, then
+measured, and corrected once by what was measured.
+"""
+
+import dataclasses
+import math
+
+from rich.console import Console
+
+from easylm_mling.config import REMAT_NAMES, ConfigError, RunConfig
+from easylm_mling.plan.book import Book, fits, peak_bytes, step_seconds
+from easylm_mling.plan.measure import check_compiler
+from easylm_mling.plan.slices import find_slice
+
+_BASES = 2  # of the policies that fit, the fastest: what a mixture builds on
+_LESS = "more accumulation steps or a larger slice would need less"
+
+
+def with_remat(config: RunConfig, policy: str, first: str = "none", layers: int = 0) -> RunConfig:
+    changed = dataclasses.replace(config.train, remat=policy, remat_first=first, remat_first_layers=layers)
+    return dataclasses.replace(config, train=changed)
+
+
+def fill_memory(config: RunConfig, book: Book, console: Console) -> list[RunConfig]:
+    """The config with every uniform policy and the mixtures between those that fit and those that do not: all measured in
+    `book`. A peak of more than `train.remat_memory` of the chip's memory does not fit."""
+    limit = config.train.remat_memory * find_slice(config.mesh.slice or "").chip.hbm_bytes
+    layers = config.model.num_hidden_layers
+    uniform = {p: with_remat(config, p) for p in REMAT_NAMES}
+    book.measure(list(uniform.values()), console)
+    peaks = {p: peak_bytes(book.get(c)) for p, c in uniform.items()}
+    known = [p for p, peak in peaks.items() if peak is not None]
+    fitting = [p for p in known if fits(uniform[p], book.get(uniform[p]))]
+    bases = sorted(fitting, key=lambda p: step_seconds(book.get(uniform[p])))[:_BASES]
+    mixtures = {}
+    for base in bases:
+        for first in (p for p in known if peaks[p] > limit):
+            a_layer = (peaks[first] - peaks[base]) / layers
+            if (count := int((limit - peaks[base]) / a_layer)) > 0:
+                mixtures[base, first] = with_remat(config, base, first, min(count, layers - 1)), a_layer
+    book.measure([c for c, _ in mixtures.values()], console)
+    corrected = [c for c in (_corrected(mixture, a_layer, limit, book) for mixture, a_layer in mixtures.values()) if c]
+    book.measure(corrected, console)
+    return [*uniform.values(), *(c for c, _ in mixtures.values()), *corrected]
+
+
+def _corrected(mixture: RunConfig, a_layer: float, limit: float, book: Book) -> RunConfig | None:
+    """The mixture with as many layers as its measured peak leaves room for; None where it had that many already."""
+    peak, t = peak_bytes(book.get(mixture)), mixture.train
+    if peak is None:
+        return None
+    layers = min(t.remat_first_layers + math.floor((limit - peak) / a_layer), mixture.model.num_hidden_layers - 1)
+    if layers == t.remat_first_layers or layers < 1:
+        return None
+    return with_remat(mixture, t.remat, t.remat_first, layers)
+
+
+def best_of(configs: list[RunConfig], book: Book) -> RunConfig | None:
+    """The fastest that fits; None where none does."""
+    found = [c for c in configs if fits(c, book.get(c))]
+    return min(found, key=lambda c: step_seconds(book.get(c)), default=None)
+
+
+def choose_remat(config: RunConfig, console: Console) -> RunConfig:
+    """The config with `train.remat: auto` replaced by the fastest policy or mixture that fits; any other as it is.
+
+    Raises ConfigError where nothing fits, or what `plan` raises.
+    """
+    if config.train.remat != "auto":
+        return config
+    check_compiler()
+    find_slice(config.mesh.slice or "")
+    book = Book()
+    tried = fill_memory(config, book, console)
+    best = best_of(tried, book)
+    if best is None:
+        errors = [m["error"] for m in (book.get(c) for c in tried) if "error" in m]
+        raise ConfigError(
+            errors[0] if errors else f"train.remat=auto: nothing fits a chip of {config.mesh.slice}; {_LESS}"
+        )
+    t = best.train
+    first = (
+        f" train.remat_first={t.remat_first} train.remat_first_layers={t.remat_first_layers}"
+        if t.remat_first_layers
+        else ""
+    )
+    console.print(f"train.remat=auto is train.remat={t.remat}{first}", highlight=False, soft_wrap=True)
+    return best
