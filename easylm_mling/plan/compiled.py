@@ -96,6 +96,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
         seconds = time.monotonic() - start
         hlo, live_ranges = (_dumped(dump, name) for name in ("after_codegen.txt", "live-range.txt"))
     m = compiled.memory_analysis()
+    assert m is not None
     host = m.host_argument_size_in_bytes + m.host_temp_size_in_bytes
     memory = Memory(m.peak_memory_in_bytes, m.argument_size_in_bytes, m.temp_size_in_bytes, host)
     return CompiledStep(hlo, live_ranges, memory, seconds)

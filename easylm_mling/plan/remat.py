@@ -30,13 +30,12 @@ def fill_memory(config: RunConfig, book: Book, console: Console) -> list[RunConf
     layers = config.model.num_hidden_layers
     uniform = {p: with_remat(config, p) for p in REMAT_NAMES}
     book.measure(list(uniform.values()), console)
-    peaks = {p: peak_bytes(book.get(c)) for p, c in uniform.items()}
-    known = [p for p, peak in peaks.items() if peak is not None]
-    fitting = [p for p in known if fits(uniform[p], book.get(uniform[p]))]
+    peaks = {p: peak for p, c in uniform.items() if (peak := peak_bytes(book.get(c))) is not None}
+    fitting = [p for p in peaks if fits(uniform[p], book.get(uniform[p]))]
     bases = sorted(fitting, key=lambda p: step_seconds(book.get(uniform[p])))[:_BASES]
     mixtures = {}
     for base in bases:
-        for first in (p for p in known if peaks[p] > limit):
+        for first in (p for p, peak in peaks.items() if peak > limit):
             a_layer = (peaks[first] - peaks[base]) / layers
             if (count := int((limit - peaks[base]) / a_layer)) > 0:
                 mixtures[base, first] = with_remat(config, base, first, min(count, layers - 1)), a_layer

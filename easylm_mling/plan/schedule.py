@@ -6,11 +6,11 @@ hides it. `hidden` seconds take every collective as free, `paid` seconds add wha
 """
 
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from easylm_mling.plan.hlo import Computation, Instruction, Module, flops, trip_count
-from easylm_mling.plan.kernels import kernel
+from easylm_mling.plan.kernels import Kernel, kernel
 from easylm_mling.plan.slices import Slice
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -43,9 +43,9 @@ class Times:
     product_flops: float = 0.0
     kernel_flops: float = 0.0
     # How often a step.
-    kernels: Counter = field(default_factory=Counter)
-    collectives: Counter = field(default_factory=Counter)
-    waits: Counter = field(default_factory=Counter)  # Collective -> seconds waited
+    kernels: dict[Kernel, float] = field(default_factory=lambda: defaultdict(float))
+    collectives: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))
+    waits: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))  # Collective -> seconds waited
 
     @property
     def hidden(self) -> float:
