@@ -17,6 +17,7 @@ from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
+from easylm_mling.plan.book import Book
 from easylm_mling.plan.calibrate import beside
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.run_data import RunData
@@ -192,7 +193,7 @@ def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) ->
     if config.train.remat == "auto" and run.config_file.is_file():
         chosen = load([str(run.config_file)]).train
         return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
-    return choose_remat(config, console)
+    return choose_remat(config, Book(), console) if config.train.remat == "auto" else config
 
 
 def restore_or_init(

@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "plan.predict": {"config", "model_flops", "params", "plan.slices"},
     "plan.report": {"config", "metrics", "plan.slices"},
     "plan.book": {"config", "plan.measure", "plan.report", "plan.slices"},
-    "plan.remat": {"config", "plan.book", "plan.measure", "plan.slices"},
+    "plan.remat": {"config", "plan.book", "plan.slices"},
     "plan.search": {"config", "plan.book", "plan.remat", "plan.slices"},
     "plan.calibrate": {"atomic", "config", "metrics", "model_flops", "plan.slices"},
 }

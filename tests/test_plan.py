@@ -1,6 +1,7 @@
 """The planner: what it reads out of compiled programs, and what it says of them."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -22,7 +23,7 @@ from easylm_mling.config import (
     to_yaml,
 )
 from easylm_mling.model_flops import model_flops
-from easylm_mling.plan.book import fits
+from easylm_mling.plan.book import Book, fits
 from easylm_mling.plan.buffers import largest_live
 from easylm_mling.plan.calibrate import beside, calibrate
 from easylm_mling.plan.hlo import flops, parse, trip_count
@@ -351,7 +352,6 @@ class FakeCompiler:
 def fake_compiler(monkeypatch):
     FakeCompiler.started = []
     monkeypatch.setattr("easylm_mling.plan.book.Measuring", FakeCompiler)
-    monkeypatch.setattr("easylm_mling.plan.verb.Measuring", FakeCompiler)
     return FakeCompiler.started
 
 
@@ -380,7 +380,7 @@ def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(t
 
 def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compiler, capsys):
     config = make_config(remat="auto")
-    chosen = choose_remat(config, Console(width=120))
+    chosen = choose_remat(config, Book(), Console(width=120))
     seconds = {}
     for tried in {to_yaml(c): c for c in fake_compiler}.values():
         found = FakeCompiler(tried).result()
@@ -393,13 +393,13 @@ def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compile
     found = FakeCompiler(richer).result()
     assert "does_not_fit" in found or found["memory"]["peak"] > 0.92 * 30.75 * GiB
     assert f"train.remat={chosen.train.remat} train.remat_first=" in capsys.readouterr().out
-    assert choose_remat(chosen, Console()) is chosen
+    assert choose_remat(chosen, Book(), Console()) is chosen
 
 
 def test_auto_remat_where_nothing_fits_says_what_would_need_less(fake_compiler):
     with pytest.raises(ConfigError, match="nothing fits a chip of v5e-64.*accumulation"):
         choose_remat(
-            dataclasses.replace(make_config(remat="auto"), mesh=MeshConfig(17, 1, 1, slice="v5e-64")), Console()
+            dataclasses.replace(make_config(remat="auto"), mesh=MeshConfig(17, 1, 1, slice="v5e-64")), Book(), Console()
         )
 
 
@@ -472,8 +472,10 @@ def test_a_run_may_begin_in_a_directory_that_holds_only_its_plan(tmp_path):
 
 
 def test_plan_without_the_compiler_says_how_to_get_it(monkeypatch, tmp_path, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a))
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     (tmp_path / "a.yaml").write_text(to_yaml(make_config()))
     assert main(["plan", str(tmp_path / "a.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

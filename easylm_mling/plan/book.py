@@ -87,7 +87,7 @@ class Book:
                             measuring.close()
                             self._put(key, measured)
                             bar.update(task, advance=1, last=outcome(config, measured))
-                            if not console.is_terminal:
+                            if not console.is_terminal and len(configs) > 1:
                                 console.print(outcome(config, measured), highlight=False, soft_wrap=True)
         finally:
             for _, measuring in running.values():
@@ -110,11 +110,16 @@ def outcome(config: RunConfig, measured: dict) -> str:
 
 
 def code_fingerprint() -> str:
-    """Of this package and of the compiler: a measurement holds for these only."""
+    """Of this package and of the compiler: a measurement holds for these only. Raises ConfigError without libtpu."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(file.read_bytes())
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    try:
+        versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "plans need the TPU compiler, libtpu; install it with pip install 'easylm-mling[tpu]'"
+        ) from None
     return " ".join([digest.hexdigest()[:16], *versions])
 
 

@@ -4,7 +4,6 @@ A compiler that runs out of this machine's memory then takes nothing with it, an
 `python -m easylm_mling.plan.measure CONFIG.yaml RESULT.json` is that process; `Measuring` starts it.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,11 +20,6 @@ from easylm_mling.plan.schedule import walk
 from easylm_mling.plan.slices import find_slice
 
 TIMES = ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops")
-
-
-def check_compiler():
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("this needs the TPU compiler, libtpu; install it with pip install 'easylm-mling[tpu]'")
 
 
 def measure(config: RunConfig) -> dict:

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from easylm_mling.config import REMAT_NAMES, ConfigError, RunConfig
 from easylm_mling.plan.book import Book, fits, peak_bytes, step_seconds
-from easylm_mling.plan.measure import check_compiler
 from easylm_mling.plan.slices import find_slice
 
 _BASES = 2  # of the policies that fit, the fastest: what a mixture builds on
@@ -62,16 +61,14 @@ def best_of(configs: list[RunConfig], book: Book) -> RunConfig | None:
     return min(found, key=lambda c: step_seconds(book.get(c)), default=None)
 
 
-def choose_remat(config: RunConfig, console: Console) -> RunConfig:
+def choose_remat(config: RunConfig, book: Book, console: Console) -> RunConfig:
     """The config with `train.remat: auto` replaced by the fastest policy or mixture that fits; any other as it is.
 
     Raises ConfigError where nothing fits, or what `plan` raises.
     """
     if config.train.remat != "auto":
         return config
-    check_compiler()
     find_slice(config.mesh.slice or "")
-    book = Book()
     tried = fill_memory(config, book, console)
     best = best_of(tried, book)
     if best is None:

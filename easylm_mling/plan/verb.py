@@ -8,9 +8,8 @@ from rich.console import Console
 
 from easylm_mling.atomic import write_whole
 from easylm_mling.config import ConfigError, RunConfig, to_tree, to_yaml
-from easylm_mling.plan.book import fits, step_seconds
+from easylm_mling.plan.book import Book, fits, step_seconds
 from easylm_mling.plan.calibrate import PLAN_FILE, calibrate
-from easylm_mling.plan.measure import Measuring, check_compiler
 from easylm_mling.plan.predict import predict
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.plan.report import comparison, does_not_fit_text, print_plan, ranking, settings_text
@@ -33,22 +32,22 @@ class Wishes:
 
 def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int:
     """Plan each of `configs` (name -> config), several side by side. Returns 0 when all fit, otherwise 1."""
-    check_compiler()
+    book = Book()
     # Nothing but the result goes to standard output when that is JSON.
     console = Console(stderr=True) if wishes.as_json else console
     for config in configs.values():
         find_slice(config.mesh.slice or "")
     factor = 1.0
     if wishes.calibrate:
-        factor, news = calibrate(wishes.calibrate, lambda config: _predicted(config, 1.0, None, console))
+        factor, news = calibrate(wishes.calibrate, lambda config: _predicted(config, 1.0, None, book, console))
         for line in news:
             console.print(line, highlight=False, soft_wrap=True)
     elif not configs:
         raise ConfigError("plan: name the run's configs, as for train")
     if wishes.search:
         return _search(configs, wishes, factor, console)
-    configs = {name: choose_remat(config, console) for name, config in configs.items()}
-    found = {name: _predicted(config, factor, wishes.price, console) for name, config in configs.items()}
+    configs = {name: choose_remat(config, book, console) for name, config in configs.items()}
+    found = {name: _predicted(config, factor, wishes.price, book, console) for name, config in configs.items()}
     if wishes.as_json and found:
         print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
     elif len(found) > 1:
@@ -56,7 +55,7 @@ def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int
     for name, config in configs.items():
         if "does_not_fit" in found[name]:
             if len(found) == 1 and not wishes.as_json:
-                _tell_misfit(config, found[name], console)
+                _tell_misfit(config, found[name], book, console)
             continue
         if len(found) == 1 and not wishes.as_json:
             print_plan(config, found[name], console)
@@ -65,19 +64,14 @@ def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int
     return int(any("does_not_fit" in f for f in found.values()))
 
 
-def _predicted(config: RunConfig, factor: float, price: float | None, console: Console) -> dict:
-    measured = _measured(config, console)
+def _predicted(config: RunConfig, factor: float, price: float | None, book: Book, console: Console) -> dict:
+    measured = _measured(config, book, console)
     return measured if "does_not_fit" in measured else predict(config, measured, factor, price)
 
 
-def _measured(config: RunConfig, console: Console) -> dict:
-    measuring = Measuring(config)
-    try:
-        with console.status(f"compiling for {config.mesh.slice}: {settings_text(config)}"):
-            measured = measuring.result(wait=None)
-    finally:
-        measuring.close()
-    assert measured is not None
+def _measured(config: RunConfig, book: Book, console: Console) -> dict:
+    book.measure([config], console)
+    measured = book.get(config)
     if "error" in measured:
         raise ConfigError(measured["error"])
     return measured
@@ -89,10 +83,10 @@ def _keep(config: RunConfig, found: dict):
     write_whole(Path(config.run_dir) / PLAN_FILE, json.dumps(found, indent=1).encode())
 
 
-def _tell_misfit(config: RunConfig, found: dict, console: Console):
+def _tell_misfit(config: RunConfig, found: dict, book: Book, console: Console):
     console.print(does_not_fit_text(config, found["does_not_fit"]), highlight=False, soft_wrap=True)
     for other in remedies(config)[:REMEDIES]:
-        measured = _measured(other, console)
+        measured = _measured(other, book, console)
         if "does_not_fit" not in measured:
             console.print(
                 f" what would fit: {other.mesh.slice} with {settings_text(other)}, {measured['memory']['peak'] / GiB:.1f} GiB a chip, "
