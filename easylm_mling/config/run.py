@@ -8,7 +8,7 @@ from easylm_mling.config.data import DataConfig
 from easylm_mling.config.model import ModelConfig
 
 # What a layer keeps for its backward pass; model.py says what each name means.
-REMAT_NAMES = ("full", "save_attention", "save_qkv", "save_dots", "none")
+REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,13 @@ class TrainConfig:
     compute_dtype: str = "bfloat16"
     # Which values of a layer are kept for the backward pass; the rest is computed again. See REMAT_NAMES.
     remat: str = "full"
+    # Another policy for so many of the first layers, which keep more: memory that would lie idle, spent on speed.
+    remat_first: str = "none"
+    remat_first_layers: int = 0
+    # auto: JAX's splash kernel on a TPU, chunked attention by XLA elsewhere. Or splash, or xla.
+    attention: str = "auto"
+    # Positions in a tile of the splash kernel.
+    attention_block: int = 1024
     # The vocabulary's logits are computed for this many positions of each sequence at a time.
     loss_chunk: int = 512
     z_loss: float = 0.0
@@ -46,7 +53,18 @@ class TrainConfig:
             self.compute_dtype in ("bfloat16", "float32"),
             f"train.compute_dtype={self.compute_dtype!r} must be 'bfloat16' or 'float32'",
         )
-        check(self.remat in REMAT_NAMES, f"train.remat={self.remat!r} must be one of {', '.join(REMAT_NAMES)}")
+        for name in ("remat", "remat_first"):
+            policy = getattr(self, name)
+            check(policy in REMAT_NAMES, f"train.{name}={policy!r} must be one of {', '.join(REMAT_NAMES)}")
+        check(self.remat_first_layers >= 0, f"train.remat_first_layers={self.remat_first_layers} must be zero or more")
+        check(
+            self.attention in ("auto", "xla", "splash"),
+            f"train.attention={self.attention!r} must be 'auto', 'xla' or 'splash'",
+        )
+        check(
+            self.attention_block >= 128 and self.attention_block.bit_count() == 1,
+            f"train.attention_block={self.attention_block} must be a power of two from 128 on",
+        )
         check(self.z_loss >= 0, f"train.z_loss={self.z_loss} must be zero or more")
         check(self.stop_at_step >= 0, f"train.stop_at_step={self.stop_at_step} must be zero or more")
         check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")
