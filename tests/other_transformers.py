@@ -96,6 +96,7 @@ def load(places: list[Path]):
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for place in places:
         ours = np.load(place / "ours.npz")
         model, report = transformers.AutoModelForCausalLM.from_pretrained(

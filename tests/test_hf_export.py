@@ -69,7 +69,7 @@ def test_small_chunks_come_out_in_order(tmp_path, monkeypatch, devices):
     import_hf(source, tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "exported")
     assert raw_tensors(tmp_path / "exported") == raw_tensors(source)
-    assert {1: 0, 8: 1}[devices] == axes[0] and set(axes) == {0, 1}
+    assert axes[0] == {1: 0, 8: 1}[devices] and 0 in axes and max(axes) > 0
     stored = exporting.open_stores(tmp_path / "checkpoint" / "checkpoints" / "0", stored_model(tmp_path / "checkpoint"))
     for path, store in stored.items():
         chunk = store.chunk_layout.read_chunk_template.shape
