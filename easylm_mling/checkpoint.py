@@ -25,12 +25,13 @@ from easylm_mling.step import TrainState
 _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
 FOLDER = "checkpoints"
-_CHUNK = 32_000_000
+# Bytes. Over 32 MiB, up to which malloc may keep what is freed.
+_CHUNK = 64_000_000
 
 
 def _context(bytes_at_a_time: int | None = None) -> ocp.Context:
     context = ocp.Context()
-    context.memory_options.transfer_concurrent_bytes = bytes_at_a_time
+    context.memory_options.write_concurrent_bytes = bytes_at_a_time
     saving: Any = context.array.saving
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
     saving.use_compression = False
@@ -51,8 +52,8 @@ def _chunks(path, value):
 class Checkpoints:
     """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way.
 
-    With `bytes_at_a_time` (at least those of the largest array) a save copies no more than that from the devices at
-    once, which is slower and not to be used while the arrays change.
+    With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
+    without, it holds all of them a second time until everything is written.
     """
 
     def __init__(

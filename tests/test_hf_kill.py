@@ -1,5 +1,7 @@
 """`kill -9` at any moment of an export: the directory is whole or not there, and the next export ends well."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from easylm_mling.atomic import appears_whole
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.hf.exporting import export_hf
@@ -76,6 +79,22 @@ def test_a_kill_leaves_all_or_nothing(tmp_path, kills):
         found = {path.name: contents(path) for path in (tmp_path / f"killed{i}").iterdir()}
         assert found.pop("out") == right
         assert found in ({}, {"first": right}), (moments[i], found.keys())
+
+
+def test_a_writer_that_lives_keeps_its_draft(tmp_path, caplog):
+    draft = tmp_path / ".out.1.partial"
+    draft.mkdir()
+    (tmp_path / ".other.1.partial").mkdir()
+    lock = os.open(draft, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with appears_whole(tmp_path / "out"):
+        pass
+    assert draft.exists() and not caplog.text
+    os.close(lock)
+    with appears_whole(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.1.partial", "out"]
+    assert "removing .out.1.partial" in caplog.text
 
 
 def contents(folder: Path) -> dict[str, bytes]:

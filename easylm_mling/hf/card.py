@@ -108,7 +108,7 @@ def _data(config: RunConfig, catalog: Catalog, checkpoint_dir: str | Path, step:
         size, epochs = sum(f.size for f in catalog.sources[name].files), source["epochs"]
         read = ("yes" if epochs < 1 else "no", f"{epochs:.2f}") if epochs is not None else ("-", "-")
         counts = (f"{source['documents']:,}", f"{source['tokens']:,}", f"{source['tokens'] / total:.2%}")
-        rows.append((name, len(spoken) or "-", f"{tokens_text(size)}B", read[0], *counts, read[1]))
+        rows.append((name, len(spoken) or "-", _bytes_text(size), read[0], *counts, read[1]))
     tagged = {name: s.languages for name, s in catalog.sources.items() if len(s.languages) > 1}
     notes = [
         f"Documents are packed into rows of {config.data.sequence_length:,} tokens and do not see each other.",
@@ -129,8 +129,8 @@ def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
         rows.append((name or "**all**", *("-" if v is None else f"{v:.4f}" for v in values)))
     table = _table(("corpus", *(f"step {e['step']:,}" for e in shown)), rows)
     note = "Nats a token on held-out documents of the same corpora, never trained on."
-    picture = ["Faint lines: the batches that were trained on.", "", f"![losses]({LOSSES})", ""] if drawn else []
-    return "\n".join(["## Losses", "", note, "", *table, "", *picture])
+    picture = [f"![losses]({LOSSES})", "", "Faint lines: the losses of the batches that were trained on.", ""]
+    return "\n".join(["## Losses", "", note, "", *table, "", *(picture if drawn else [])])
 
 
 def _scores(run_dir: str | Path, step: int) -> str:
@@ -172,7 +172,7 @@ def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
     ]
     if rates:
         rows.append(("speed", f"{tokens_text(statistics.median(rates))} tokens a second (median of the steps logged)"))
-    return "\n".join(["## Training", "", *_table(("setting", "value"), rows), ""])
+    return "\n".join(["## Training", "", *_table(("setting", "value"), rows, "---"), ""])
 
 
 def _usage(name: str, dtype: str, model: ModelConfig) -> str:
@@ -245,6 +245,16 @@ def _up_to(run_dir: str | Path, kind: str, step: int) -> list[dict]:
     return [e for e in read_metrics(file, kind) if e["step"] <= step] if file.is_file() else []
 
 
-def _table(heads: tuple, rows: list[tuple]) -> list[str]:
-    lines = [heads, ("---",) * len(heads), *rows]
+def _bytes_text(n: float) -> str:
+    """1234567 as '1.23 MB'."""
+    units = iter(("B", "KB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    while n >= 999.5:
+        n, unit = n / 1000, next(units)
+    return f"{n:.3g} {unit}"
+
+
+def _table(heads: tuple, rows: list[tuple], rule: str = "---:") -> list[str]:
+    """A Markdown table; numbers stand to the right, which `rule` says for all columns but the first."""
+    lines = [heads, ("---", *[rule] * (len(heads) - 1)), *rows]
     return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]

@@ -61,7 +61,7 @@ def import_hf(
         params = read_params(weights, model, widest_mesh(model))
         info |= {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
         largest = max(array.nbytes for array in to_flat(params).values())
-        with Checkpoints(partial, bytes_at_a_time=largest) as checkpoints:
+        with Checkpoints(partial, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)
         copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, partial / TOKENIZER_FOLDER)
     return model
