@@ -1,6 +1,7 @@
 """The picture of an exported model's card: the loss of each source over the run, drawn if matplotlib is there."""
 
 from pathlib import Path
+from typing import Any
 
 LOSSES = "losses.png"
 
@@ -23,11 +24,13 @@ def plot_losses(path: Path, names: list[str], evaluations: list[dict], training:
     axis = figure.subplots()
     for i, name in enumerate(names):
         # Ten colours, then the same ones dashed.
-        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        for lines, settings in ((training, {"alpha": 0.3, "linewidth": 1}), (measured, {"marker": "o", "label": name})):
+        style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+        faint: dict[str, Any] = {"alpha": 0.3, "linewidth": 1}
+        for lines, settings in ((training, faint), (measured, {"marker": "o", "label": name})):
             points = [(e["step"], e["sources"][name]) for e in lines if e.get("sources", {}).get(name) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), **style, **settings)
+                steps, losses = zip(*points, strict=True)
+                axis.plot(steps, losses, **style, **settings)
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats a token)")
     axis.grid(alpha=0.3)
