@@ -25,12 +25,12 @@ def plot_losses(path: Path, names: list[str], evaluations: list[dict], training:
     for i, name in enumerate(names):
         # Ten colours, then the same ones dashed.
         style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        faint: dict[str, Any] = {"alpha": 0.3, "linewidth": 1}
-        for lines, settings in ((training, faint), (measured, {"marker": "o", "label": name})):
+        faint, marked = style | {"alpha": 0.3, "linewidth": 1}, style | {"marker": "o", "label": name}
+        for lines, settings in ((training, faint), (measured, marked)):
             points = [(e["step"], e["sources"][name]) for e in lines if e.get("sources", {}).get(name) is not None]
             if points:
                 steps, losses = zip(*points, strict=True)
-                axis.plot(steps, losses, **style, **settings)
+                axis.plot(steps, losses, **settings)
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats a token)")
     axis.grid(alpha=0.3)
