@@ -25,7 +25,8 @@ def plot_losses(path: Path, names: list[str], evaluations: list[dict], training:
     for i, name in enumerate(names):
         # Ten colours, then the same ones dashed.
         style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        faint, marked = style | {"alpha": 0.3, "linewidth": 1}, style | {"marker": "o", "label": name}
+        faint: dict[str, Any] = style | {"alpha": 0.3, "linewidth": 1}
+        marked: dict[str, Any] = style | {"marker": "o", "label": name}
         for lines, settings in ((training, faint), (measured, marked)):
             points = [(e["step"], e["sources"][name]) for e in lines if e.get("sources", {}).get(name) is not None]
             if points:
