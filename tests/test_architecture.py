@@ -41,7 +41,10 @@ MAY_IMPORT = {
     "data.listing": {"config", "data.files", "data.layouts"},
     "data.catalog": {"atomic", "config", "data.files", "data.layouts", "data.listing", "data.readers"},
     "data.quarantine": {"atomic", "data.mixture", "data.readers"},
-    "hf.card": {"checkpoint", "config", "data.catalog", "data.mixture", "metrics", "params"},
+    "hf.card": {
+        "checkpoint", "config", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params", "run_data",
+    },
+    "hf.plot": set(),
     "hf.config": {"config"},
     "hf.files": set(),
     "hf.hub": {"config", "hf.files"},
