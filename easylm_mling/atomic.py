@@ -1,5 +1,8 @@
 """Files and directories that appear whole or not at all, whatever is killed when."""
 
+import fcntl
+import glob
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,20 +12,26 @@ from typing import BinaryIO
 
 from easylm_mling.config import ConfigError
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
 def appears_whole(target: str | Path) -> Iterator[Path]:
     """A new directory beside `target` to write into; it takes the name `target` once the block ends without an error.
 
     Everything in it is on disk before the rename. After an error it is removed; a killed process leaves
-    `.NAME.PROCESS.partial`, which nothing reads and which can be deleted. Raises ConfigError unless `target` is new or
-    an empty directory.
+    `.NAME.PROCESS.partial`, which nothing reads and which the next writer of `target` removes. Raises ConfigError
+    unless `target` is new or an empty directory.
     """
     target = Path(target).absolute()
     _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_over(target)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir()
+    # Says that its writer is alive; the system drops it when the process ends, however it ends.
+    held = os.open(partial, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
     try:
         yield partial
         for folder, _, names in os.walk(partial):
@@ -34,6 +43,8 @@ def appears_whole(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
     _to_disk(target.parent)
 
 
@@ -57,6 +68,21 @@ def replaces_whole(path: str | Path) -> Iterator[BinaryIO]:
 def _check_target(target: Path):
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: already exists and is not an empty directory; name another one or remove it")
+
+
+def _remove_left_over(target: Path):
+    """Removes what killed writers of `target` left. One that still writes holds its lock, and is left alone."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        held = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # also where the file system has no locks
+            continue
+        else:
+            _log.warning("%s: removing %s, which a killed process left", target, partial.name)
+            shutil.rmtree(partial)
+        finally:
+            os.close(held)
 
 
 def _to_disk(path: Path):

@@ -8,6 +8,7 @@ Axis letters: B batch, T query positions, S key positions, N query heads, K key/
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 QUERY_CHUNK = 512
 
@@ -24,7 +25,7 @@ def attention(
 
     q [B, T, N, H]; k, v [B, T, K, H] (N a multiple of K); segment_ids [B, T] int32; window an int32 scalar, which may be
     traced (None: no limit). Scores x become soft_cap * tanh(x / soft_cap). Returns [B, T, N, H] in q's dtype. q must already carry the query scale. Scores and softmax are float32. Queries are taken in chunks of 512, each
-    recomputed in the backward pass, so that no [B, N, T, T] array is ever held.
+    recomputed in the backward pass, so that no [B, N, T, T] array is ever held. The result has the checkpoint name "attention".
     """
     B, T, _, _ = q.shape
     assert k.shape == v.shape and k.shape[:2] == (B, T) == segment_ids.shape, (q.shape, k.shape, segment_ids.shape)
@@ -35,14 +36,14 @@ def attention(
         return masked_attention(q, k, v, mask, soft_cap)
 
     if T <= QUERY_CHUNK or T % QUERY_CHUNK:
-        return chunk(q, segment_ids, index)
+        return checkpoint_name(chunk(q, segment_ids, index), "attention")
 
     def split(x, axis):
         parts = jnp.reshape(x, (*x.shape[:axis], T // QUERY_CHUNK, QUERY_CHUNK, *x.shape[axis + 1 :]))
         return jnp.moveaxis(parts, axis, 0)
 
     out = jax.lax.map(jax.checkpoint(lambda args: chunk(*args)), (split(q, 1), split(segment_ids, 1), split(index, 0)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(q.shape), "attention")
 
 
 def sees(query: jax.Array, key: jax.Array, window: jax.Array | int | None) -> jax.Array:

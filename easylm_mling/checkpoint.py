@@ -11,7 +11,6 @@ Nothing but this file knows Orbax. A step becomes visible only when it is whole 
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,44 @@ from easylm_mling.step import TrainState
 _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
 FOLDER = "checkpoints"
+# Bytes. Over 32 MiB, up to which malloc may keep what is freed.
+_CHUNK = 64_000_000
 
 
-def _context() -> ocp.Context:
+def _context(bytes_at_a_time: int | None = None) -> ocp.Context:
     context = ocp.Context()
+    context.memory_options.write_concurrent_bytes = bytes_at_a_time
     saving: Any = context.array.saving
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = 400_000_000
-    saving.scoped_storage_options_creator = _chunk_by_layer
+    saving.scoped_storage_options_creator = _chunks
     return context
 
 
-def _chunk_by_layer(path, value):
-    """A stacked parameter is stored one layer a chunk, so that an exporter reads a layer without its neighbours."""
-    if "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1:
-        size = math.prod(value.shape[1:]) * value.dtype.itemsize
-        return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=size, shard_axes=(0,))
-    return None
+def _chunks(path, value):
+    """How an array is cut in storage, so that an exporter reads a layer without its neighbours, and little at a time.
+
+    A stacked parameter is cut into layers, and then, as any other array, into chunks of at most _CHUNK bytes.
+    """
+    stacked = "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
 
 
 class Checkpoints:
-    """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way."""
+    """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way.
 
-    def __init__(self, directory: str | Path, keep_last: int = 2, keep_every_steps: int = 0):
+    With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
+    without, it holds all of them a second time until everything is written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        keep_last: int = 2,
+        keep_every_steps: int = 0,
+        bytes_at_a_time: int | None = None,
+    ):
         keep = [_policies.LatestN(keep_last)]
         if keep_every_steps:
             keep.append(_policies.EveryNSteps(keep_every_steps))
@@ -57,7 +70,7 @@ class Checkpoints:
         self.path = Path(directory).absolute() / FOLDER
         self._orbax = ocp.training.Checkpointer(
             str(self.path),
-            context=_context(),
+            context=_context(bytes_at_a_time),
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),
             preservation_policy=_policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,

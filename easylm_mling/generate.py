@@ -23,7 +23,7 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import stored_model
 from easylm_mling.hf.files import TOKENIZER_FOLDER
 from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
-from easylm_mling.model import Gemma, logits
+from easylm_mling.model import Gemma, Remat, logits
 from easylm_mling.step import abstract_params, model_graph
 
 # Lengths are rounded up to a multiple of this, so that other prompts and lengths reuse the compiled program.
@@ -193,7 +193,7 @@ def _prefill(model: Gemma, tokens, room: int, dtype):
         return context, (jnp.pad(k, widen), jnp.pad(v, widen))
 
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    return model.run(tokens, positions, attend, None, dtype, "none")
+    return model.run(tokens, positions, attend, None, dtype, Remat("none"))
 
 
 def _decode(model: Gemma, token, position, caches, dtype):
@@ -205,7 +205,7 @@ def _decode(model: Gemma, token, position, caches, dtype):
         mask = sees(position[:, None], jnp.arange(keys.shape[1]), window)
         return masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping), (keys, values)
 
-    hidden, caches = model.run(token[:, None], position[:, None], attend, caches, dtype, "none")
+    hidden, caches = model.run(token[:, None], position[:, None], attend, caches, dtype, Remat("none"))
     return hidden[:, 0], caches
 
 

@@ -21,17 +21,36 @@ from jax.ad_checkpoint import checkpoint_name
 
 from easylm_mling.attention import attention, capped
 from easylm_mling.config import ModelConfig, RopeScaling
+from easylm_mling.embedding import lookup
 from easylm_mling.sharding import constrain
+from easylm_mling.splash import splash_attention
 
 _names = jax.checkpoint_policies.save_only_these_names
 # What a layer keeps for its backward pass, from least memory and most recomputation to the reverse.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_attention": _names("attention"),
-    "save_qkv": _names("attention", "q", "k", "v"),
-    "save_dots": _names("attention", "q", "k", "v", "gate", "up", "o"),
+    "save_out": _names("attention", "o"),
+    "save_qkv": _names("attention", "o", "q", "k", "v"),
+    "save_dots": _names("attention", "o", "q", "k", "v", "gate", "up"),
     "none": None,
 }
+
+
+
+class Remat(NamedTuple):
+    """Which policy the layers have, and another one for the first few: memory that is left over, spent on speed."""
+
+    policy: str
+    first_policy: str = "none"
+    first_layers: int = 0
+
+    def portions(self, layers: int) -> list[tuple[str, int, int]]:
+        """(policy, first layer, layer after the last) of each portion that holds a layer."""
+        first = min(self.first_layers, layers)
+        both = [(self.first_policy, 0, first), (self.policy, first, layers)]
+        return [portion for portion in both if portion[1] < portion[2]]
+
 
 # (q, k, v of one layer, its window, its cache) -> (context [B, T, N, H], the cache afterwards). Training has no cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, object], tuple[jax.Array, object]]
@@ -82,7 +101,7 @@ class Attention(nnx.Module):
         k = constrain(k, "batch", "position", "kv_heads", "head_dim")
         v = constrain(v, "batch", "position", "kv_heads", "head_dim")
         context, cache = attend(q, k, v, traits.window, cache)
-        context = constrain(checkpoint_name(context, "attention"), "batch", "position", "heads", "head_dim")
+        context = constrain(context, "batch", "position", "heads", "head_dim")
         return checkpoint_name(jnp.einsum("btnh,dnh->btd", context, self.o_proj[...].astype(dtype)), "o"), cache
 
 
@@ -143,19 +162,26 @@ class Gemma(nnx.Module):
         """The output head [V, D]: the embedding itself where the two are tied."""
         return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
 
-    def __call__(self, tokens, positions, segment_ids, dtype, remat: str = "full") -> jax.Array:
-        """Final hidden states [B, T, D] in `dtype`, for tokens, positions and segment_ids [B, T] int32."""
+    def __call__(
+        self, tokens, positions, segment_ids, dtype, remat: Remat = Remat("full"), splash_block: int = 0
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] in `dtype`, for tokens, positions and segment_ids [B, T] int32.
+
+        `splash_block`: tile of the TPU's attention kernel; 0 is for attention by XLA, on any device.
+        """
+        m = self.config
 
         def attend(q, k, v, window, cache):
-            return attention(q, k, v, segment_ids, window, self.config.attn_logit_softcapping), cache
+            inputs = (q, k, v, segment_ids, window, m.attn_logit_softcapping)
+            if splash_block:
+                return splash_attention(*inputs, m.sliding_window, splash_block), cache
+            return attention(*inputs), cache
 
         return self.run(tokens, positions, attend, None, dtype, remat)[0]
 
-    def run(self, tokens, positions, attend: Attend, caches, dtype, remat: str):
+    def run(self, tokens, positions, attend: Attend, caches, dtype, remat: Remat):
         """The whole stack with any `attend`; `caches` is a pytree whose leaves have a leading axis of L layers."""
-        # Gathered whole along D first: a lookup in rows cut along D would make XLA replicate its result.
-        x = constrain(self.embed_tokens[...].astype(dtype), "vocab", "activation_embed")[tokens]
-        x = constrain(x, "batch", "position", "activation_embed")
+        x = constrain(lookup(self.embed_tokens[...], tokens, dtype), "batch", "position", "activation_embed")
         if self.config.family.scaled_embedding:
             # transformers multiplies by sqrt(D) rounded to the weights' dtype: 55.5 and not 55.4256 for 7B in bfloat16.
             x = x * jnp.asarray(self.config.hidden_size**0.5, dtype)
@@ -164,9 +190,16 @@ class Gemma(nnx.Module):
             layer, traits, cache = scanned
             return layer(x, positions, traits, attend, cache)
 
-        policy = REMAT_POLICIES[remat]
-        body = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, caches = jax.lax.scan(body, x, (self.layers, layer_traits(self.config), caches))
+        stack = (self.layers, layer_traits(self.config), caches)
+        parts = []
+        for policy, begin, end in remat.portions(self.config.num_hidden_layers):
+            kept = REMAT_POLICIES[policy]
+            part = body if kept is None else jax.checkpoint(body, policy=kept, prevent_cse=False)
+            whole = begin == 0 and end == self.config.num_hidden_layers
+            layers = stack if whole else jax.tree.map(lambda a: a[begin:end], stack)  # noqa: B023
+            x, part_caches = jax.lax.scan(part, x, layers)
+            parts.append(part_caches)
+        caches = parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
         return _norm(x, self.norm, self.config), caches
 
 

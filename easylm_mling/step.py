@@ -17,11 +17,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easylm_mling.compiler_flags import compiler_flags
-from easylm_mling.config import ModelConfig, RunConfig, TrainConfig
+from easylm_mling.config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from easylm_mling.loss import cross_entropy
-from easylm_mling.model import Gemma
+from easylm_mling.model import Gemma, Remat
 from easylm_mling.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
 from easylm_mling.sharding import batch_sharding, parameter_shardings, replicated
+from easylm_mling.splash import runs_on
 
 
 class TrainState(NamedTuple):
@@ -87,11 +88,12 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> dict:
     return {**batch, "loss_mask": place((B, T), jnp.float32), "source": place((B,), jnp.int32)}
 
 
-def batch_loss(params, batch, graph, train: TrainConfig, sources: int):
+def batch_loss(params, batch, graph, train: TrainConfig, sources: int, splash_block: int):
     """The sum to differentiate, and (cross entropy, target count) summed for each source, [S] float32 each."""
     model = nnx.merge(graph, params)
     dtype = jnp.dtype(train.compute_dtype)
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, train.remat)
+    remat = Remat(train.remat, train.remat_first, train.remat_first_layers)
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, remat, splash_block)
     cap = model.config.final_logit_softcapping
     entropy, z = cross_entropy(
         hidden, model.head, batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss, cap
@@ -101,7 +103,16 @@ def batch_loss(params, batch, graph, train: TrainConfig, sources: int):
 
 
 def train_step(
-    state: TrainState, batch: dict, *, graph, tx, schedule, train: TrainConfig, clip_norm: float, sources: int
+    state: TrainState,
+    batch: dict,
+    *,
+    graph,
+    tx,
+    schedule,
+    train: TrainConfig,
+    clip_norm: float,
+    sources: int,
+    splash_block: int,
 ):
     """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], and float32 scalars.
 
@@ -114,7 +125,7 @@ def train_step(
 
     def accumulate(carry, microbatch):
         (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            state.params, microbatch, graph, train, sources
+            state.params, microbatch, graph, train, sources, splash_block
         )
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
@@ -147,9 +158,25 @@ def train_step(
     }
 
 
-def eval_step(params: dict, batch: dict, *, graph, train: TrainConfig, sources: int):
+def eval_step(params: dict, batch: dict, *, graph, train: TrainConfig, sources: int, splash_block: int):
     """(cross entropy, target count) summed for each source, [S] float32 each."""
-    return batch_loss(params, batch, graph, train, sources)[1]
+    return batch_loss(params, batch, graph, train, sources, splash_block)[1]
+
+
+def splash_block(config: RunConfig, mesh: Mesh) -> int:
+    """The tile of the TPU's attention kernel on `mesh`, 0 for attention by XLA, as train.attention says.
+
+    Raises ConfigError if the kernel is asked for where it cannot run.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    T, H = config.data.sequence_length, config.model.head_dim
+    wanted, possible = config.train.attention, on_tpu and runs_on(T, H)
+    if wanted == "splash" and not possible:
+        raise ConfigError(
+            f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; here are "
+            f"{mesh.devices.flat[0].platform} devices, data.sequence_length={T} and model.head_dim={H}; use auto or xla"
+        )
+    return config.train.attention_block if possible and wanted != "xla" else 0
 
 
 def jit_train_step(config: RunConfig, mesh: Mesh):
@@ -163,6 +190,7 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
         train=config.train,
         clip_norm=config.optimizer.clip_norm,
         sources=len(config.data.sources),
+        splash_block=splash_block(config, mesh),
     )
     return jax.jit(
         step,
@@ -174,6 +202,12 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
 
 
 def jit_eval_step(config: RunConfig, mesh: Mesh):
-    step = partial(eval_step, graph=model_graph(config.model), train=config.train, sources=len(config.data.sources))
+    step = partial(
+        eval_step,
+        graph=model_graph(config.model),
+        train=config.train,
+        sources=len(config.data.sources),
+        splash_block=splash_block(config, mesh),
+    )
     where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))

@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -13,3 +15,22 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="easylm_mling_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+@pytest.fixture(scope="module")
+def hf_source(tmp_path_factory):
+    """The directory of a tiny bfloat16 Gemma, as transformers saves it."""
+    import torch
+    from hf_models import save, transformers_model
+
+    return save(transformers_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("hf") / "source")
+
+
+@pytest.fixture(scope="module")
+def imported(hf_source, tmp_path_factory):
+    """The checkpoint that import-hf makes of `hf_source`."""
+    from easylm_mling.hf.importing import import_hf
+
+    directory = tmp_path_factory.mktemp("imported") / "checkpoint"
+    import_hf(hf_source, directory)
+    return directory

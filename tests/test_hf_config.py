@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from hf_models import FAMILIES, FAR, NEAR, TINY, save, transformers_model
 from omegaconf import OmegaConf
 from transformers import AutoConfig
@@ -17,20 +16,8 @@ from easylm_mling.hf.importing import import_hf
 from easylm_mling.params import parameter_count
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save(transformers_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("hf") / "source")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(source, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("imported") / "checkpoint"
-    import_hf(source, directory)
-    return directory
-
-
-def test_config_speaks_both_dialects(source, checkpoint, tmp_path):
-    export_hf(checkpoint, tmp_path / "out")
+def test_config_speaks_both_dialects(hf_source, imported, tmp_path):
+    export_hf(imported, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == 10_000.0 and written["rope_parameters"]["rope_theta"] == 10_000.0
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
@@ -38,11 +25,11 @@ def test_config_speaks_both_dialects(source, checkpoint, tmp_path):
         written["hidden_act"] == written["hidden_activation"] == "gelu_pytorch_tanh" and written["rope_scaling"] is None
     )
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
-    theirs = json.loads((source / "config.json").read_text())
+    theirs = json.loads((hf_source / "config.json").read_text())
     assert {k: written[k] for k in theirs.keys() & written.keys()} == {
         k: theirs[k] for k in theirs.keys() & written.keys()
     }
-    model = model_config_from_hf(source)
+    model = model_config_from_hf(hf_source)
     for drop in (["rope_parameters", "dtype"], ["rope_theta", "rope_scaling", "torch_dtype"], ["hidden_act"]):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in written.items() if k not in drop}))
         assert model_config_from_hf(tmp_path) == model
@@ -80,8 +67,8 @@ CONFIG_FAULTS = {
 
 
 @pytest.mark.parametrize("message", CONFIG_FAULTS)
-def test_a_config_of_another_model_is_refused(source, tmp_path, message):
-    config = json.loads((source / "config.json").read_text()) | CONFIG_FAULTS[message]
+def test_a_config_of_another_model_is_refused(hf_source, tmp_path, message):
+    config = json.loads((hf_source / "config.json").read_text()) | CONFIG_FAULTS[message]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message) as caught:
         import_hf(tmp_path, tmp_path / "checkpoint")
@@ -97,61 +84,89 @@ def test_a_config_that_is_no_object_is_refused(tmp_path, text):
         import_hf(tmp_path, tmp_path / "checkpoint")
 
 
-# config.json as published, without what our config does not hold. Multimodal files name only what differs from
-# transformers' defaults.
+# config.json in the form that the hub publishes. Multimodal files name only what differs from transformers' defaults.
 LINEAR = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
 
 
-def gemma(layers, width, heads, kv_heads, hidden, **more):
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": hidden,
-        "rms_norm_eps": 1e-06,
+def gemma(architecture, version, shape, more):
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    common = {
+        "architectures": [architecture],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
         "bos_token_id": 2,
         "eos_token_id": 1,
+        "initializer_range": 0.02,
         "pad_token_id": 0,
-        "attention_bias": False,
-        **more,
+        "rms_norm_eps": 1e-06,
+        "torch_dtype": "bfloat16",
+        "transformers_version": version,
+        "use_cache": True,
     }
+    return common | dict(zip(names, shape, strict=True)) | more
 
 
-def gemma1(*shape):
+def gemma1(*shape, **more):
+    """`hidden_act` says gelu, but the model was trained with its tanh form, and transformers reads it as that."""
     theirs = {"model_type": "gemma", "vocab_size": 256000, "head_dim": 256, "hidden_act": "gelu"}
-    return gemma(*shape, **theirs, hidden_activation=None, max_position_embeddings=8192, rope_theta=10000.0)
+    theirs |= {"max_position_embeddings": 8192, "rope_scaling": None, "rope_theta": 10000.0}
+    return gemma("GemmaForCausalLM", "4.38.0.dev0", shape, theirs | more)
 
 
 def gemma2(*shape, head_dim=256, query=256):
-    theirs = {"model_type": "gemma2", "vocab_size": 256000, "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}
-    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
-    return gemma(
-        *shape, **theirs, **caps, head_dim=head_dim, query_pre_attn_scalar=query, cache_implementation="hybrid"
-    )
+    theirs = {"model_type": "gemma2", "vocab_size": 256000, "head_dim": head_dim, "query_pre_attn_scalar": query}
+    theirs |= {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    theirs |= {"max_position_embeddings": 8192, "rope_theta": 10000.0, "cache_implementation": "hybrid"}
+    theirs |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    theirs |= {"sliding_window": 4096, "sliding_window_size": 4096, "torch_dtype": "float32"}
+    return gemma("Gemma2ForCausalLM", "4.42.0.dev0", shape, theirs)
 
 
 def gemma3_text(*shape, **more):
     theirs = {"model_type": "gemma3_text", "vocab_size": 262144, "head_dim": 256, "max_position_embeddings": 32768}
-    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 512}
-    rope = {"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000}
-    return gemma(*shape, **theirs, **caps, **rope, query_pre_attn_scalar=256, **more)
+    theirs |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 512}
+    theirs |= {"attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid"}
+    theirs |= {"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000}
+    return gemma("Gemma3ForCausalLM", "4.50.0.dev0", shape, theirs | more)
 
 
 def gemma3(**text):
-    text |= {"model_type": "gemma3_text", "sliding_window": 1024} | LINEAR
-    return {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text, "vision_config": {}}
+    vision = {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "num_attention_heads": 16}
+    vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "sliding_window": 1024} | LINEAR | text,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": vision,
+    }
 
 
 PUBLISHED = {
     "gemma-2b": (2_506_172_416, gemma1(18, 2048, 8, 1, 16384)),
-    "gemma-7b": (8_537_680_896, gemma1(28, 3072, 16, 16, 24576)),
+    "gemma-7b": (8_537_680_896, gemma1(28, 3072, 16, 16, 24576, hidden_activation=None)),
     "gemma-2-2b": (2_614_341_888, gemma2(26, 2304, 8, 4, 9216)),
     "gemma-2-9b": (9_241_705_984, gemma2(42, 3584, 16, 8, 14336)),
     "gemma-2-27b": (27_227_128_320, gemma2(46, 4608, 32, 16, 36864, head_dim=128, query=144)),
     "gemma-3-270m": (
         268_098_176,
-        gemma3_text(18, 640, 4, 1, 2048, layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3),
+        gemma3_text(
+            18,
+            640,
+            4,
+            1,
+            2048,
+            layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3,
+            _sliding_window_pattern=6,
+            use_bidirectional_attention=False,
+        ),
     ),
     "gemma-3-1b": (999_885_952, gemma3_text(26, 1152, 4, 1, 6912, sliding_window_pattern=6)),
     "gemma-3-4b": (3_880_263_168, gemma3(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34)),

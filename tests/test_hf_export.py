@@ -21,25 +21,14 @@ from hf_models import (
 from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
 
+from easylm_mling import checkpoint
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, ModelConfig, to_tree
-from easylm_mling.hf import exporting
-from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf import exporting, importing
+from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf, widest_mesh
 from easylm_mling.sharding import parameter_shardings
 from easylm_mling.step import TrainState, init_params
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save(transformers_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("hf") / "source")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(source, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("imported") / "checkpoint"
-    import_hf(source, directory)
-    return directory
 
 
 @pytest.mark.parametrize(
@@ -67,6 +56,26 @@ def test_a_round_trip_keeps_every_bit(tmp_path, family, dtype, shard):
         assert (exported / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_small_chunks_come_out_in_order(tmp_path, monkeypatch, devices):
+    """Rows in pieces where a parameter is stored by rows, whole tensors where devices held columns."""
+    monkeypatch.setattr(checkpoint, "_CHUNK", 4096)
+    monkeypatch.setattr(exporting, "_PIECE", 10_000)
+    real, axes = exporting._pieces, []
+    monkeypatch.setattr(exporting, "_pieces", lambda view: axes.append(real(view)[0]) or real(view))
+    mesh = importing.make_mesh(importing.MeshConfig(), jax.devices()[:devices])
+    monkeypatch.setattr(importing, "widest_mesh", lambda model: mesh)
+    source = save(any_finite_bits(transformers_model(dtype=torch.bfloat16)), tmp_path / "source")
+    import_hf(source, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "exported")
+    assert raw_tensors(tmp_path / "exported") == raw_tensors(source)
+    assert axes[0] == {1: 0, 8: 1}[devices] and 0 in axes and max(axes) > 0
+    stored = exporting.open_stores(tmp_path / "checkpoint" / "checkpoints" / "0", stored_model(tmp_path / "checkpoint"))
+    for path, store in stored.items():
+        chunk = store.chunk_layout.read_chunk_template.shape
+        assert 4 * np.prod(chunk) <= 4096 and (chunk[0] == 1 or not path.startswith("layers.")), path
+
+
 def test_float16_is_widened_exactly(tmp_path):
     model = any_finite_bits(transformers_model(4, 2, torch.float16))
     import_hf(save(model, tmp_path / "source"), tmp_path / "checkpoint")
@@ -90,19 +99,19 @@ def test_export_rounds_to_nearest_even(tmp_path):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1e9, 50_000])
-def test_transformers_loads_the_export_whole(checkpoint, source, tmp_path, max_shard_bytes):
-    export_hf(checkpoint, tmp_path / "out", max_shard_bytes=max_shard_bytes)
+def test_transformers_loads_the_export_whole(imported, hf_source, tmp_path, max_shard_bytes):
+    export_hf(imported, tmp_path / "out", max_shard_bytes=max_shard_bytes)
     model, report = GemmaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert model.dtype == torch.bfloat16 and model.config.tie_word_embeddings
     assert "lm_head.weight" not in raw_tensors(tmp_path / "out")
-    expected = GemmaForCausalLM.from_pretrained(source).state_dict()
+    expected = GemmaForCausalLM.from_pretrained(hf_source).state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
-def test_shards_obey_the_limit_and_the_index_counts(checkpoint, tmp_path):
+def test_shards_obey_the_limit_and_the_index_counts(imported, tmp_path):
     limit = 50_000
-    export_hf(checkpoint, tmp_path / "out", max_shard_bytes=limit)
+    export_hf(imported, tmp_path / "out", max_shard_bytes=limit)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert (
         files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)] and len(files) > 3
@@ -138,7 +147,7 @@ def test_a_checkpoint_of_a_run_exports_its_own_step(tmp_path):
 
 
 @pytest.mark.parametrize("calls", [0, 1, 9])
-def test_a_killed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, calls):
+def test_a_killed_export_leaves_nothing(imported, tmp_path, monkeypatch, calls):
     real, made = exporting._pieces, []
 
     def dies(view):
@@ -150,12 +159,12 @@ def test_a_killed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, calls
 
     monkeypatch.setattr(exporting, "_pieces", dies)
     with pytest.raises(KeyboardInterrupt):
-        export_hf(checkpoint, tmp_path / "out", max_shard_bytes=50_000)
+        export_hf(imported, tmp_path / "out", max_shard_bytes=50_000)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "copy")
+def test_a_damaged_checkpoint_is_not_exported(imported, tmp_path):
+    shutil.copytree(imported, tmp_path / "copy")
     for path in (tmp_path / "copy" / "checkpoints" / "0" / "params").glob("ocdbt.process_0/d/*"):
         path.unlink()
     with pytest.raises(ConfigError, match="parameter embed_tokens cannot be read"):
@@ -163,24 +172,24 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_directories_with_content_are_refused(source, checkpoint, tmp_path):
+def test_directories_with_content_are_refused(hf_source, imported, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     with pytest.raises(ConfigError, match="full: already exists"):
-        import_hf(source, tmp_path / "full")
+        import_hf(hf_source, tmp_path / "full")
     with pytest.raises(ConfigError, match="full: already exists"):
-        export_hf(checkpoint, tmp_path / "full")
+        export_hf(imported, tmp_path / "full")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
-    export_hf(checkpoint, tmp_path / "empty")
+    export_hf(imported, tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 
 
-def test_export_refuses_what_it_cannot_write(checkpoint, tmp_path):
+def test_export_refuses_what_it_cannot_write(imported, tmp_path):
     with pytest.raises(ConfigError, match="dtype='int8' cannot be exported"):
-        export_hf(checkpoint, tmp_path / "out", dtype="int8")
+        export_hf(imported, tmp_path / "out", dtype="int8")
     with pytest.raises(ConfigError, match="max_shard_bytes=0"):
-        export_hf(checkpoint, tmp_path / "out", max_shard_bytes=0)
+        export_hf(imported, tmp_path / "out", max_shard_bytes=0)
     with pytest.raises(ConfigError, match="no checkpoint here"):
         export_hf(tmp_path, tmp_path / "out")
 
@@ -189,7 +198,7 @@ def test_export_refuses_what_it_cannot_write(checkpoint, tmp_path):
 EXPORT_AND_REPORT = """
 import re, sys
 from pathlib import Path
-from easylm_mling.hf import exporting
+from easylm_mling.hf import exporting, importing
 exporting._PIECE = 1_000_000
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 exporting.stored_model(sys.argv[1])

@@ -30,21 +30,9 @@ from easylm_mling.sharding import make_mesh, parameter_shardings
 from easylm_mling.step import abstract_params
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save(transformers_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("hf") / "source")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(source, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("imported") / "checkpoint"
-    import_hf(source, directory)
-    return directory
-
-
-def test_import_is_sharded_and_bit_equal_to_one_device(source):
-    model = model_config_from_hf(source)
-    weights = open_weights(source, model)
+def test_import_is_sharded_and_bit_equal_to_one_device(hf_source):
+    model = model_config_from_hf(hf_source)
+    weights = open_weights(hf_source, model)
     wide, one = widest_mesh(model), make_mesh(MeshConfig(), jax.devices()[:1])
     assert wide.shape["fsdp"] == 8 == jax.device_count()
     two_axes = make_mesh(MeshConfig(fsdp=2, tensor=4))
@@ -63,22 +51,22 @@ def test_import_uses_as_many_devices_as_divide():
     assert widest_mesh(odd).size == 6
 
 
-def test_an_imported_checkpoint_restores_on_another_mesh(source, checkpoint):
-    model = model_config_from_hf(source)
-    restored = to_flat(load_params(checkpoint, abstract_params(model, make_mesh(MeshConfig(fsdp=2, tensor=2, data=2)))))
-    expected = to_flat(read_params(open_weights(source, model), model, widest_mesh(model)))
+def test_an_imported_checkpoint_restores_on_another_mesh(hf_source, imported):
+    model = model_config_from_hf(hf_source)
+    restored = to_flat(load_params(imported, abstract_params(model, make_mesh(MeshConfig(fsdp=2, tensor=2, data=2)))))
+    expected = to_flat(read_params(open_weights(hf_source, model), model, widest_mesh(model)))
     for path, values in expected.items():
         assert restored[path].dtype == jnp.float32 and np.array_equal(restored[path], values), path
 
 
-def test_a_killed_import_leaves_nothing(source, tmp_path, monkeypatch):
+def test_a_killed_import_leaves_nothing(hf_source, tmp_path, monkeypatch):
     def dies(self, params, info):
         assert not (tmp_path / "checkpoint").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoints, "save_params", dies)
     with pytest.raises(KeyboardInterrupt):
-        import_hf(source, tmp_path / "checkpoint")
+        import_hf(hf_source, tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,23 +85,23 @@ def test_a_killed_import_leaves_nothing(source, tmp_path, monkeypatch):
         (lambda t: t.update({"lm_head.weight": torch.zeros(301, 64)}), r"lm_head.weight has shape \(301, 64\)"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_before_anything_is_written(source, tmp_path, edit, message):
-    tensors = load_file(source / "model.safetensors")
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(hf_source, tmp_path, edit, message):
+    tensors = load_file(hf_source / "model.safetensors")
     edit(tensors)
     (tmp_path / "hf").mkdir()
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    (tmp_path / "hf" / "config.json").write_bytes((source / "config.json").read_bytes())
+    (tmp_path / "hf" / "config.json").write_bytes((hf_source / "config.json").read_bytes())
     with pytest.raises(ConfigError, match=message) as caught:
         import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     assert "\n" not in str(caught.value) and [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_buffers_and_a_tied_head_are_tolerated(source, tmp_path):
-    tensors = load_file(source / "model.safetensors")
+def test_buffers_and_a_tied_head_are_tolerated(hf_source, tmp_path):
+    tensors = load_file(hf_source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert len(open_weights(tmp_path, model_config_from_hf(source))) == 2 + 9 * 3
+    assert len(open_weights(tmp_path, model_config_from_hf(hf_source))) == 2 + 9 * 3
 
 
 @pytest.fixture
@@ -156,16 +144,16 @@ def test_a_shard_without_its_tensor_is_refused(sharded):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_a_truncated_file_is_named(source, tmp_path, keep):
+def test_a_truncated_file_is_named(hf_source, tmp_path, keep):
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_bytes((source / "config.json").read_bytes())
-    (tmp_path / "hf" / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:keep])
+    (tmp_path / "hf" / "config.json").write_bytes((hf_source / "config.json").read_bytes())
+    (tmp_path / "hf" / "model.safetensors").write_bytes((hf_source / "model.safetensors").read_bytes()[:keep])
     refuses(tmp_path / "hf", "model.safetensors: damaged or cut short")
 
 
-def test_a_directory_without_safetensors_is_refused(source, tmp_path):
+def test_a_directory_without_safetensors_is_refused(hf_source, tmp_path):
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_bytes((source / "config.json").read_bytes())
+    (tmp_path / "hf" / "config.json").write_bytes((hf_source / "config.json").read_bytes())
     refuses(tmp_path / "hf", "neither model.safetensors nor")
 
 
@@ -207,8 +195,8 @@ def test_a_multimodal_gemma_3_is_reduced_to_its_text_model(multimodal, tmp_path,
     assert np.abs(our_logits(directory, tokens, jnp.float32) - their_logits(theirs, tokens)).max() < 1e-4
 
 
-def test_a_tower_in_a_model_that_has_none_is_refused(source, tmp_path):
-    tensors = load_file(source / "model.safetensors") | {"vision_tower.x.weight": torch.zeros(1)}
+def test_a_tower_in_a_model_that_has_none_is_refused(hf_source, tmp_path):
+    tensors = load_file(hf_source / "model.safetensors") | {"vision_tower.x.weight": torch.zeros(1)}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="unexpected tensor vision_tower.x.weight"):
-        open_weights(tmp_path, model_config_from_hf(source))
+        open_weights(tmp_path, model_config_from_hf(hf_source))

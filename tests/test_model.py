@@ -13,7 +13,7 @@ from easylm_mling.attention import attention
 from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.loss import cross_entropy
-from easylm_mling.model import REMAT_POLICIES, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.model import REMAT_POLICIES, Remat, logits, rms_norm, rotary, rotary_frequencies
 from easylm_mling.params import parameter_table, to_flat, to_nested
 from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.step import init_params, model_graph
@@ -45,11 +45,11 @@ def params():
     return init_params(M, 0)
 
 
-def hidden(params, tokens, positions=None, segment_ids=None, dtype=jnp.float32, remat="full", m=M):
+def hidden(params, tokens, positions=None, segment_ids=None, dtype=jnp.float32, remat="full", m=M, **more):
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
     segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    return nnx.merge(model_graph(m), params)(tokens, positions, segment_ids, dtype, remat)
+    return nnx.merge(model_graph(m), params)(tokens, positions, segment_ids, dtype, Remat(remat), **more)
 
 
 def random_tokens(shape, seed=0):

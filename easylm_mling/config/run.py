@@ -8,7 +8,7 @@ from easylm_mling.config.data import DataConfig
 from easylm_mling.config.model import ModelConfig
 
 # What a layer keeps for its backward pass; model.py says what each name means.
-REMAT_NAMES = ("full", "save_attention", "save_qkv", "save_dots", "none")
+REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,16 @@ class TrainConfig:
     accumulation_steps: int = 1
     seed: int = 0
     compute_dtype: str = "bfloat16"
-    # Which values of a layer are kept for the backward pass; the rest is computed again. See REMAT_NAMES.
+    # Which values of a layer are kept for the backward pass; the rest is computed again. See REMAT_NAMES; `auto` takes the
+    # fastest that fits `mesh.slice`, by the compiler (plan/remat.py), and the run keeps it.
     remat: str = "full"
     # Another policy for so many of the first layers, which keep more: memory that would lie idle, spent on speed.
     remat_first: str = "none"
     remat_first_layers: int = 0
+    # auto: JAX's splash kernel on a TPU, chunked attention by XLA elsewhere. Or splash, or xla.
+    attention: str = "auto"
+    # Positions in a tile of the splash kernel.
+    attention_block: int = 1024
     # The vocabulary's logits are computed for this many positions of each sequence at a time.
     loss_chunk: int = 512
     z_loss: float = 0.0
@@ -57,6 +62,14 @@ class TrainConfig:
             check(policy in allowed, f"train.{name}={policy!r} must be one of {', '.join(allowed)}")
         check(self.remat_first_layers >= 0, f"train.remat_first_layers={self.remat_first_layers} must be zero or more")
         check(0 < self.remat_memory <= 1, f"train.remat_memory={self.remat_memory} must be above 0 and at most 1")
+        check(
+            self.attention in ("auto", "xla", "splash"),
+            f"train.attention={self.attention!r} must be 'auto', 'xla' or 'splash'",
+        )
+        check(
+            self.attention_block >= 128 and self.attention_block.bit_count() == 1,
+            f"train.attention_block={self.attention_block} must be a power of two from 128 on",
+        )
         check(self.z_loss >= 0, f"train.z_loss={self.z_loss} must be zero or more")
         check(self.stop_at_step >= 0, f"train.stop_at_step={self.stop_at_step} must be zero or more")
         check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")

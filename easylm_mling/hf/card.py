@@ -1,7 +1,7 @@
 """The README.md of an exported model: what the run's own records say, and nothing that they do not.
 
-Records are the checkpoint's info and data state, metrics.jsonl and catalog.json. Paths and addresses stay out, for they
-can hold names and keys: a source goes by its name in the config.
+Records are the checkpoint's info and data state, metrics.jsonl, catalog.json and the ledger. Paths and addresses stay
+out, for they can hold names and keys: a source goes by its name in the config.
 """
 
 import re
@@ -14,13 +14,18 @@ import orjson
 from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, ModelConfig, RunConfig, from_tree
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.mixture import COUNTERS
+from easylm_mling.data.mixture import DataState
+from easylm_mling.hf.config import read_json
+from easylm_mling.hf.plot import LOSSES, plot_losses
 from easylm_mling.metrics import read_metrics, tokens_text
 from easylm_mling.params import parameter_count
+from easylm_mling.run_data import load_ledger
 
 _FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "llama": "Llama"}
 # Folders of languages are named ja or jpn_Jpan; the hub wants the part that is an ISO 639 code.
 _FOLDER = re.compile(r"([a-z]{2})|([a-z]{3})_[A-Z][a-z]{3}")
+
+_DATA_CHANGED = "## Data\n\nThe run went on with other data after this step; the card of a later step has the table.\n"
 
 
 @dataclass(frozen=True)
@@ -32,25 +37,35 @@ class Base:
     hub: bool = False
 
 
-def model_card(
-    checkpoint_dir: str | Path, model: ModelConfig, step: int, dtype: str, name: str, languages: tuple[str, ...] = ()
-) -> str:
-    """Markdown with YAML front matter for the model at `step`, to be known as `name` (a hub name or a folder's)."""
+def write_card(
+    folder: Path,
+    checkpoint_dir: str | Path,
+    model: ModelConfig,
+    step: int,
+    dtype: str,
+    name: str,
+    languages: tuple[str, ...] = (),
+):
+    """README.md (Markdown with YAML front matter) for the model at `step`, to be known as `name` (a hub name or a
+    folder's), and beside it a picture of the losses, if there are any and matplotlib is installed."""
     info, records = load_info(checkpoint_dir, step), Path(checkpoint_dir) / "catalog.json"
     config = from_tree(RunConfig, info["config"]) if records.is_file() else None
     base = _base(info, config)
-    # In the catalog's order, which is that of the data state; a config that was stored as JSON has lost it.
-    by_source = {name: s.languages for name, s in Catalog.load(records).sources.items()} if config else {}
+    catalog = Catalog.load(records) if config else None
+    by_source = {source: s.languages for source, s in catalog.sources.items()} if catalog else {}
     codes = _codes(languages, by_source)
     parts = [_front_matter(base, model, codes), _summary(base, model, step, info, name, codes)]
-    if config is not None:
+    if config is not None and catalog is not None:
         evaluations, training = (_up_to(checkpoint_dir, kind, step) for kind in ("eval", "train"))
+        drawn = plot_losses(folder / LOSSES, list(by_source), evaluations, training)
         parts += [
-            _data(config, _consumed(checkpoint_dir, list(by_source), step), by_source),
-            _losses(list(by_source), evaluations),
+            _data(config, catalog, checkpoint_dir, step) if catalog.fingerprint == info["data"] else _DATA_CHANGED,
+            _losses(list(by_source), evaluations, drawn),
+            _scores(checkpoint_dir, step),
             _recipe(config, step, training),
         ]
-    return "\n".join([*parts, _usage(name, dtype, model), _limits(base, model)])
+    text = "\n".join([*filter(None, parts), _usage(name, dtype, model), _limits(base, model)])
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _front_matter(base: Base, model: ModelConfig, codes: list[str]) -> str:
@@ -83,29 +98,27 @@ def _summary(base: Base, model: ModelConfig, step: int, info: dict, name: str, c
     return f"# {name.split('/')[-1]}\n\nA {size}, {trained} with easylm_mling.{spoken}\n"
 
 
-def _data(config: RunConfig, consumed: dict[str, dict], by_source: dict[str, tuple[str, ...]]) -> str:
+def _data(config: RunConfig, catalog: Catalog, checkpoint_dir: str | Path, step: int) -> str:
+    consumed = load_ledger(config, checkpoint_dir).sources(DataState(**load_data_state(checkpoint_dir, step)))
     total = max(1, sum(source["tokens"] for source in consumed.values()))
+    heads = ("corpus", "languages", "size of its files", "sampled", "documents", "tokens consumed", "share", "epochs")
     rows = []
     for name, source in consumed.items():
-        epochs, spoken = source["epochs"], [t for t in by_source[name] if t]
-        sampled = "yes" if epochs < 1 else f"no, read {epochs:.4g} times"
-        rows.append(
-            (
-                name,
-                len(spoken) or "-",
-                sampled,
-                f"{source['documents']:,}",
-                f"{source['tokens']:,}",
-                f"{source['tokens'] / total:.2%}",
-            )
-        )
-    table = _table(("corpus", "languages", "sampled", "documents", "tokens consumed", "share"), rows)
-    named = [f"Languages of {name}: {', '.join(tags)}." for name, tags in by_source.items() if len(tags) > 1]
-    packed = f"Documents are packed into rows of {config.data.sequence_length:,} tokens and do not see each other."
-    return "\n".join(["## Data", "", *table, "", packed, *named, ""])
+        spoken = [t for t in catalog.sources[name].languages if t]
+        size, epochs = sum(f.size for f in catalog.sources[name].files), source["epochs"]
+        read = ("yes" if epochs < 1 else "no", f"{epochs:.2f}") if epochs is not None else ("-", "-")
+        counts = (f"{source['documents']:,}", f"{source['tokens']:,}", f"{source['tokens'] / total:.2%}")
+        rows.append((name, len(spoken) or "-", _bytes_text(size), read[0], *counts, read[1]))
+    tagged = {name: s.languages for name, s in catalog.sources.items() if len(s.languages) > 1}
+    notes = [
+        f"Documents are packed into rows of {config.data.sequence_length:,} tokens and do not see each other.",
+        "Epochs are tokens consumed over the estimated tokens of the corpus; a corpus is sampled that was not read whole.",
+        *(f"Languages of {name}: {', '.join(tags)}." for name, tags in tagged.items()),
+    ]
+    return "\n".join(["## Data", "", *_table(heads, rows), "", "\n\n".join(notes), ""])
 
 
-def _losses(names: list[str], evaluations: list[dict]) -> str:
+def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
     measured = [e for e in evaluations if e.get("loss") is not None]
     if not measured:
         return "## Losses\n\nNo text was held out, so none were measured.\n"
@@ -116,7 +129,25 @@ def _losses(names: list[str], evaluations: list[dict]) -> str:
         rows.append((name or "**all**", *("-" if v is None else f"{v:.4f}" for v in values)))
     table = _table(("corpus", *(f"step {e['step']:,}" for e in shown)), rows)
     note = "Nats a token on held-out documents of the same corpora, never trained on."
-    return "\n".join(["## Losses", "", note, "", *table, ""])
+    picture = [f"![losses]({LOSSES})", "", "Faint lines: the losses of the batches that were trained on.", ""]
+    return "\n".join(["## Losses", "", note, "", *table, "", *(picture if drawn else [])])
+
+
+def _scores(run_dir: str | Path, step: int) -> str:
+    """The files that lm-evaluation-harness wrote (its --output_path), of those put into RUN/evaluations/STEP."""
+    rows = []
+    for file in sorted((Path(run_dir) / "evaluations" / str(step)).glob("**/*.json")):
+        found = read_json(file)
+        shots, versions = found.get("n-shot", {}), found.get("versions", {})
+        for task, measures in found.get("results", {}).items():
+            for key, value in measures.items():
+                measure, _, variant = key.partition(",")
+                if isinstance(value, float) and not measure.endswith("_stderr"):
+                    shown = measure if variant in ("", "none") else f"{measure} ({variant})"
+                    rows.append((task, versions.get(task, "-"), shots.get(task, "-"), shown, f"{value:.4f}"))
+    heads = ("task", "version", "shots", "measure", "value")
+    note = "By [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)."
+    return "\n".join(["## Evaluation", "", note, "", *_table(heads, rows), ""]) if rows else ""
 
 
 def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
@@ -141,7 +172,7 @@ def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
     ]
     if rates:
         rows.append(("speed", f"{tokens_text(statistics.median(rates))} tokens a second (median of the steps logged)"))
-    return "\n".join(["## Training", "", *_table(("setting", "value"), rows), ""])
+    return "\n".join(["## Training", "", *_table(("setting", "value"), rows, "---"), ""])
 
 
 def _usage(name: str, dtype: str, model: ModelConfig) -> str:
@@ -201,20 +232,6 @@ def _shown(base: Base) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name}){at}" if base.hub else f"`{base.name}`"
 
 
-def _consumed(checkpoint_dir: str | Path, names: list[str], step: int) -> dict[str, dict]:
-    """For each source: tokens and documents consumed, and how often all of it was read at least."""
-    state = load_data_state(checkpoint_dir, step)["lanes"]
-    total, least = state.sum(axis=0), state.min(axis=0)
-    return {
-        name: {
-            "tokens": int(total[s, COUNTERS.index("tokens")]),
-            "documents": int(total[s, COUNTERS.index("documents")]),
-            "epochs": int(least[s, COUNTERS.index("epoch")]),
-        }
-        for s, name in enumerate(names)
-    }
-
-
 def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
     for code in languages:
         if not re.fullmatch(r"[a-z]{2,3}", code):
@@ -228,6 +245,16 @@ def _up_to(run_dir: str | Path, kind: str, step: int) -> list[dict]:
     return [e for e in read_metrics(file, kind) if e["step"] <= step] if file.is_file() else []
 
 
-def _table(heads: tuple, rows: list[tuple]) -> list[str]:
-    lines = [heads, ("---",) * len(heads), *rows]
+def _bytes_text(n: float) -> str:
+    """1234567 as '1.23 MB'."""
+    units = iter(("B", "KB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    while n >= 999.5:
+        n, unit = n / 1000, next(units)
+    return f"{n:.3g} {unit}"
+
+
+def _table(heads: tuple, rows: list[tuple], rule: str = "---:") -> list[str]:
+    """A Markdown table; numbers stand to the right, which `rule` says for all columns but the first."""
+    lines = [heads, ("---", *[rule] * (len(heads) - 1)), *rows]
     return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]

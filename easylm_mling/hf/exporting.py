@@ -17,7 +17,7 @@ import tensorstore as ts
 from easylm_mling.atomic import appears_whole
 from easylm_mling.checkpoint import load_info, step_directory
 from easylm_mling.config import ConfigError, ModelConfig, from_tree
-from easylm_mling.hf.card import model_card
+from easylm_mling.hf.card import write_card
 from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
 from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.hf.importing import DTYPES, INDEX
@@ -66,13 +66,13 @@ def export_hf(
         tokenizer_files = copy_tokenizer(Path(checkpoint_dir) / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))
-        card = model_card(checkpoint_dir, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_card(partial, checkpoint_dir, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))
                 for tensor in tensors:
-                    file.write(read(tensor).view(np.uint8).data)
+                    for values in read(tensor):
+                        file.write(values.view(np.uint8).data)
         if len(shards) > 1:
             write_json(partial / INDEX, shard_index(shards))
     if tokenizer_files:
@@ -128,12 +128,25 @@ def shard_index(shards: dict[str, list[Tensor]]) -> dict:
     }
 
 
-def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], np.ndarray]:
-    """A function that reads one tensor, in Hugging Face's shape and rounded to `dtype`, from a checkpoint step.
+def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], Iterator[np.ndarray]]:
+    """A function that reads one tensor from a checkpoint step, rounded to `dtype`: flat arrays that make it one after another.
 
-    Reads through tensorstore and not Orbax, which would restore whole stacks. Raises ConfigError when a parameter is
-    not stored in the shape that `model` says, or cannot be read.
+    Raises ConfigError when a parameter is not stored in the shape that `model` says, or cannot be read.
     """
+    stores = open_stores(step_dir, model)
+
+    def read(tensor: Tensor) -> Iterator[np.ndarray]:
+        store = stores[tensor.parameter.path]
+        try:
+            yield from _in_order(store if tensor.layer is None else store[tensor.layer], dtype)
+        except ValueError as error:
+            raise _unreadable(step_dir, tensor.parameter, error) from None
+
+    return read
+
+
+def open_stores(step_dir: Path, model: ModelConfig) -> dict[str, ts.TensorStore]:
+    """The stored parameters by path. Through tensorstore and not Orbax, which would restore whole stacks."""
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step_dir}/params/"}}
     stores = {}
     for p in parameter_table(model):
@@ -145,32 +158,40 @@ def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Call
         found, wanted = (stores[p.path].shape, stores[p.path].dtype.name), (p.shape, "float32")
         if found != wanted:
             raise ConfigError(f"{step_dir}: parameter {p.path} is {found}, not {wanted}; use another step")
-
-    def read(tensor: Tensor) -> np.ndarray:
-        store = stores[tensor.parameter.path]
-        view = store if tensor.layer is None else store[tensor.layer]
-        values = np.empty(view.shape, dtype)
-        try:
-            for piece in _pieces(view):
-                values[piece] = view[piece].read().result()
-        except ValueError as error:
-            raise _unreadable(step_dir, tensor.parameter, error) from None
-        return values.reshape(tensor.parameter.hf_shape)
-
-    return read
+    return stores
 
 
-def _pieces(view: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
-    """Cuts of whole chunks along the axis with the most of them, each of about _PIECE bytes.
+def _in_order(view: ts.TensorStore, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The values of `view`, flat, in pieces where it is stored by rows; else at once, since every chunk holds all rows."""
+    axis, pieces = _pieces(view)
+    if axis == 0:
+        for values in _read_ahead(view, pieces):
+            yield values.astype(dtype).reshape(-1)
+        return
+    whole = np.empty(view.shape, dtype)
+    for piece, values in zip(pieces, _read_ahead(view, pieces), strict=True):
+        whole[piece] = values
+    yield whole.reshape(-1)
 
-    Reading costs a second copy of what is read at a time: pieces keep that small against a large tensor.
-    """
+
+def _read_ahead(view: ts.TensorStore, pieces: list[tuple[slice, ...]]) -> Iterator[np.ndarray]:
+    """The values of each piece; the next one is being read while one is in use."""
+    reads = (view[piece].read() for piece in pieces)
+    under_way = next(reads)
+    for following in reads:
+        yield under_way.result()
+        under_way = following
+    yield under_way.result()
+
+
+def _pieces(view: ts.TensorStore) -> tuple[int, list[tuple[slice, ...]]]:
+    """Cuts of whole chunks along the axis with the most of them, each of about _PIECE bytes, and that axis."""
     chunk = view.chunk_layout.read_chunk_template.shape
     axis = max(range(view.rank), key=lambda a: view.shape[a] / chunk[a])
     length = view.shape[axis]
     step = chunk[axis] * max(1, _PIECE * length // (4 * view.size * chunk[axis]))
-    for start in range(0, length, step):
-        yield (*[slice(None)] * axis, slice(start, min(start + step, length)))
+    starts = range(0, length, step)
+    return axis, [(*[slice(None)] * axis, slice(start, min(start + step, length))) for start in starts]
 
 
 def _unreadable(step_dir: Path, p: Parameter, error: Exception) -> ConfigError:

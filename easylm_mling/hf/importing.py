@@ -60,7 +60,8 @@ def import_hf(
     with appears_whole(checkpoint_dir) as partial:
         params = read_params(weights, model, widest_mesh(model))
         info |= {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
-        with Checkpoints(partial) as checkpoints:
+        largest = max(array.nbytes for array in to_flat(params).values())
+        with Checkpoints(partial, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)
         copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, partial / TOKENIZER_FOLDER)
     return model

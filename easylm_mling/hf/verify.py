@@ -63,9 +63,12 @@ def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
     read = open_parameters(step_dir, model, DTYPES[tag])
     tensors = [t for group in plan_shards(model, DTYPES[tag].itemsize, float("inf")).values() for t in group]
     for t in tensors:
-        written = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)]
-        if written.tobytes() != read(t).tobytes():
-            raise VerificationError(f"{hf_dir}: tensor {t.name} is not the checkpoint's; export again")
+        written = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)].reshape(-1)
+        at = 0
+        for values in read(t):
+            part, at = written[at : at + values.size], at + values.size
+            if part.tobytes() != values.tobytes():
+                raise VerificationError(f"{hf_dir}: tensor {t.name} is not the checkpoint's; export again")
     return (
         f"{len(tensors)} tensors ({sum(t.nbytes for t in tensors):,} bytes) are bit for bit the checkpoint's in {tag}"
     )

@@ -1,0 +1,172 @@
+"""Hugging Face in and out: seconds and memory of import-hf and export-hf beside a raw copy of the same bytes.
+
+    python benchmarks/export.py [--model configs/model/gemma-2b.yaml] [--layers N] [--folder DIR]
+
+Makes random bfloat16 weights in the model's shapes, imports them and exports them again; both ways are compared at the
+end, byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B) and 4 bytes of memory a parameter for
+the import: on a CPU the devices' memory, which holds the float32 parameters, is the host's.
+
+Every part is a process of its own, with one device, and begins with nothing of its input in the page cache. Measured by
+the operating system:
+
+    peak RSS   wait4's ru_maxrss, which counts pages of files that are mapped and can be dropped at any time
+    anonymous  the highest RssAnon of /proc/PID/status, asked for every 10 ms: memory that is really taken
+    MB/s       bytes written, until they are on disk; the raw copy reads and writes the exported files 16 MB at a time
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+# Only the standard library up here: a child's ru_maxrss begins at what its parent held.
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="configs/model/gemma-2b.yaml")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.part:
+        {"make": lambda to: make(to, a.model, a.layers), "copy": copy}[a.part[0]](Path(a.part[1]))
+        return
+    this = [sys.executable, __file__, "--model", a.model, *(["--layers", str(a.layers)] if a.layers else [])]
+    verb = [sys.executable, "-m", "easylm_mling"]
+    with tempfile.TemporaryDirectory(prefix="benchmark_export_", dir=a.folder) as folder:
+        source, checkpoint, exported = (f"{folder}/{name}" for name in ("source", "checkpoint", "exported"))
+        subprocess.run([*this, "--part", "make", source], check=True)
+        print(f"{size(source) / 1e9:.2f} GB in bfloat16, largest tensor {largest(source) / 1e6:.0f} MB")
+        print(f"{'':12}{'seconds':>9}{'MB/s':>8}{'peak RSS MB':>13}{'anonymous MB':>14}")
+        report("nothing", run([sys.executable, "-c", "import easylm_mling.hf.exporting, easylm_mling.hf.importing"]), 0)
+        report("import-hf", run([*verb, "import-hf", source, checkpoint], source), size(checkpoint))
+        for turn in (1, 2):
+            report(f"export-hf {turn}", run([*verb, "export-hf", checkpoint, exported], checkpoint), size(exported))
+            report(f"raw copy {turn}", run([*this, "--part", "copy", exported], exported), size(exported))
+            same = [filecmp(file, Path(exported, file.name)) for file in weights(source)]
+            print(f"{'':12}the export is {'' if all(same) else 'NOT '}what was imported, byte for byte")
+            shutil.rmtree(exported)
+
+
+def run(command: list[str], source: str | None = None) -> dict:
+    """Seconds, peak RSS and peak anonymous memory (bytes) of a command; the files in `source` are read from disk."""
+    if source:
+        forget(Path(source))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    began = time.monotonic()
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    anonymous = 0
+    while True:
+        done, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if done:
+            break
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
+        anonymous = max(anonymous, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.01)
+    seconds = time.monotonic() - began
+    if status:
+        sys.exit(f"failed: {' '.join(command)}")
+    return {"seconds": seconds, "rss": usage.ru_maxrss * 1024, "anonymous": anonymous}
+
+
+def report(name: str, m: dict, written: int):
+    rate = f"{written / m['seconds'] / 1e6:.0f}" if written else "-"
+    print(f"{name:12}{m['seconds']:>9.1f}{rate:>8}{m['rss'] / 1e6:>13.0f}{m['anonymous'] / 1e6:>14.0f}", flush=True)
+
+
+def make(folder: Path, model_file: str, layers: int | None):
+    """A Hugging Face directory of random weights, one tensor in memory."""
+    import dataclasses
+
+    import numpy as np
+    from omegaconf import OmegaConf
+
+    from easylm_mling.config import ModelConfig, from_tree
+    from easylm_mling.hf.config import hf_config, write_json
+    from easylm_mling.hf.exporting import plan_shards, shard_header, shard_index
+    from easylm_mling.hf.importing import DTYPES, INDEX
+
+    model = from_tree(ModelConfig, OmegaConf.to_container(OmegaConf.load(model_file))["model"])
+    model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
+    # Every value of a short list, from a place of its own in every tensor; drawing them all would take minutes.
+    drawn = (0.02 * np.random.default_rng(0).standard_normal(10_000_019, np.float32)).astype(DTYPES["BF16"])
+    shards = plan_shards(model, 2, 5e9)
+    folder.mkdir()
+    at = 0
+    for name, tensors in shards.items():
+        with open(folder / name, "xb") as file:
+            file.write(shard_header(tensors, "BF16"))
+            for tensor in tensors:
+                left, at = tensor.nbytes // 2, at + 1_000_003
+                while left:
+                    values = drawn[at % drawn.size :][:left]
+                    file.write(values.view(np.uint8).data)
+                    left, at = left - values.size, at + values.size
+            file.flush()
+            os.fsync(file.fileno())
+    write_json(folder / INDEX, shard_index(shards))
+    write_json(folder / "config.json", hf_config(model, "bfloat16"))
+    if len(shards) == 1:
+        (folder / INDEX).unlink()
+
+
+def copy(folder: Path):
+    """Read and write every file of `folder`, until the copies are on disk; they are removed again."""
+    for path in files(folder):
+        target = path.with_name(f"{path.name}.copy")
+        with open(path, "rb", buffering=0) as source, open(target, "xb", buffering=0) as file:
+            while block := source.read(16_000_000):
+                file.write(block)
+            os.fsync(file.fileno())
+    for path in folder.rglob("*.copy"):
+        path.unlink()
+
+
+def forget(folder: Path):
+    """Drop the files from the page cache, once they are on disk."""
+    for path in files(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def filecmp(a: Path, b: Path) -> bool:
+    with open(a, "rb") as first, open(b, "rb") as second:
+        while block := first.read(16_000_000):
+            if block != second.read(16_000_000):
+                return False
+        return not second.read(1)
+
+
+def largest(folder: str) -> int:
+    """Bytes of the largest tensor in the .safetensors files."""
+    import json
+
+    found = 0
+    for path in weights(folder):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        found = max(found, *(stop - start for start, stop in spans))
+    return found
+
+
+def weights(folder: str) -> list[Path]:
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def size(folder: str) -> int:
+    return sum(path.stat().st_size for path in files(Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

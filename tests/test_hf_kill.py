@@ -1,0 +1,105 @@
+"""`kill -9` at any moment of an export: the directory is whole or not there, and the next export ends well."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from easylm_mling.atomic import appears_whole
+from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.config import ModelConfig, to_tree
+from easylm_mling.hf.exporting import export_hf
+from easylm_mling.step import init_params
+
+# One process loads the libraries, which takes seconds, and forks one for each export: of those, only exporting is left.
+# Writes a line a kill: the moment as a share of the whole export, and "done" if it had ended before.
+EXPORT_AND_KILL = """
+import os, signal, sys, time
+from easylm_mling.hf.exporting import export_hf
+
+checkpoint, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def export(name):
+    child = os.fork()
+    if not child:
+        try:
+            export_hf(checkpoint, f"{folder}/{name}/out", dtype="float32", max_shard_bytes=4e6)
+        except BaseException as error:
+            os.write(2, f"{error!r}\\n".encode())
+            os._exit(1)
+        os._exit(0)
+    return child
+
+def finish(child):
+    assert os.waitpid(child, 0)[1] == 0
+
+finish(export("warm"))
+began = time.monotonic()
+finish(export("timed"))
+whole = time.monotonic() - began
+for i in range(kills):
+    share = 1.1 * (i + 0.5) / kills
+    child = export(f"killed{i}")
+    if i % 5:
+        time.sleep(share * whole)
+    else:  # the moment at which the name appears
+        while not os.path.exists(f"{folder}/killed{i}/out"):
+            pass
+    done = os.waitpid(child, os.WNOHANG)[0]
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    print(i, round(share, 3), "done" if done else "killed", sorted(os.listdir(f"{folder}/killed{i}")), flush=True)
+    if os.path.isdir(f"{folder}/killed{i}/out"):
+        os.rename(f"{folder}/killed{i}/out", f"{folder}/killed{i}/first")
+    finish(export(f"killed{i}"))
+"""
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_kill_leaves_all_or_nothing(tmp_path, kills):
+    model = ModelConfig(2000, 256, 512, 8, 4, 2, 64)
+    params = jax.jit(lambda: init_params(model, 0))()
+    with Checkpoints(tmp_path / "checkpoint") as checkpoints:
+        checkpoints.save_params(params, {"model": to_tree(model)})
+    export_hf(tmp_path / "checkpoint", tmp_path / "right" / "out", dtype="float32", max_shard_bytes=4e6)
+    right = contents(tmp_path / "right" / "out")
+    assert sum(name.endswith(".safetensors") for name in right) > 4
+    for i in range(kills):
+        (tmp_path / f"killed{i}").mkdir()
+    command = [sys.executable, "-c", EXPORT_AND_KILL, tmp_path / "checkpoint", tmp_path, str(kills)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    moments = done.stdout.splitlines()
+    assert len(moments) == kills
+    # Some were killed while files were being written, and the next export said what it removed.
+    unfinished = [line for line in moments if ".partial" in line]
+    assert len(unfinished) >= kills // 10, moments
+    assert done.stderr.count("which a killed process left") == len(unfinished), done.stderr
+    for i in range(kills):
+        found = {path.name: contents(path) for path in (tmp_path / f"killed{i}").iterdir()}
+        assert found.pop("out") == right
+        assert found in ({}, {"first": right}), (moments[i], found.keys())
+
+
+def test_a_writer_that_lives_keeps_its_draft(tmp_path, caplog):
+    draft = tmp_path / ".out.1.partial"
+    draft.mkdir()
+    (tmp_path / ".other.1.partial").mkdir()
+    lock = os.open(draft, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with appears_whole(tmp_path / "out"):
+        pass
+    assert draft.exists() and not caplog.text
+    os.close(lock)
+    with appears_whole(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.1.partial", "out"]
+    assert "removing .out.1.partial" in caplog.text
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
