@@ -516,7 +516,7 @@ def test_a_flag_that_the_compiler_does_not_know_is_refused_in_one_line():
 def test_gemma_7b_on_a_v4_64_keeps_its_memory_and_its_work():
     found = measure(make_config())
     times, wanted = found["times"], model_flops(make_config().model, 8192) * 4
-    assert found["memory"]["peak"] < 12.5 * GiB and len(found["buffers"]) == 5
+    assert found["memory"]["peak"] < 11 * GiB and len(found["buffers"]) == 5
     # Full remat: a second forward pass, but for the last product of each layer, and the logits again.
     assert 1.25 < (times["product_flops"] + times["kernel_flops"]) / wanted < 1.36
     assert all(k["known"] for k in found["kernels"])

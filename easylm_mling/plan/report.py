@@ -48,8 +48,9 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
         ],
         "speed": [
             f"{tokens_text(plan['tokens_per_second'])} tokens/s; MFU {plan['mfu']:.1%} ({plan['mfu_hidden']:.1%} without waiting); "
-            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs; a sequence and chip: "
-            f"{plan['seconds_a_sequence']['hidden']:.2f} s without waiting, {plan['seconds_a_sequence']['paid']:.2f} with it"
+            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs",
+            f"a sequence and chip: {plan['seconds_a_sequence']['hidden']:.2f} s without waiting, "
+            f"{plan['seconds_a_sequence']['paid']:.2f} with it",
         ],
         "budget": [
             f"{tokens_text(config.train.budget_tokens)} tokens in {plan['days']:.1f} days; {plan['chip_hours']:,.0f} chip-hours{cost}"
