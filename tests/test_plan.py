@@ -181,6 +181,24 @@ def test_a_group_that_reaches_into_another_slice_uses_the_network_between_them()
         assert found.seconds(two) == pytest.approx(found.bytes / (3.1e9 if between else 90e9))
 
 
+def test_what_slices_send_to_each_other_is_an_asynchronous_collective_on_a_link_of_its_own():
+    two, meet = (
+        find_slice("2xv4-64"),
+        'frontend_attributes={_xla_host_transfer_rendezvous="r.1",_xla_megascale_transfer_type="ALL_REDUCE"}',
+    )
+    send = f"  %send.1 = (f32[1024,1024], u32[], token[]) send(%s, %t), {meet}"
+    receive = f"  %recv.1 = (f32[1024,1024], u32[], token[]) recv(%t), {meet}"
+    done = "  %recv-done.1 = (f32[1024,1024], token[]) recv-done(%recv.1)"
+    gather = f"  %g = {GATHER} all-gather(%s), replica_groups=[2,32]<=[64], dimensions={{0}}"
+    inside = GATHERED / 90e9
+    for cycles in (0, 1_050_000):
+        lines = [X, SHARD, "  %t = token[] after-all()", send, gather, fusion("f", cycles), receive, done]
+        times = walk(parse(program("\n".join(lines), ELEMENTWISE)), two)
+        # Both slices' halves go over: 2 x size x 1/2.
+        assert times.waiting == pytest.approx(inside + max(0, 4 * 1024**2 / 3.1e9 - inside - cycles / 1.05e9))
+        assert {(c.kind, c.between_slices) for c in times.collectives} == {("all-gather", False), ("all-reduce", True)}
+
+
 def test_flops_of_a_batched_product_written_as_a_convolution():
     """XLA's form of a product with a batch of 4: one tap of the window lies on the input, the others on its dilation."""
     lines = (
