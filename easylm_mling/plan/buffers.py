@@ -17,7 +17,7 @@ def largest_live(report: str, module: Module, count: int = 5) -> list[Buffer]:
     """The `count` largest buffers that are alive at the peak."""
     found, at_peak = [], False
     by_name = {i.name: i for c in module.computations.values() for i in c.instructions}
-    users = {o: i for c in module.computations.values() for i in c.instructions for o in i.operands if i.op_name}
+    users = {o: i for c in module.computations.values() for i in c.instructions for o in i.operands}
     for line in report.splitlines():
         if "(peak):" in line:
             at_peak = True
@@ -33,9 +33,13 @@ def largest_live(report: str, module: Module, count: int = 5) -> list[Buffer]:
 
 
 def _origin(maker: Instruction, users: dict[str, Instruction]) -> str:
-    """Where in the program it comes from; for what the compiler adds, where it is used."""
-    user = users.get(maker.name)
-    return maker.op_name or (user.op_name if user else "")
+    """Where in the program it comes from; for what the compiler adds, where it goes."""
+    now: Instruction | None = maker
+    for _ in range(4):
+        if now is None or now.op_name:
+            break
+        now = users.get(now.name)
+    return now.op_name if now else ""
 
 
 def peak_bytes(report: str) -> int:
