@@ -19,7 +19,9 @@ from easylm_mling.config import (
     RunConfig,
     SourceConfig,
     TrainConfig,
+    from_tree,
     load,
+    to_tree,
     to_yaml,
 )
 from easylm_mling.model_flops import model_flops
@@ -526,6 +528,14 @@ def test_a_flag_that_the_compiler_does_not_know_is_refused_in_one_line():
     config = dataclasses.replace(make_config(), mesh=mesh, train=train, model=ModelConfig(256, 128, 256, 1, 1, 1, 128))
     found = measure(config)["error"]
     assert "train.compiler_flags.xla_no_such_flag" in found and "\n" not in found
+
+
+def test_flags_may_be_written_as_they_are_meant(tmp_path):
+    (tmp_path / "a.yaml").write_text(to_yaml(make_config()))
+    flags = ["train.compiler_flags.xla_a=true", "train.compiler_flags.xla_b=32", "train.compiler_flags.xla_c=x"]
+    config = load([str(tmp_path / "a.yaml")], flags)
+    assert config.train.compiler_flags == {"xla_a": "true", "xla_b": "32", "xla_c": "x"}
+    assert load([str(tmp_path / "a.yaml")], flags) == from_tree(RunConfig, to_tree(config))
 
 
 @needs_libtpu
