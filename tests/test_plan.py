@@ -395,7 +395,7 @@ def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(t
         file.truncate(file.seek(0, io.SEEK_END) - 10)  # killed while it wrote the last line
     search(config, str(tmp_path / "plans"), Console(file=io.StringIO()))
     assert len(fake_compiler) == len(tried) + 1
-    assert "do not fit" in capsys.readouterr().out
+    assert "do not fit 92% of" in capsys.readouterr().out
 
 
 def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compiler, capsys):
@@ -544,7 +544,7 @@ def test_flags_may_be_written_as_they_are_meant(tmp_path):
 def test_gemma_7b_on_a_v4_64_keeps_its_memory_and_its_work():
     found = measure(make_config())
     times, wanted = found["times"], model_flops(make_config().model, 8192) * 4
-    assert found["memory"]["peak"] < 11 * GiB and len(found["buffers"]) == 5
+    assert found["memory"]["peak"] < 12.5 * GiB and len(found["buffers"]) == 5
     # Full remat: a second forward pass, but for the last product of each layer, and the logits again.
     assert 1.25 < (times["product_flops"] + times["kernel_flops"]) / wanted < 1.36
     assert all(k["known"] for k in found["kernels"])
