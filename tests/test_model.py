@@ -13,7 +13,7 @@ from easylm_mling.attention import attention
 from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.loss import cross_entropy
-from easylm_mling.model import REMAT_POLICIES, Remat, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.model import REMAT_POLICIES, Remat, gelu_tanh, logits, rms_norm, rotary, rotary_frequencies
 from easylm_mling.params import parameter_table, to_flat, to_nested
 from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.step import init_params, model_graph
@@ -281,3 +281,15 @@ def test_fresh_parameters_are_the_same_bits_on_any_mesh(params):
     sharded = jax.jit(partial(init_params, M, 0), out_shardings=parameter_shardings(M, mesh))()
     jax.tree.map(np.testing.assert_array_equal, sharded, jax.jit(partial(init_params, M, 0))())
     assert all(len(x.sharding.device_set) == 4 for x in jax.tree.leaves(sharded))
+
+
+def test_gelu_is_the_tanh_form_and_keeps_its_constants_in_bfloat16():
+    x = np.linspace(-6, 6, 4001)
+    exact = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(gelu_tanh(jnp.asarray(x, jnp.float32)), exact, atol=1e-6)
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    exact = 0.5 * rounded * (1 + np.tanh(np.sqrt(2 / np.pi) * (rounded + 0.044715 * rounded**3)))
+    # Half a unit in the last place: jax.nn.gelu is several off.
+    np.testing.assert_allclose(
+        np.asarray(gelu_tanh(jnp.asarray(rounded, jnp.bfloat16)), np.float64), exact, rtol=2**-8, atol=1e-6
+    )
