@@ -106,8 +106,9 @@ def _place(op_name: str) -> str:
         return op_name.removeprefix("state.")
     part = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "update"
     part = "recomputed" if "rematted" in op_name else part
-    ends = [x for x in op_name.split("/") if x not in ("while", "body", "closed_call", "checkpoint", "pallas_call")]
-    return f"{part}: {'/'.join(ends[-2:]) if 'dot_general' in op_name else ends[-1]}"
+    ends = [x for x in op_name.split("/")[1:] if x not in ("while", "body", "closed_call", "checkpoint", "pallas_call")]
+    where = "/".join(ends[-2:] if "dot_general" in op_name else ends[-1:]) or "carried by a loop"
+    return f"{part}: {where}"
 
 
 def does_not_fit_text(config: RunConfig, misfit: dict) -> str:

@@ -70,7 +70,7 @@ def _predicted(config: RunConfig, factor: float, price: float | None, book: Book
 
 
 def _measured(config: RunConfig, book: Book, console: Console) -> dict:
-    book.measure([config], console)
+    book.measure([config], console, tell=False)
     measured = book.get(config)
     if "error" in measured:
         raise ConfigError(measured["error"])
