@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,8 @@ class Wishes:
 def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int:
     """Plan each of `configs` (name -> config), several side by side. Returns 0 when all fit, otherwise 1."""
     book = Book()
+    # Ended from outside, it must not leave compilers behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Nothing but the result goes to standard output when that is JSON.
     console = Console(stderr=True) if wishes.as_json else console
     for config in configs.values():
