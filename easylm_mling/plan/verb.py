@@ -70,7 +70,7 @@ def _predicted(config: RunConfig, factor: float, price: float | None, book: Book
 
 
 def _measured(config: RunConfig, book: Book, console: Console) -> dict:
-    book.measure([config], console)
+    book.measure([config], console, tell=False)
     measured = book.get(config)
     if "error" in measured:
         raise ConfigError(measured["error"])
@@ -126,7 +126,8 @@ def _search(configs: dict[str, RunConfig], wishes: Wishes, factor: float, consol
     else:
         console.print(ranking(found))
     failed = [m["error"] for _, m in tried if "error" in m]
-    console.print(f"{len(tried)} tried, {len(tried) - len(failed) - len(found)} do not fit", highlight=False)
+    large, share = len(tried) - len(failed) - len(found), config.train.remat_memory
+    console.print(f"{len(tried)} tried, {large} do not fit {share:.0%} of a chip's memory", highlight=False)
     for error in sorted(set(failed)):
         console.print(f"{failed.count(error)} failed: {error}", highlight=False, soft_wrap=True)
     if not found:
