@@ -65,9 +65,9 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
 
     rows, columns = PartitionSpec(BATCH_AXES), PartitionSpec("tensor", "fsdp")
     specs = ((rows, columns, rows, rows), ((rows, rows), (rows, columns) if differentiate else None))
-    (entropy, z), gradients = jax.shard_map(
-        on_each_device, in_specs=specs[0], out_specs=specs[1], check_vma=False
-    )(hidden, head, targets, mask)
+    (entropy, z), gradients = jax.shard_map(on_each_device, in_specs=specs[0], out_specs=specs[1], check_vma=False)(
+        hidden, head, targets, mask
+    )
     return (jnp.sum(entropy) + jnp.sum(z), entropy, z), gradients
 
 

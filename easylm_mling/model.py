@@ -37,7 +37,6 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-
 class Remat(NamedTuple):
     """Which policy the layers have, and another one for the first few: memory that is left over, spent on speed."""
 
@@ -51,6 +50,8 @@ class Remat(NamedTuple):
         both = [(self.first_policy, 0, first), (self.policy, first, layers)]
         return [portion for portion in both if portion[1] < portion[2]]
 
+
+FULL_REMAT = Remat("full")
 
 # (q, k, v of one layer, its window, its cache) -> (context [B, T, N, H], the cache afterwards). Training has no cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, object], tuple[jax.Array, object]]
@@ -163,7 +164,7 @@ class Gemma(nnx.Module):
         return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
 
     def __call__(
-        self, tokens, positions, segment_ids, dtype, remat: Remat = Remat("full"), splash_block: int = 0
+        self, tokens, positions, segment_ids, dtype, remat: Remat = FULL_REMAT, splash_block: int = 0
     ) -> jax.Array:
         """Final hidden states [B, T, D] in `dtype`, for tokens, positions and segment_ids [B, T] int32.
 
