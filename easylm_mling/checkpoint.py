@@ -164,7 +164,8 @@ class Checkpoints:
         """
         abstract = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
         wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
-        got, wrong = None, ""
+        got: Any = None
+        wrong = ""
         try:
             got = self._orbax.load_checkpointables(step, wanted)
             info = _unpacked(got["info"])

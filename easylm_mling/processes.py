@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,18 +71,22 @@ def joined(place: Place | None, wait_seconds: float, heartbeat_seconds: int = 10
         return
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
-    timing = {"initialization_timeout": int(wait_seconds), "heartbeat_timeout_seconds": heartbeat_seconds}
+    initialize = partial(
+        jax.distributed.initialize,
+        initialization_timeout=int(wait_seconds),
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
     if place is None:
         print(f"joining the slice's other hosts, for up to {wait_seconds:.0f} seconds", file=sys.stderr)
         try:
-            jax.distributed.initialize(**timing)
+            initialize()
         except ValueError as error:
             print(f"no other hosts are known here ({error}): going on alone", file=sys.stderr)
     else:
         if place.count > 1:
             roll_call(place, wait_seconds)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(*place, **timing)
+        initialize(*place)
     try:
         yield
     except BaseException as error:
@@ -96,8 +101,11 @@ def joined(place: Place | None, wait_seconds: float, heartbeat_seconds: int = 10
 
 
 def _lost(error: BaseException) -> int | None:
-    """The exit code after an error of JAX that says, for all that is known, that another process is gone."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith(("RESOURCE", "INVALID")):
+    """The exit code after an error that says, for all that is known, that another process is gone."""
+    # Of whatever type: an operation that fails when it is begun raises another one than one that fails later.
+    if not str(error).startswith(
+        ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")
+    ):
         return None
     first = str(error).splitlines()[0]
     print(

@@ -66,11 +66,11 @@ class Watchdog:
     def _watch(self):
         while not self._over.wait(min(10.0, self._limit / 4)):
             if time.monotonic() - self._last > self._limit:
-                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 print(
                     f"error: no step was finished in {self._limit / 60:g} minutes (train.stuck_minutes); every thread's stack is "
                     "above. Start again: the run goes on from its newest checkpoint",
-                    file=sys.__stderr__,
+                    file=sys.stderr,
                     flush=True,
                 )
                 os._exit(STUCK)

@@ -119,15 +119,15 @@ def train(
             )  # fmt: skip
             if skip:
                 data_state = skip_batches(parts, int(state.step), skip)
-            state, said, ended = run_steps(parts, state, data_state)
+            state, data_state, wish, ended = run_steps(parts, state, data_state)
 
     if is_first():
         tell_speed(config, run.path, mesh, console)
-        if said.state is not None:
-            data.write_ledger(int(state.step), said.state)
-            console.print(summary_table(config, run.metrics_file, data.ledger.sources(said.state)))
+        if data_state is not None:
+            data.write_ledger(int(state.step), data_state)
+            console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
     data_ended = ended and (loader.ended or "another host's lanes have none left")
-    why, code = why_over(config, int(state.step), said.wish, data_ended)
+    why, code = why_over(config, int(state.step), wish, data_ended)
     if why:
         console.print(why, highlight=False, soft_wrap=True)
     return code
@@ -166,17 +166,19 @@ def why_over(config: RunConfig, done: int, wish: int, data_ended: str | bool) ->
     return f"stopped at step {done} of {config.total_steps}, {reason}", DONE
 
 
-def run_steps(run: Run, state: TrainState, data_state: DataState | None) -> tuple[TrainState, Said, bool]:
+def run_steps(
+    run: Run, state: TrainState, data_state: DataState | None
+) -> tuple[TrainState, DataState | None, int, bool]:
     """Next batch, step, log, evaluate, save, stop: until the budget, stop_at_step, the end of the data or a wish to stop.
 
-    Returns the last states, and whether the data ended.
+    Returns the last states, the wish, and whether the data ended.
     """
     config = run.config
     train_step = jit_train_step(config, run.mesh)
     start = saved = int(state.step)
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
-    said = Said(GO_ON, data_state)
+    wish = GO_ON
     waiting = None  # a step's metrics are read while the next one runs, so that the device never waits for the host
     for step in range(start + 1, end + 1):
         item = next_everywhere(run.loader)
@@ -186,25 +188,25 @@ def run_steps(run: Run, state: TrainState, data_state: DataState | None) -> tupl
         state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
         answer = run.gathering.start(run.stop.wish(), consumed)
         if waiting:
-            said = report(run, said, *waiting)
+            wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer
         if step == start + SETTLED_STEPS and is_first():
             tell_speed(config, run.data.run.path, run.mesh, run.console)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             run.log.write("eval", step, **run.evaluate(state.params))
-        if step == end or step % config.checkpoint.every_steps == 0 or said.wish:
-            save(run, state, answer().state, last=step == end or bool(said.wish))
+        if step == end or step % config.checkpoint.every_steps == 0 or wish:
+            save(run, state, answer().state, last=step == end or wish != GO_ON)
             saved = step
         run.watchdog.beat()
-        if said.wish:
+        if wish:
             break
     if waiting:
-        said = report(run, said, *waiting)
+        wish, data_state = report(run, data_state, *waiting)
     if item is None and (done := int(state.step)) > start:
         run.log.write("eval", done, **run.evaluate(state.params))
-        if done > saved:
-            save(run, state, said.state, last=True)
-    return state, said, item is None
+        if done > saved and data_state is not None:
+            save(run, state, data_state, last=True)
+    return state, data_state, wish, item is None
 
 
 def next_everywhere(loader: Loader):
@@ -253,7 +255,7 @@ def skip_batches(run: Run, step: int, count: int) -> DataState:
     return state
 
 
-def report(run: Run, before: Said, step: int, metrics: dict, answer: Callable[[], Said]) -> Said:
+def report(run: Run, before: DataState | None, step: int, metrics: dict, answer: Callable[[], Said]) -> Said:
     """Log one finished step and return what was said at it; stop the run when too many in a row changed nothing."""
     config, said = run.config, answer()
     values = step_metrics(metrics, list(config.data.sources))
@@ -263,7 +265,7 @@ def report(run: Run, before: Said, step: int, metrics: dict, answer: Callable[[]
         tokens = step * config.tokens_per_step
         run.log.write("train", step, tokens=tokens, tokens_per_second=rate and round(rate, 1), **values)
     ends = [order.epochs for order in run.loader.orders]
-    news = run.data.ledger.news(before.state, said.state, ends, run.loader.holders)
+    news = run.data.ledger.news(before, said.state, ends, run.loader.holders)
     if news:
         run.log.write("news", step, news=news)
     for line in news:

@@ -32,16 +32,43 @@ def undisturbed(tmp_path_factory):
     return outcome(run_dir)
 
 
-def test_two_processes_are_one_and_may_be_one_again(undisturbed, tmp_path):
-    """2 -> 1 -> 2 processes; the two write one log, and each step once."""
+def test_two_processes_are_one_whatever_befalls_them(undisturbed, tmp_path):
+    """2 processes, one is told to stop; 2 again, one is killed; 1 goes on to the end. Both write one log."""
+    run_dir, steps = tmp_path / "run", [0]
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        processes = start(run_dir, 2)
+        wait_for_step(processes, run_dir, steps[-1] + 1)
+        processes[1].send_signal(how)
+        codes = ends(run_dir, processes)
+        if how == signal.SIGTERM:
+            # All was done before the signal came, or all stopped together.
+            assert codes in ([42, 42], [0, 0]), printed(run_dir)
+            lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            steps = [x["step"] for x in lines if x["kind"] == "train"]
+            assert steps == list(range(1, len(steps) + 1))
+            assert "stopped by a signal" not in output_of(run_dir, 1).read_text()
+        else:
+            check_the_survivor(run_dir, 0, codes[0])
+    run(run_dir, 1)
+    assert_same_bits(outcome(run_dir), undisturbed)
+
+
+def check_the_survivor(run_dir, process, code):
+    # 85: it found out itself; SIGABRT: JAX's coordination did. Or all was done before.
+    assert code in (85, -signal.SIGABRT, 0), printed(run_dir)
+    said = output_of(run_dir, process).read_text(errors="replace")
+    assert code == 0 or "most likely died" in said or "another task died" in said
+
+
+@pytest.mark.faults
+def test_two_processes_may_be_one_and_two_again(undisturbed, tmp_path):
     for processes, until in ((2, 3), (1, 6), (2, 0)):
         run(tmp_path / "run", processes, f"train.stop_at_step={until}")
     assert_same_bits(outcome(tmp_path / "run"), undisturbed)
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if x["kind"] == "train"] == list(range(1, 11))
     assert "step 10/10" not in output_of(tmp_path / "run", 1).read_text()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_signal_to_one_saves_all_at_the_same_step(undisturbed, tmp_path, signalled):
     processes = start(tmp_path / "run", 2)
@@ -54,6 +81,7 @@ def test_a_signal_to_one_saves_all_at_the_same_step(undisturbed, tmp_path, signa
     assert_same_bits(outcome(tmp_path / "run"), undisturbed)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_costs_no_bit(undisturbed, tmp_path, killed):
     processes = start(tmp_path / "run", 2)
@@ -63,10 +91,7 @@ def test_a_killed_process_ends_the_others_and_costs_no_bit(undisturbed, tmp_path
     since = time.monotonic()
     codes = ends(tmp_path / "run", processes)
     assert time.monotonic() - since < 60
-    # 85: it found out itself; SIGABRT: JAX's coordination did. Or all was done before.
-    assert codes[1 - killed] in (85, -signal.SIGABRT, 0), printed(tmp_path / "run")
-    said = output_of(tmp_path / "run", 1 - killed).read_text(errors="replace")
-    assert codes[1 - killed] == 0 or "most likely died" in said or "another task died" in said
+    check_the_survivor(tmp_path / "run", 1 - killed, codes[1 - killed])
     run(tmp_path / "run", 1)
     assert_same_bits(outcome(tmp_path / "run"), undisturbed)
 
