@@ -46,14 +46,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(run_dir: Path, processes: int, *overrides: str, only: int | None = None) -> list[subprocess.Popen]:
+def start(
+    run_dir: Path, processes: int, *overrides: str, only: int | None = None, port: int = 0
+) -> list[subprocess.Popen]:
     """The `processes` of one run (of them `only` one), each with its part of the devices. Their output goes to files."""
     environment = dict(os.environ)
     # Of several processes only the first finds its programs in JAX's cache: the others compile, so this must be quick.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": quick}
     # One process, too, joins with itself: on the CPU the sums of its own collectives have another order than gloo's.
-    place = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
+    place = [f"--coordinator=localhost:{port or free_port()}", f"--processes={processes}"]
     flags = [o for o in overrides if o.startswith("--")]
     settings = [*TINY, f"mesh.cpu_devices={DEVICES // processes}", f"run_dir={run_dir}"]
     settings += [o for o in overrides if not o.startswith("--")]

@@ -11,6 +11,7 @@ import pytest
 from processes import (
     assert_same_bits,
     ends,
+    free_port,
     outcome,
     output_of,
     printed,
@@ -20,8 +21,8 @@ from processes import (
 )
 
 from easylm_mling.config import ConfigError
-from easylm_mling.data.mixture import DataState
-from easylm_mling.processes import Gathering, Place, find_place
+from easylm_mling.data.mixture import BLOCK, DataState
+from easylm_mling.processes import Gathering, Place, find_place, own_quarantine
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,44 @@ def test_what_processes_say_is_put_together(monkeypatch):
     )
     assert got.wish == 2
     jax.tree.map(np.testing.assert_array_equal, got.state, whole)
+
+
+def test_the_first_forgets_what_processes_that_are_gone_had_read_ahead(tmp_path):
+    entry = {"source": "a", "lane": 0, "epoch": 0, "block": 4, "window": 0}
+    for name in ("quarantine.jsonl", "quarantine-of-process-1.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({**entry, "block": block}) + "\n" for block in (0, 4)))
+    state = DataState(np.zeros((1, 1, 11), np.int64), np.zeros((1, 3), np.int64))
+    state.lanes[0, 0, BLOCK] = 4
+    assert own_quarantine(tmp_path / "quarantine.jsonl", ["a"], state) == tmp_path / "quarantine.jsonl"
+    # Its own list is the loader's to see to.
+    assert [
+        len((tmp_path / n).read_text().splitlines()) for n in ("quarantine.jsonl", "quarantine-of-process-1.jsonl")
+    ] == [2, 1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["a bit", "a file gone"])
+def test_two_processes_set_a_damaged_step_aside(undisturbed, tmp_path, damage):
+    run(tmp_path / "run", 2, "train.stop_at_step=8")
+    step = tmp_path / "run" / "checkpoints" / "8"
+    if damage == "a bit":
+        file = max((p for p in (step / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    else:
+        (step / "training" / "manifest.ocdbt").unlink()
+    run(tmp_path / "run", 2)
+    assert "the checkpoint of step 8 is damaged and set aside" in printed(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "set-aside").iterdir()] == ["checkpoint-8-damaged"]
+    assert_same_bits(outcome(tmp_path / "run"), undisturbed)
+
+
+@pytest.mark.faults
+def test_processes_with_different_configs_do_not_train(tmp_path):
+    port = free_port()
+    first = start(tmp_path / "run", 2, "train.seed=1", only=0, port=port)
+    second = start(tmp_path / "run", 2, only=1, port=port)
+    assert ends(tmp_path / "run", first + second) == [2, 2]
+    assert "process 1 was started with another config than process 0" in printed(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
