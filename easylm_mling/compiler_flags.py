@@ -8,12 +8,17 @@ A flag stands here only with its reason. `train.compiler_flags` of a config goes
 # product reaches switches it off.
 _NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
+# A layer's parameters are gathered while the layer before is computed. By default the device waits for them: 0.32 of
+# 3.8 s a step for Gemma 7B on a v4-64.
+_ASYNCHRONOUS = {"xla_enable_async_all_gather": "true", "xla_tpu_enable_latency_hiding_scheduler": "true"}
+
 _FLAGS = {
-    "TPU v4": {**_NO_WINDOWED_EINSUM},
-    "TPU v5": {**_NO_WINDOWED_EINSUM},
-    "TPU v5 lite": {**_NO_WINDOWED_EINSUM},
+    "TPU v4": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS},
+    "TPU v5": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS},
+    "TPU v5 lite": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS},
     "TPU v6 lite": {
         **_NO_WINDOWED_EINSUM,
+        **_ASYNCHRONOUS,
         # v6e has 128 MiB of vector memory; by default a fusion or kernel may plan with 16 of it.
         "xla_tpu_scoped_vmem_limit_kib": "98304",
     },

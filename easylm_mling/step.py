@@ -95,11 +95,11 @@ def batch_loss(params, batch, graph, train: TrainConfig, sources: int, splash_bl
     remat = Remat(train.remat, train.remat_first, train.remat_first_layers)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, remat, splash_block)
     cap = model.config.final_logit_softcapping
-    entropy, z = cross_entropy(
+    total, entropy, _ = cross_entropy(
         hidden, model.head, batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss, cap
     )
     by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=sources)
-    return jnp.sum(entropy) + jnp.sum(z), (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
+    return total, (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
 
 
 def train_step(

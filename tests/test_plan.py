@@ -19,7 +19,9 @@ from easylm_mling.config import (
     RunConfig,
     SourceConfig,
     TrainConfig,
+    from_tree,
     load,
+    to_tree,
     to_yaml,
 )
 from easylm_mling.model_flops import model_flops
@@ -179,6 +181,24 @@ def test_a_group_that_reaches_into_another_slice_uses_the_network_between_them()
         ).collectives
         assert found.between_slices == between
         assert found.seconds(two) == pytest.approx(found.bytes / (3.1e9 if between else 90e9))
+
+
+def test_what_slices_send_to_each_other_is_an_asynchronous_collective_on_a_link_of_its_own():
+    two, meet = (
+        find_slice("2xv4-64"),
+        'frontend_attributes={_xla_host_transfer_rendezvous="r.1",_xla_megascale_transfer_type="ALL_REDUCE"}',
+    )
+    send = f"  %send.1 = (f32[1024,1024], u32[], token[]) send(%s, %t), {meet}"
+    receive = f"  %recv.1 = (f32[1024,1024], u32[], token[]) recv(%t), {meet}"
+    done = "  %recv-done.1 = (f32[1024,1024], token[]) recv-done(%recv.1)"
+    gather = f"  %g = {GATHER} all-gather(%s), replica_groups=[2,32]<=[64], dimensions={{0}}"
+    inside = GATHERED / 90e9
+    for cycles in (0, 1_050_000):
+        lines = [X, SHARD, "  %t = token[] after-all()", send, gather, fusion("f", cycles), receive, done]
+        times = walk(parse(program("\n".join(lines), ELEMENTWISE)), two)
+        # Both slices' halves go over: 2 x size x 1/2.
+        assert times.waiting == pytest.approx(inside + max(0, 4 * 1024**2 / 3.1e9 - inside - cycles / 1.05e9))
+        assert {(c.kind, c.between_slices) for c in times.collectives} == {("all-gather", False), ("all-reduce", True)}
 
 
 def test_flops_of_a_batched_product_written_as_a_convolution():
@@ -375,7 +395,7 @@ def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(t
         file.truncate(file.seek(0, io.SEEK_END) - 10)  # killed while it wrote the last line
     search(config, str(tmp_path / "plans"), Console(file=io.StringIO()))
     assert len(fake_compiler) == len(tried) + 1
-    assert "do not fit" in capsys.readouterr().out
+    assert "do not fit 92% of" in capsys.readouterr().out
 
 
 def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compiler, capsys):
@@ -508,6 +528,14 @@ def test_a_flag_that_the_compiler_does_not_know_is_refused_in_one_line():
     config = dataclasses.replace(make_config(), mesh=mesh, train=train, model=ModelConfig(256, 128, 256, 1, 1, 1, 128))
     found = measure(config)["error"]
     assert "train.compiler_flags.xla_no_such_flag" in found and "\n" not in found
+
+
+def test_flags_may_be_written_as_they_are_meant(tmp_path):
+    (tmp_path / "a.yaml").write_text(to_yaml(make_config()))
+    flags = ["train.compiler_flags.xla_a=true", "train.compiler_flags.xla_b=32", "train.compiler_flags.xla_c=x"]
+    config = load([str(tmp_path / "a.yaml")], flags)
+    assert config.train.compiler_flags == {"xla_a": "true", "xla_b": "32", "xla_c": "x"}
+    assert load([str(tmp_path / "a.yaml")], flags) == from_tree(RunConfig, to_tree(config))
 
 
 @needs_libtpu

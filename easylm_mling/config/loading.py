@@ -133,7 +133,9 @@ def _build(kind, value, path) -> typing.Any:
         return _build_dataclass(kind, value, path)
     if origin is dict:
         check(isinstance(value, dict), f"{path}: expected `name: ...` entries, found {value!r}")
-        return {str(k): _build(args[1], v, f"{path}.{k}") for k, v in value.items()}
+        # Flags are text to whom they are for: `true` too.
+        texts = {k: str(v).lower() if args[1] is str and isinstance(v, bool) else v for k, v in value.items()}
+        return {str(k): _build(args[1], v, f"{path}.{k}") for k, v in texts.items()}
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_build(args[0], v, f"{path}[{i}]") for i, v in enumerate(items))

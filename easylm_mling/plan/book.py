@@ -64,8 +64,11 @@ class Book:
         part = [tree["model"], train, tree["optimizer"], tree["mesh"], data, self.code]
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
-    def measure(self, configs: list[RunConfig], console: Console):
-        """Measure those that are not known yet, as many at a time as this machine's processors and memory allow."""
+    def measure(self, configs: list[RunConfig], console: Console, tell: bool = True):
+        """Measure those that are not known yet, as many at a time as this machine's processors and memory allow.
+
+        `tell`: print a line for each where there is no terminal for a progress bar.
+        """
         todo = [c for c in configs if self.key(c) not in self.found]
         at_once = max(1, min(len(os.sched_getaffinity(0)), available_memory() // COMPILER_BYTES))
         running: dict[str, tuple[RunConfig, Measuring]] = {}
@@ -87,7 +90,7 @@ class Book:
                             measuring.close()
                             self._put(key, measured)
                             bar.update(task, advance=1, last=outcome(config, measured))
-                            if not console.is_terminal and len(configs) > 1:
+                            if tell and not console.is_terminal:
                                 console.print(outcome(config, measured), highlight=False, soft_wrap=True)
         finally:
             for _, measuring in running.values():

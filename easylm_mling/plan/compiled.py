@@ -118,9 +118,9 @@ def _explained(error: Exception, dump: str) -> Exception:
             "train.attention_block, or raise train.compiler_flags.xla_tpu_scoped_vmem_limit_kib"
         )
     refused = re.search(r"No such compile option: '(\w+)'|Failed to parse .* into flag (\w+)", message)
-    if refused:
-        name, first = refused[1] or refused[2], message.splitlines()[0]
+    if refused or message.startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
+        key = f"train.compiler_flags.{refused[1] or refused[2]}" if refused else "train.compiler_flags"
         return ConfigError(
-            f"train.compiler_flags.{name}: the compiler refuses it ({first}); correct it or leave it out"
+            f"{key}: the compiler refuses it ({message.splitlines()[0].strip()}); correct it or leave it out"
         )
     return error

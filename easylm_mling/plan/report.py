@@ -48,8 +48,9 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
         ],
         "speed": [
             f"{tokens_text(plan['tokens_per_second'])} tokens/s; MFU {plan['mfu']:.1%} ({plan['mfu_hidden']:.1%} without waiting); "
-            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs; a sequence and chip: "
-            f"{plan['seconds_a_sequence']['hidden']:.2f} s without waiting, {plan['seconds_a_sequence']['paid']:.2f} with it"
+            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs",
+            f"a sequence and chip: {plan['seconds_a_sequence']['hidden']:.2f} s without waiting, "
+            f"{plan['seconds_a_sequence']['paid']:.2f} with it",
         ],
         "budget": [
             f"{tokens_text(config.train.budget_tokens)} tokens in {plan['days']:.1f} days; {plan['chip_hours']:,.0f} chip-hours{cost}"
@@ -105,8 +106,9 @@ def _place(op_name: str) -> str:
         return op_name.removeprefix("state.")
     part = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "update"
     part = "recomputed" if "rematted" in op_name else part
-    ends = [x for x in op_name.split("/") if x not in ("while", "body", "closed_call", "checkpoint", "pallas_call")]
-    return f"{part}: {'/'.join(ends[-2:]) if 'dot_general' in op_name else ends[-1]}"
+    ends = [x for x in op_name.split("/")[1:] if x not in ("while", "body", "closed_call", "checkpoint", "pallas_call")]
+    where = "/".join(ends[-2:] if "dot_general" in op_name else ends[-1:]) or "carried by a loop"
+    return f"{part}: {where}"
 
 
 def does_not_fit_text(config: RunConfig, misfit: dict) -> str:

@@ -65,23 +65,27 @@ class Times:
 
 
 @dataclass
-class _Link:
-    """The clock of a computation, and until when its link is busy."""
+class _Links:
+    """The clock of a computation, and until when its links inside and between slices are busy."""
 
     now: float = 0.0
-    busy: float = 0.0
-    ends: dict[str, float] = field(default_factory=dict)
-    what: dict[str, Collective] = field(default_factory=dict)
+    busy: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    under_way: dict[str, tuple[float, Collective]] = field(default_factory=dict)
 
-    def start(self, name: str, collective: Collective, seconds: float):
-        self.busy = max(self.busy, self.now) + seconds
-        self.ends[name], self.what[name] = self.busy, collective
+    def start(self, name: str, collective: Collective, where: Slice, times: Times):
+        times.collectives[collective] += 1
+        link = collective.between_slices
+        self.busy[link] = max(self.busy[link], self.now) + collective.seconds(where)
+        self.under_way[name] = self.busy[link], collective
 
     def finish(self, name: str, times: Times):
-        waited = max(0.0, self.ends.pop(name) - self.now)
-        self.now += waited
-        times.waiting += waited
-        times.waits[self.what.pop(name)] += waited
+        """Wait for what was started under this name; nothing where nothing was."""
+        if name in self.under_way:
+            end, collective = self.under_way.pop(name)
+            waited = max(0.0, end - self.now)
+            self.now += waited
+            times.waiting += waited
+            times.waits[collective] += waited
 
 
 class Walk:
@@ -97,14 +101,14 @@ class Walk:
         return self.done[name]
 
     def _walk(self, c: Computation) -> Times:
-        times, link = Times(), _Link()
+        times, link = Times(), _Links()
         for i in c.instructions:
             before = times.hidden
             self._instruction(c, i, times, link)
             link.now += times.hidden - before
         return times
 
-    def _instruction(self, c: Computation, i: Instruction, times: Times, link: _Link):
+    def _instruction(self, c: Computation, i: Instruction, times: Times, link: _Links):
         if i.opcode in _FREE:
             return
         if i.opcode == "while":
@@ -116,23 +120,22 @@ class Walk:
         elif i.opcode == "call":
             self._below(self.computation(i.called("to_apply")[0]), times, link)
         elif i.opcode.endswith("-done"):
-            first = self._first(c, i)
-            if first in link.ends:
-                link.finish(first, times)
+            link.finish(self._first(c, i), times)
         elif i.opcode.endswith("-update"):
             pass
+        elif i.opcode == "send":
+            if sent := self._sent(c, i):
+                link.start(_rendezvous(i), sent, self.where, times)
         elif chained := self._chained(i):
-            chain, part, role = chained
+            chain, collective, role = chained
             if role == "start":
-                link.start(chain, part, part.seconds(self.where))
-                times.collectives[part] += 1
-            elif role == "done" and chain in link.ends:
+                link.start(chain, collective, self.where, times)
+            elif role == "done":
                 link.finish(chain, times)
-            elif role == "step":
+            else:
                 self._compute(c, i, times)
         elif collective := self._collective(c, i):
-            times.collectives[collective] += 1
-            link.start(i.name, collective, collective.seconds(self.where))
+            link.start(i.name, collective, self.where, times)
             if not collective.asynchronous:
                 link.finish(i.name, times)
         elif found := kernel(c, i, self.where.chip):
@@ -142,11 +145,10 @@ class Walk:
         else:
             self._compute(c, i, times)
 
-    def _below(self, part: Times, times: Times, link: _Link, trips: int = 1):
+    def _below(self, part: Times, times: Times, link: _Links, trips: int = 1):
         """What a called computation takes; its waiting moves this one's clock too."""
         times.add(part, trips)
         link.now += trips * part.waiting
-        link.busy = max(link.busy, link.now) if part.collectives else link.busy
 
     def _either(self, branches: list[Times]) -> Times:
         """One of two attention kernels, by how many layers are local; of anything else, the slowest branch."""
@@ -177,10 +179,19 @@ class Walk:
         return None
 
     def _first(self, c: Computation, i: Instruction) -> str:
-        """The start that a done (or an update in between) belongs to."""
-        while i.operands and (i.opcode.endswith("-done") or i.opcode.endswith("-update")):
+        """The name under which a done's work was started: its start, or what slices meet by."""
+        while i.operands and i.opcode.endswith(("-done", "-update")):
             i = c.by_name[i.operands[0]]
-        return i.name
+        return _rendezvous(i) if i.opcode == "recv" else i.name
+
+    def _sent(self, c: Computation, i: Instruction) -> Collective | None:
+        """A collective between slices: what one sends to the runtime, and later receives."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+        if kind is None:
+            return None
+        size, n = c.by_name[i.operands[0]].arrays[0].bytes, self.where.count
+        name = kind[1].lower().replace("_", "-")
+        return Collective(name, _carried(name, size, n), n, True, True)
 
     def _collective(self, c: Computation, i: Instruction) -> Collective | None:
         kind = i.opcode.removesuffix("-start")
@@ -204,13 +215,7 @@ class Walk:
         n = len(group) or self.where.chips
         per_slice = self.where.chips // self.where.count
         between = len({d // per_slice for d in group}) > 1 or (not group and self.where.count > 1)
-        if kind == "all-gather":
-            size *= n - 1
-        elif kind == "collective-permute":
-            pass
-        else:
-            size *= (2 if kind == "all-reduce" else 1) * (n - 1) / n
-        return Collective(kind, size, n, asynchronous, between)
+        return Collective(kind, _carried(kind, size, n), n, asynchronous, between)
 
     def _compute(self, c: Computation, i: Instruction, times: Times):
         work = self._products(c, i)
@@ -229,6 +234,20 @@ class Walk:
             return flops(c, i)
         inside = self.module.all_below(i.called("calls")[0]) if i.opcode == "fusion" else []
         return sum(flops(part, p) for part in inside for p in part.instructions if p.opcode in _PRODUCTS)
+
+
+def _carried(kind: str, size: float, n: int) -> float:
+    """Bytes over a chip's link, where each of `n` puts `size` bytes in."""
+    if kind == "all-gather":
+        return size * (n - 1)
+    if kind == "collective-permute":
+        return size
+    return size * (2 if kind == "all-reduce" else 1) * (n - 1) / n
+
+
+def _rendezvous(i: Instruction) -> str:
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
+    return found[1] if found else i.name
 
 
 def walk(module: Module, where: Slice, local_share: float = 0.0) -> Times:

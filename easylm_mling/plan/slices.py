@@ -81,8 +81,7 @@ def find_slice(name: str) -> Slice:
     match = re.fullmatch(r"(?:(\d+)x)?(\w+-\d+)", name)
     known = SLICES.get(match[2].replace("v5litepod", "v5e")) if match else None
     if match is None or known is None or match[1] == "0":
-        raise ConfigError(
-            f"mesh.slice={name!r} is not a known slice; use one of {', '.join(SLICES)}, or 2x{next(iter(SLICES))} for two"
-        )
+        wrong = f"mesh.slice={name!r} is not a known slice" if name else "mesh.slice is not given"
+        raise ConfigError(f"{wrong}; use one of {', '.join(SLICES)}, or 2x{next(iter(SLICES))} for two of them")
     count = int(match[1] or 1)
     return Slice(name, known.chip, known.shape, known.host, count)

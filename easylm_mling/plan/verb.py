@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,8 @@ class Wishes:
 def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int:
     """Plan each of `configs` (name -> config), several side by side. Returns 0 when all fit, otherwise 1."""
     book = Book()
+    # Ended from outside, it must not leave compilers behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Nothing but the result goes to standard output when that is JSON.
     console = Console(stderr=True) if wishes.as_json else console
     for config in configs.values():
@@ -70,7 +73,7 @@ def _predicted(config: RunConfig, factor: float, price: float | None, book: Book
 
 
 def _measured(config: RunConfig, book: Book, console: Console) -> dict:
-    book.measure([config], console)
+    book.measure([config], console, tell=False)
     measured = book.get(config)
     if "error" in measured:
         raise ConfigError(measured["error"])
@@ -126,7 +129,8 @@ def _search(configs: dict[str, RunConfig], wishes: Wishes, factor: float, consol
     else:
         console.print(ranking(found))
     failed = [m["error"] for _, m in tried if "error" in m]
-    console.print(f"{len(tried)} tried, {len(tried) - len(failed) - len(found)} do not fit", highlight=False)
+    large, share = len(tried) - len(failed) - len(found), config.train.remat_memory
+    console.print(f"{len(tried)} tried, {large} do not fit {share:.0%} of a chip's memory", highlight=False)
     for error in sorted(set(failed)):
         console.print(f"{failed.count(error)} failed: {error}", highlight=False, soft_wrap=True)
     if not found:
