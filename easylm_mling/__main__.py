@@ -161,7 +161,8 @@ def _train(a) -> int:
     from easylm_mling.processes import find_place, joined
     from easylm_mling.train import train
 
-    with joined(find_place(a.coordinator, a.processes, a.process_id), a.wait_seconds):
+    place, on_cpu = find_place(a.coordinator, a.processes, a.process_id), bool(config.mesh.cpu_devices)
+    with joined(place, a.wait_seconds, on_cpu):
         return train(config, accept_data_change=a.accept_data_change, max_hours=a.max_hours)
 
 

@@ -29,6 +29,9 @@ from easylm_mling.data.quarantine import Quarantine
 from easylm_mling.exits import STOPPED, STUCK, TrainingStopped, tell
 from easylm_mling.sharding import own_rows
 
+# How long a process may be dead or out of reach before JAX ends the others, where no broken connection tells them before.
+_HEARTBEAT_SECONDS = 100
+
 
 class Place(NamedTuple):
     """Which process this is, of how many, and where process 0 listens (`host:port`, one that is free there)."""
@@ -58,15 +61,16 @@ def find_place(coordinator: str | None, count: int | None, index: int | None) ->
 
 
 @contextmanager
-def joined(place: Place | None, wait_seconds: float, heartbeat_seconds: int = 100) -> Iterator[None]:
-    """Within it all processes are one JAX system; alone, unless there is a `place` or this is a host of a TPU slice.
+def joined(place: Place | None, wait_seconds: float, on_cpu: bool = False) -> Iterator[None]:
+    """Within it all processes are one JAX system; alone, unless there is a `place` or this is a host of a TPU slice (whose
+    TPUs are not wanted `on_cpu`).
 
     Raises TrainingStopped, naming those that are missing, if they are not all there after `wait_seconds`. An error inside
     ends this process at once: an orderly end would wait for the others, and those wait for this one.
     """
     # Both are there on a TPU's host only; its metadata then say who the others are.
     on_tpu = bool(find_spec("libtpu")) and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
-    if place is None and not on_tpu:
+    if place is None and (on_cpu or not on_tpu):
         yield
         return
     # Its handler of SIGTERM would take the place of ours.
@@ -74,7 +78,7 @@ def joined(place: Place | None, wait_seconds: float, heartbeat_seconds: int = 10
     initialize = partial(
         jax.distributed.initialize,
         initialization_timeout=int(wait_seconds),
-        heartbeat_timeout_seconds=heartbeat_seconds,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
     if place is None:
         print(f"joining the slice's other hosts, for up to {wait_seconds:.0f} seconds", file=sys.stderr)
