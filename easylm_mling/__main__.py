@@ -6,26 +6,18 @@ import sys
 from pathlib import Path
 
 from easylm_mling.config import RunConfig, load
-
-EXIT_STOPPED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+from easylm_mling.exits import tell
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, RuntimeError) as error:
-        # Ours are one line with the way out. Anything else is a fault of the program and keeps its traceback.
-        if not type(error).__module__.startswith("easylm_mling"):
+    except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        code = tell(error)
+        if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT if isinstance(error, ValueError) else EXIT_STOPPED
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    except KeyboardInterrupt:
-        print("interrupted; everything saved so far is whole", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on although files, sources or the tokenizer changed; changed sources begin anew",
     )
+    train.add_argument(
+        "--max-hours", type=float, metavar="HOURS", help="save and end (exit code 0) at the first step after so long"
+    )
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of several processes, one a host: a free port of process 0 (a TPU slice needs none of these three)",
+    )
+    train.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    train.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0 on")
+    train.add_argument("--wait-seconds", type=float, default=300, help="for the other processes to join (default: 300)")
     train.set_defaults(run=_train)
 
     _add_plan(
@@ -155,9 +158,12 @@ def _config(a, *more: str) -> RunConfig:
 
 def _train(a) -> int:
     config = _config(a)
+    from easylm_mling.processes import find_place, joined
     from easylm_mling.train import train
 
-    return train(config, accept_data_change=a.accept_data_change)
+    place, on_cpu = find_place(a.coordinator, a.processes, a.process_id), bool(config.mesh.cpu_devices)
+    with joined(place, a.wait_seconds, on_cpu):
+        return train(config, accept_data_change=a.accept_data_change, max_hours=a.max_hours)
 
 
 def _plan(a) -> int:

@@ -3,28 +3,35 @@
     RUN/checkpoints/STEP/params     float32 parameters
                         /training   optimizer state and counters
                         /data       what the mixer had consumed, two int64 arrays (data/mixture.py, DataState)
-                        /info       JSON: the resolved config, fingerprints of tokenizer and data, tokens consumed
+                        /info       JSON: the resolved config, fingerprints of tokenizer and data, tokens consumed, digests
+   /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
 Nothing but this file knows Orbax. A step becomes visible only when it is whole (Orbax renames it as the last act).
+What Orbax restores it does not check: every leaf's digest (digest.py) is saved with the step and compared after a restore.
 """
 
 import json
 import logging
+import shutil
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from easylm_mling.config import ConfigError
+from easylm_mling.digest import differing, digests
+from easylm_mling.exits import NoUsableCheckpoint
+from easylm_mling.processes import everywhere, first_says, is_first, several
 from easylm_mling.step import TrainState
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
-FOLDER = "checkpoints"
+FOLDER, ASIDE = "checkpoints", "set-aside"
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
 
@@ -49,6 +56,20 @@ def _chunks(path, value):
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
 
 
+class Damaged(ValueError):
+    """A stored step is not what was saved; the message says what is wrong with it."""
+
+
+class Restored(NamedTuple):
+    """A step's training state, data state and info; and which newer steps were damaged (step, what is wrong)."""
+
+    step: int
+    state: TrainState
+    data: dict[str, np.ndarray]
+    info: dict
+    damaged: list[tuple[int, str]]
+
+
 class Checkpoints:
     """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way.
 
@@ -68,46 +89,137 @@ class Checkpoints:
             keep.append(_policies.EveryNSteps(keep_every_steps))
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.path = Path(directory).absolute() / FOLDER
-        self._orbax = ocp.training.Checkpointer(
+        self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
+        self._orbax = self._open()
+        self._begun, self.failed_in_a_row = False, 0
+
+    def _open(self):
+        return ocp.training.Checkpointer(
             str(self.path),
-            context=_context(bytes_at_a_time),
+            context=_context(self._bytes_at_a_time),
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),
-            preservation_policy=_policies.AnyPreservationPolicy(keep),
+            preservation_policy=self._keep,
             cleanup_tmp_directories=True,
         )
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._orbax.close()
+    def __exit__(self, kind, *_):
+        # After an error the others may not come to where this process would wait for them.
+        if kind is None or not several():
+            problem = self.finish()
+            self._orbax.close()
+            if problem and kind is None:
+                raise OSError(problem)
 
-    def latest_step(self) -> int | None:
-        newest = self._orbax.latest
-        return None if newest is None else newest.step
+    def steps(self) -> list[int]:
+        return sorted(c.step for c in self._orbax.checkpoints)
 
-    def save(self, state: TrainState, data: dict[str, np.ndarray], info: dict):
-        """Start to save `state` as its step; returns once the device arrays are copied. A failed save raises at the next one."""
+    def save(self, state: TrainState, data: dict[str, np.ndarray], info: dict) -> str:
+        """Start to save `state` as its step; returns once the device arrays are copied.
+
+        Returns why it cannot begin, "" if it does. Call `finish` before.
+        """
         step = int(state.step)
         training = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
-        parts = {"params": state.params, "training": training, "data": data, "info": _packed(info)}
-        self._orbax.save_checkpointables_async(step, parts, force=True)
+        arrays = {"params": state.params, "training": training, "data": data}
+        parts = {**arrays, "info": _packed({**info, "digests": digests(arrays)})}
+        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))):
+            self.failed_in_a_row += 1
+        else:
+            self._orbax.save_checkpointables_async(step, parts, force=True)
+            self._begun = True
+        return no_room
+
+    def finish(self) -> str:
+        """Wait for the save under way, if there is one; returns what went wrong with it, "" if nothing did."""
+        try:
+            self._orbax.wait()
+        except (ValueError, RuntimeError, OSError) as error:
+            # What Orbax says of a failed save depends on the file system; afterwards the object itself is of no use.
+            self._orbax = self._open()
+            self._begun = False
+            self.failed_in_a_row += 1
+            return f"{self.path}: {' '.join(str(error).split())[:300]}"
+        if self._begun:
+            self._begun, self.failed_in_a_row = False, 0
+        return ""
+
+    def _no_room(self, needed: int) -> str:
+        """The first process looks, for all, as the others must not begin a save that it does not."""
+        free = first_says(shutil.disk_usage(self.path).free if is_first() and self.path.is_dir() else 1 << 62)
+        if free >= needed * 1.02:
+            return ""
+        return f"{self.path}: a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
 
     def save_params(self, params: dict, info: dict):
         """Save parameters alone, as step 0."""
         self._orbax.save_checkpointables(0, {"params": params, "info": _packed(info)}, force=True)
 
-    def wait(self):
-        self._orbax.wait()
-
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray], dict]:
-        """The training state at `step`, placed as the abstract `state` says (any mesh), the data state and the info."""
+        """The training state at `step`, placed as the abstract `state` says (any mesh), the data state and the info.
+
+        Raises Damaged, in every process, if it cannot be read or is not what was saved.
+        """
         abstract = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
-        got = self._orbax.load_checkpointables(
-            step, {"params": state.params, "training": abstract, "data": None, "info": None}
-        )
-        data = {name: np.asarray(value) for name, value in got["data"].items()}
-        return TrainState(params=got["params"], **got["training"]), data, _unpacked(got["info"])
+        wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
+        got: Any = None
+        wrong = ""
+        try:
+            got = self._orbax.load_checkpointables(step, wanted)
+            info = _unpacked(got["info"])
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            wrong = " ".join(str(error).split())[-200:]
+        if not everywhere(not wrong):
+            raise Damaged(wrong or "another process cannot read it")
+        data = jax.tree.map(np.asarray, got["data"])
+        # Checkpoints had no digests once.
+        if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data, "info": None})):
+            raise Damaged(f"{leaf} is not what was saved")
+        return TrainState(params=got["params"], **got["training"]), data, info
+
+    def restore_newest(self, state: TrainState) -> Restored | None:
+        """The newest step that is what was saved; damaged newer ones are then set aside. None if there are no steps.
+
+        Raises NoUsableCheckpoint, having changed nothing, if every step is damaged.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            try:
+                found = Restored(step, *self._restore_patiently(step, state), damaged)
+            except Damaged as error:
+                damaged.append((step, str(error)))
+                continue
+            self.set_aside([step for step, _ in damaged], "damaged")
+            return found
+        if damaged:
+            raise NoUsableCheckpoint(
+                f"{self.path}: every checkpoint is damaged (step {damaged[0][0]}: {damaged[0][1]}); restore one from a backup, "
+                "or start a new run_dir, with init_from for parameters that can be trusted"
+            )
+        return None
+
+    def _restore_patiently(self, step: int, state: TrainState):
+        """A second time, should storage have failed for a moment: to call a step damaged costs all since the one before."""
+        try:
+            return self.restore(step, state)
+        except Damaged:
+            return self.restore(step, state)
+
+    def set_aside(self, steps: list[int], why: str):
+        """Rename steps out of the way, so that they can be saved again."""
+        if not steps:
+            return
+        self._orbax.close()
+        if is_first():
+            aside = self.path.parent / ASIDE
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                names = (f"checkpoint-{step}-{why}" + (f"-{n}" if n else "") for n in range(10**6))
+                (self.path / str(step)).rename(next(aside / name for name in names if not (aside / name).exists()))
+        everywhere(True)
+        self._orbax = self._open()
 
 
 def step_directory(directory: str | Path, step: int | None = None) -> Path:
@@ -170,8 +282,13 @@ def check_same_shapes(directory: str | Path, abstract: dict):
 
 def _packed(info: dict) -> dict:
     """As one string: Orbax sorts the keys of JSON, and the order of the sources means something."""
-    return {"json": json.dumps(info)}
+    text = json.dumps(info)
+    return {"json": text, "digest": blake2b(text.encode(), digest_size=8).hexdigest()}
 
 
 def _unpacked(stored: dict) -> dict:
-    return json.loads(stored["json"])
+    """Raises Damaged if it is not what was packed."""
+    text = stored["json"]
+    if stored.get("digest", (digest := blake2b(text.encode(), digest_size=8).hexdigest())) != digest:
+        raise Damaged("its info is not what was saved")
+    return json.loads(text)

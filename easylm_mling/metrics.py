@@ -32,7 +32,13 @@ class MetricsLog:
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
     """The lines of one kind in order of steps; where a resumed run wrote a step again, the later line counts."""
-    by_step = {}
+    by_step = {entry["step"]: entry for entry in read_events(path, kind)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_events(path: Path, kind: str) -> list[dict]:
+    """All lines of one kind in the order they were written."""
+    found = []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             try:
@@ -40,8 +46,8 @@ def read_metrics(path: Path, kind: str) -> list[dict]:
             except json.JSONDecodeError:
                 continue  # the line that a kill cut short
             if entry["kind"] == kind:
-                by_step[entry["step"]] = entry
-    return [by_step[step] for step in sorted(by_step)]
+                found.append(entry)
+    return found
 
 
 def step_metrics(metrics: dict, names: list[str]) -> dict:
@@ -65,10 +71,10 @@ def finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def make_console() -> Console:
+def make_console(quiet: bool = False) -> Console:
     """A terminal's own width; in a file or a pipe, room for the widest table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(width=110, quiet=quiet)
 
 
 class ProgressLine:

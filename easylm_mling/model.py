@@ -265,7 +265,7 @@ def _kernel(key, shape, m: ModelConfig) -> nnx.Param:
 
 
 def _norm_weight(size: int, m: ModelConfig) -> nnx.Param:
-    return nnx.Param(jnp.full((size,), 1.0 - m.family.norm_offset))
+    return nnx.Param(jnp.full((size,), 1.0 - m.family.norm_offset, jnp.float32))
 
 
 def _norm(x, weight: nnx.Param, m: ModelConfig):

@@ -38,7 +38,8 @@ class RunData:
 
     def write_start(self):
         """Keep the catalog and the estimates with the run, whose directory exists, and make the plan from them."""
-        self.catalog.save(self.run.catalog_file)
+        if self.run.writes:
+            self.catalog.save(self.run.catalog_file)
         estimates = open_estimates(self.run.estimates_file, self.catalog, self.tokenizer)
         self.plan = make_plan(self.config, self.catalog, tokens_per_byte(estimates))
         self.ledger = Ledger(self.catalog, self.plan, estimates, self.config.data.sequence_length)
@@ -64,21 +65,24 @@ class RunData:
             if old.fingerprint != info["data"]:
                 raise ConfigError(f"{self.run.path}: the catalog of the checkpoint of step {step} is gone; restore it")
             state, news = carry_over(state, old, self.catalog, self.plan, "tokenizer" not in changed)
-        forget_after(self.run.states_dir, step)
+        if self.run.writes:
+            forget_after(self.run.states_dir, step)
         if changed:
             self.keep(step, state)
         return state, news
 
     def keep(self, step: int, state: DataState):
-        """Keep the state after `step` for audits."""
+        """Keep the whole run's state after `step` for audits."""
+        if not self.run.writes:
+            return
         stages = to_tree(self.config.data)["stages"]
         keep_state(self.run.states_dir, step, KeptState(state, {"stages": stages, **self.fingerprints}))
 
     def write_ledger(self, step: int, state: DataState):
         """RUN/ledger.json, whole or not at all."""
-        write_whole(
-            self.run.ledger_file, orjson.dumps({"step": step, **self.ledger.whole(state)}, option=orjson.OPT_INDENT_2)
-        )
+        if self.run.writes:
+            whole = {"step": step, **self.ledger.whole(state)}
+            write_whole(self.run.ledger_file, orjson.dumps(whole, option=orjson.OPT_INDENT_2))
 
     def _check_stages(self, info: dict):
         """Stages that had begun when the checkpoint was made are the past, and may not change."""

@@ -5,16 +5,22 @@ RUN/config.yaml      the resolved config, written once
    /estimates.json   tokens per byte of every language, by a sample
    /tokenizer/       the tokenizer's files, to be exported with the model
    /metrics.jsonl    one line a logged step and one an evaluation, appended; after a resume the last line of a step counts
-   /quarantine.jsonl bad records
+   /quarantine.jsonl bad records; quarantine-of-process-N.jsonl those met by process N of several
    /plan.json        what `plan --keep` said of this run before it began; calibration.json: how it compared (plan/calibrate.py)
    /ledger.json      what was consumed of every source and language, written when a process ends
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/states.py
-   /checkpoints/     see checkpoint.py
+   /checkpoints/     see checkpoint.py; set-aside/ those that were damaged or rewound
+   /rewinds.jsonl    see rewind.py
+   /lease            which process trains the run, locked while it does
 
 After `--accept-data-change`, NAME-to-step-N is what config.yaml, catalog.json and tokenizer/ were up to step N.
 """
 
+import fcntl
+import os
+import socket
 from pathlib import Path
+from typing import TextIO
 
 from easylm_mling.atomic import appears_whole, write_whole
 from easylm_mling.config import ConfigError, RunConfig, differences, load, to_yaml
@@ -36,6 +42,9 @@ FREE_KEYS = (
     "train.stop_at_step",
     "train.log_every_steps",
     "train.max_skipped_in_a_row",
+    "train.stuck_minutes",
+    "train.rewind",
+    "train.skip_batches",
     "train.remat",
     "train.remat_first",
     "train.remat_first_layers",
@@ -57,17 +66,20 @@ REASONS = {
 class RunDirectory:
     """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run.
 
-    With `accept_data_change`, other sources or another tokenizer are not something else.
+    With `accept_data_change`, other sources or another tokenizer are not something else. Of several processes only one
+    `writes`.
     """
 
-    def __init__(self, config: RunConfig, accept_data_change: bool = False):
-        self.path = Path(config.run_dir)
+    def __init__(self, config: RunConfig, accept_data_change: bool = False, writes: bool = True):
+        self.path, self.writes = Path(config.run_dir), writes
+        self._lease: TextIO | None = None
         self.config_file = self.path / "config.yaml"
         self.catalog_file = self.path / "catalog.json"
         self.estimates_file = self.path / "estimates.json"
         self.ledger_file = self.path / "ledger.json"
         self.states_dir = self.path / "data_states"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.rewinds_file = self.path / "rewinds.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER
         if self.path.exists() and not self.path.is_dir():
@@ -75,11 +87,42 @@ class RunDirectory:
         self.data_settings_changed = False
         if self.config_file.is_file():
             self._check_same_run(config, accept_data_change)
-        elif self.path.is_dir() and any(p.name != "plan.json" for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name not in ("plan.json", "lease") for p in self.path.iterdir()):
             raise ConfigError(f"run_dir={self.path} is not empty and holds no run; name a new directory")
+
+    def take_lease(self):
+        """Make the directory, and keep every other trainer out of it until this object or its process is gone.
+
+        Raises ConfigError if another has it. On a file system without locks nothing is kept out.
+        """
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lease = open(self.path / "lease", "a+")
+        try:
+            fcntl.flock(self._lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lease.seek(0)
+            owner = self._lease.read(200).strip()
+            self._lease.close()
+            raise ConfigError(
+                f"run_dir={self.path} is being trained by {owner}; wait for it, stop it, or choose another run_dir"
+            ) from None
+        except OSError:
+            return
+        self._lease.truncate(0)
+        self._lease.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lease.flush()
+
+    def close(self):
+        """Give the lease back."""
+        if self._lease:
+            self._lease.close()
 
     def write_start(self, config: RunConfig):
         """Make the directory and put the config and the tokenizer's files into it (a second time: nothing to do)."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         # The config comes first: it is what makes the directory this run's, should anything be killed in between.
         if not self.config_file.exists():

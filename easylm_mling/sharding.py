@@ -32,7 +32,9 @@ RULES = {
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh of all `devices` (default: every device of every process) with axes data, fsdp and tensor."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        # One process's devices side by side: its rows of a batch then follow one another.
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     sizes = [config.data, config.fsdp, config.tensor]
     written = dict(zip(MESH_AXES, sizes, strict=True))
     known = math.prod(s for s in sizes if s != -1)
@@ -81,6 +83,14 @@ def parameter_shardings(model: ModelConfig, mesh: Mesh) -> dict:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch lie along the data and fsdp axes together."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def own_rows(mesh: Mesh, rows: int) -> range:
+    """Which of a batch's `rows` lie on this process's devices, for arrays sharded as `batch_sharding` says."""
+    held = [index[0].indices(rows) for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()]
+    own = range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
+    assert len(own) == sum(stop - start for start, stop, _ in set(held)), f"rows of one process lie apart: {held}"
+    return own
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,7 @@
 """The training loop, in order: restore, next batch, step, log, evaluate, save, stop."""
 
-import signal
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
@@ -16,10 +17,21 @@ from easylm_mling.config import RunConfig, load, to_tree
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.exits import DONE, PREEMPTED, TrainingStopped
 from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
 from easylm_mling.plan.book import Book
 from easylm_mling.plan.calibrate import beside
 from easylm_mling.plan.remat import choose_remat, with_remat
+from easylm_mling.processes import (
+    Gathering,
+    Said,
+    first_goes_first,
+    is_first,
+    own_lanes,
+    own_quarantine,
+    several,
+)
+from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
@@ -32,153 +44,239 @@ from easylm_mling.step import (
     jit_train_step,
     state_shardings,
 )
+from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
 from easylm_mling.summary import summary_table
 from easylm_mling.validation import Validation
 
-EXIT_DONE, EXIT_PREEMPTED = 0, 42
 SETTLED_STEPS = 20
 
 
-class Books(NamedTuple):
-    """The loader, and where what it gave is written down."""
+class Run(NamedTuple):
+    """What the loop works with, besides the states."""
 
+    config: RunConfig
+    mesh: Mesh
     data: RunData
     loader: Loader
+    checkpoints: Checkpoints
+    evaluate: Validation
+    gathering: Gathering
     log: MetricsLog
     console: Console
-
-    def write_languages(self, step: int, state: DataState):
-        self.log.write("languages", step, languages=self.data.ledger.languages(state))
-
-    def tell_news(self, step: int, before: DataState | None, after: DataState):
-        ends = [order.epochs for order in self.loader.orders]
-        news = self.data.ledger.news(before, after, ends, self.loader.holders)
-        if news:
-            self.log.write("news", step, news=news)
-        for line in news:
-            self.console.print(f"step {step}: {line}", highlight=False, soft_wrap=True)
+    progress: ProgressLine
+    stop: Stop
+    watchdog: Watchdog
+    rewinds: int
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
-
-
-def train(config: RunConfig, console: Console | None = None, accept_data_change: bool = False) -> int:
+def train(
+    config: RunConfig,
+    console: Console | None = None,
+    accept_data_change: bool = False,
+    max_hours: float | None = None,
+) -> int:
     """Train to the token budget (or `train.stop_at_step`), resuming from the newest checkpoint in `run_dir`.
 
     `accept_data_change`: go on with other files, sources or another tokenizer than before, as data/changes.py says.
-    Returns the exit code: 0 when the budget, stop_at_step or the end of the data is reached, 42 when a signal asked to
-    stop and the state is saved. Raises ConfigError for anything wrong with the config or the data before a device is
-    used.
+    `max_hours`: save and end at the first step after so long. Of several processes (processes.py) each calls this.
+    Returns the exit code (exits.py). Raises ConfigError for anything wrong with the config or the data before a device
+    is used.
     """
-    console = console or make_console()
     tokenizer = Tokenizer(config.data.tokenizer)
     tokenizer.check_model(config.model)
-    run = RunDirectory(config, accept_data_change)
-    data = RunData(run, config, tokenizer, accept_data_change)
     select_devices(config)
+    console = console or make_console(quiet=not is_first())
+    with first_goes_first(config):
+        config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
+    run = data.run
+    steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
+    console.print(f"run {run.path}: {steps} on mesh {dict(mesh.shape)}", highlight=False, soft_wrap=True)
+
+    with (
+        closing(run),
+        jax.set_mesh(mesh),
+        Watchdog(config.train.stuck_minutes * 60) as watchdog,
+        Checkpoints(run.path, config.checkpoint.keep_last, config.checkpoint.keep_every_steps) as checkpoints,
+        MetricsLog(run.metrics_file if is_first() else Path("/dev/null")) as log,
+        Stop(console, max_hours) as stop,
+    ):
+        rewind(config.train, checkpoints, run, log, console)
+        state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
+        evaluate = Validation(config, data.catalog, tokenizer, mesh)
+        if int(state.step) == 0:
+            log.write("eval", 0, **evaluate(state.params))
+        quarantine = own_quarantine(run.quarantine_file, list(config.data.sources), data_state)
+        with (
+            Loader(
+                config, data.catalog, tokenizer, data_state, own_lanes(config, mesh), quarantine, data.plan
+            ) as loader,
+            ProgressLine(console, config.total_steps, config.tokens_per_step, int(state.step)) as progress,
+        ):
+            together = Gathering(own_lanes(config, mesh))
+            parts = Run(
+                config, mesh, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
+                count_rewinds(run),
+            )  # fmt: skip
+            if skip:
+                data_state = skip_batches(parts, int(state.step), skip)
+            state, data_state, wish, ended = run_steps(parts, state, data_state)
+
+    if is_first():
+        tell_speed(config, run.path, mesh, console)
+        if data_state is not None:
+            data.write_ledger(int(state.step), data_state)
+            console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
+    data_ended = ended and (loader.ended or "another host's lanes have none left")
+    why, code = why_over(config, int(state.step), wish, data_ended)
+    if why:
+        console.print(why, highlight=False, soft_wrap=True)
+    return code
+
+
+def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool):
+    """Check everything that can be checked, then take the run's directory; returns the config with its remat, the mesh
+    and the data.
+    """
+    run = RunDirectory(config, accept_data_change, writes=is_first())
+    data = RunData(run, config, tokenizer, accept_data_change)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
+    own_lanes(config, mesh)
     config = with_chosen_remat(config, run, console)
     if config.init_from:
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
+    run.take_lease()
     if data.changed:
         run.set_aside(newest_step(run.path))
         run.replace_config(config)
     run.write_start(config)
     data.write_start()
-    steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
-    console.print(f"run {run.path}: {steps} on mesh {dict(mesh.shape)}", highlight=False, soft_wrap=True)
-
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(run.path, config.checkpoint.keep_last, config.checkpoint.keep_every_steps) as checkpoints,
-        MetricsLog(run.metrics_file) as log,
-        StopSignal(console) as stop,
-    ):
-        state, data_state = restore_or_init(config, mesh, checkpoints, data, console)
-        evaluate = Validation(config, data.catalog, tokenizer, mesh)
-        if int(state.step) == 0:
-            log.write("eval", 0, **evaluate(state.params))
-        with (
-            Loader(config, data.catalog, tokenizer, data_state, None, run.quarantine_file, data.plan) as loader,
-            ProgressLine(console, config.total_steps, config.tokens_per_step, int(state.step)) as progress,
-        ):
-            books = Books(data, loader, log, console)
-            save = partial(save_checkpoint, config, checkpoints, data)
-            state, data_state, ended = run_steps(config, mesh, state, data_state, books, save, evaluate, progress, stop)
-
-    done = int(state.step)
-    tell_speed(config, run.path, mesh, console)
-    if data_state is not None:
-        data.write_ledger(done, data_state)
-        console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
-    if stop.requested:
-        console.print(f"stopped by a signal at step {done}, saved; the same command goes on from here", soft_wrap=True)
-        return EXIT_PREEMPTED
-    if ended:
-        why = loader.ended or "another host's lanes have none left"
-        console.print(f"the data ended at step {done} of {config.total_steps}: {why}", soft_wrap=True)
-    elif done < config.total_steps:
-        console.print(f"stopped at step {done} of {config.total_steps}, as train.stop_at_step says", soft_wrap=True)
-    return EXIT_DONE
+    return config, mesh, data
 
 
-def run_steps(config: RunConfig, mesh, state, data_state, books: Books, save, evaluate, progress, stop):
-    """Next batch, step, log, evaluate, save, stop: until the budget, stop_at_step, the end of the data or a signal.
+def why_over(config: RunConfig, done: int, wish: int, data_ended: str | bool) -> tuple[str, int]:
+    """What to say at the end of a process, and its exit code."""
+    if done == config.total_steps:
+        return "", DONE
+    if wish == SIGNALLED:
+        return f"stopped by a signal at step {done}, saved; the same command goes on from here", PREEMPTED
+    if data_ended:
+        return f"the data ended at step {done} of {config.total_steps}: {data_ended}", DONE
+    reason = "after --max-hours" if wish == OUT_OF_TIME else "as train.stop_at_step says"
+    return f"stopped at step {done} of {config.total_steps}, {reason}", DONE
 
-    Returns the last states, and whether the data ended.
+
+def run_steps(
+    run: Run, state: TrainState, data_state: DataState | None
+) -> tuple[TrainState, DataState | None, int, bool]:
+    """Next batch, step, log, evaluate, save, stop: until the budget, stop_at_step, the end of the data or a wish to stop.
+
+    Returns the last states, the wish, and whether the data ended.
     """
-    train_step = jit_train_step(config, mesh)
+    config = run.config
+    train_step = jit_train_step(config, run.mesh)
     start = saved = int(state.step)
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
+    wish = GO_ON
     waiting = None  # a step's metrics are read while the next one runs, so that the device never waits for the host
     for step in range(start + 1, end + 1):
-        item = next_everywhere(books.loader)
+        item = next_everywhere(run.loader)
         if item is None:
             break
-        before, (batch, data_state) = data_state, item
-        state, metrics = train_step(state, to_device(batch, mesh, PartitionSpec(BATCH_AXES)))
+        batch, consumed = item
+        state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
+        answer = run.gathering.start(run.stop.wish(), consumed)
         if waiting:
-            report(config, books, progress, *waiting)
-        if step == start + SETTLED_STEPS:
-            tell_speed(config, books.data.run.path, mesh, books.console)
-        waiting = step, metrics, before, data_state
+            wish, data_state = report(run, data_state, *waiting)
+        waiting = step, metrics, answer
+        if step == start + SETTLED_STEPS and is_first():
+            tell_speed(config, run.data.run.path, run.mesh, run.console)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
-            books.log.write("eval", step, **evaluate(state.params))
-        stopping = stop.requested
-        if step == end or step % config.checkpoint.every_steps == 0 or stopping:
-            save(state, data_state)
-            books.write_languages(step, data_state)
+            run.log.write("eval", step, **run.evaluate(state.params))
+        if step == end or step % config.checkpoint.every_steps == 0 or wish:
+            save(run, state, answer().state, last=step == end or wish != GO_ON)
             saved = step
-        if stopping:
+        run.watchdog.beat()
+        if wish:
             break
     if waiting:
-        report(config, books, progress, *waiting)
+        wish, data_state = report(run, data_state, *waiting)
     if item is None and (done := int(state.step)) > start:
-        books.log.write("eval", done, **evaluate(state.params))
-        if done > saved:
-            save(state, data_state)
-            books.write_languages(done, data_state)
-    return state, data_state, item is None
+        run.log.write("eval", done, **run.evaluate(state.params))
+        if done > saved and data_state is not None:
+            save(run, state, data_state, last=True)
+    return state, data_state, wish, item is None
 
 
 def next_everywhere(loader: Loader):
     """The loader's next (batch, state), or None if it has ended on any host: then all hosts end at the same step."""
     item = next(loader, None)
-    if jax.process_count() > 1 and any(order.epochs is not None for order in loader.orders):
+    if several() and any(order.epochs is not None for order in loader.orders):
         # A step's worth of waiting for one bit, only in runs whose sources can be used up.
         if bool(np.any(multihost_utils.process_allgather(np.array(item is None)))):
             return None
     return item
 
 
-def save_checkpoint(config: RunConfig, checkpoints: Checkpoints, data: RunData, state: TrainState, data_state):
-    tokens = int(state.step) * config.tokens_per_step
-    info = {"config": to_tree(config), "tokens": tokens, **data.fingerprints}
-    checkpoints.save(state, data_state._asdict(), info)
-    data.keep(int(state.step), data_state)
+def save(run: Run, state: TrainState, data_state: DataState, last: bool):
+    """Start to save the step, with the whole run's data state.
+
+    A save that fails is told; the `last` one's, too many in a row, or one of several processes', ends the run.
+    """
+    step, checkpoints = int(state.step), run.checkpoints
+    info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
+    lost = checkpoints.finish()
+    unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
+    for problem in filter(None, (lost, unsaved)):
+        run.log.write("save_failed", step, problem=problem, in_a_row=checkpoints.failed_in_a_row)
+        run.console.print(f"step {step}: a checkpoint could not be saved: {problem}", highlight=False, soft_wrap=True)
+    if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed or (lost and several()):
+        raise TrainingStopped(
+            f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
+            "the disk, then run again: it resumes from the newest checkpoint"
+        )
+    if not unsaved:
+        run.data.keep(step, data_state)
+        run.log.write("languages", step, languages=run.data.ledger.languages(data_state))
+
+
+def skip_batches(run: Run, step: int, count: int) -> DataState:
+    """Pass over `count` batches after the checkpoint of `step`; returns the whole run's data state behind them."""
+    own = None
+    for _ in range(count):
+        if (item := next_everywhere(run.loader)) is None:
+            break
+        own = item[1]
+    assert own is not None
+    state = run.gathering.start(GO_ON, own)().state
+    # Audits of later steps draw them from here.
+    run.data.keep(step, state)
+    return state
+
+
+def report(run: Run, before: DataState | None, step: int, metrics: dict, answer: Callable[[], Said]) -> Said:
+    """Log one finished step and return what was said at it; stop the run when too many in a row changed nothing."""
+    config, said = run.config, answer()
+    values = step_metrics(metrics, list(config.data.sources))
+    rate = run.progress.update(step, values["loss"])
+    if step % config.train.log_every_steps == 0:
+        values["ledger"] = run.data.ledger.sources(said.state)
+        tokens = step * config.tokens_per_step
+        run.log.write("train", step, tokens=tokens, tokens_per_second=rate and round(rate, 1), **values)
+    ends = [order.epochs for order in run.loader.orders]
+    news = run.data.ledger.news(before, said.state, ends, run.loader.holders)
+    if news:
+        run.log.write("news", step, news=news)
+    for line in news:
+        run.console.print(f"step {step}: {line}", highlight=False, soft_wrap=True)
+    if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
+        raise TrainingStopped(
+            f"the loss or gradient was not finite in {config.train.max_skipped_in_a_row} steps in a row, up to step {step}; "
+            "parameters are unchanged since. Lower optimizer.learning_rate or look at the data, then run again: it resumes "
+            "from the newest checkpoint"
+        )
+    return said
 
 
 def select_devices(config: RunConfig):
@@ -198,40 +296,26 @@ def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) ->
 
 def restore_or_init(
     config, mesh, checkpoints: Checkpoints, data: RunData, console
-) -> tuple[TrainState, DataState | None]:
-    """The newest checkpoint's state on this mesh, or a fresh one (from `init_from` where given) and no data state."""
+) -> tuple[TrainState, DataState | None, int]:
+    """The newest checkpoint's state on this mesh, or a fresh one (from `init_from` where given) and no data state.
+
+    Last, how many batches to leave out now: those of a rewind to this very checkpoint.
+    """
     shardings = state_shardings(config, mesh)
-    step = checkpoints.latest_step()
-    if step is not None:
-        state, stored, info = checkpoints.restore(step, abstract_state(config, mesh))
-        data_state, news = data.resume(step, DataState(**stored), info)
-        for line in (f"resumed from the checkpoint of step {step}", *news):
+    if found := checkpoints.restore_newest(abstract_state(config, mesh)):
+        for step, wrong in found.damaged:
+            console.print(f"the checkpoint of step {step} is damaged and set aside: {wrong}", soft_wrap=True)
+        data_state, news = data.resume(found.step, DataState(**found.data), found.info)
+        for line in (f"resumed from the checkpoint of step {found.step}", *news):
             console.print(line, highlight=False, soft_wrap=True)
-        return state, data_state
+        return found.state, data_state, batches_to_skip(data.run, found.step, found.info)
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
         params = load_params(config.init_from, abstract)
         console.print(f"parameters taken from {config.init_from}")
-        return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None
+        return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
     fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
-    return fresh(), None
-
-
-def report(config: RunConfig, books: Books, progress: ProgressLine, step: int, metrics, before, data_state):
-    """Log one finished step; stop the run when too many in a row changed nothing."""
-    values = step_metrics(metrics, list(config.data.sources))
-    rate = progress.update(step, values["loss"])
-    if step % config.train.log_every_steps == 0:
-        values["ledger"] = books.data.ledger.sources(data_state)
-        tokens = step * config.tokens_per_step
-        books.log.write("train", step, tokens=tokens, tokens_per_second=rate and round(rate, 1), **values)
-    books.tell_news(step, before, data_state)
-    if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
-        raise TrainingStopped(
-            f"the loss or gradient was not finite in {config.train.max_skipped_in_a_row} steps in a row, up to step {step}; "
-            "parameters are unchanged since. Lower optimizer.learning_rate or look at the data, then run again: it resumes "
-            "from the newest checkpoint"
-        )
+    return fresh(), None, 0
 
 
 def tell_speed(config: RunConfig, run: Path, mesh, console: Console):
@@ -240,24 +324,3 @@ def tell_speed(config: RunConfig, run: Path, mesh, console: Console):
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if line := beside(run, config, device.device_kind, mesh.size, memory):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-class StopSignal:
-    """Within it, the first SIGTERM or Ctrl-C asks the loop to save and stop after the step under way; the second stops at once."""
-
-    def __init__(self, console: Console):
-        self.console, self.requested = console, False
-
-    def __enter__(self):
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, _frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.console.print(f"{signal.Signals(number).name}: saving after this step; once more stops at once")

@@ -10,7 +10,7 @@ from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.loader import Batch, holdout_rows, to_device
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.metrics import mean_loss
-from easylm_mling.sharding import BATCH_AXES
+from easylm_mling.sharding import BATCH_AXES, own_rows
 from easylm_mling.step import jit_eval_step
 
 
@@ -24,6 +24,7 @@ class Validation:
         self.config, self.catalog, self.tokenizer, self.mesh = config, catalog, tokenizer, mesh
         self.names = list(config.data.sources)
         self.rows_per_batch = config.train.batch_size // config.train.accumulation_steps
+        self.own = own_rows(mesh, self.rows_per_batch)
         self.eval_step = jit_eval_step(config, mesh)
 
     @cached_property
@@ -38,7 +39,7 @@ class Validation:
     def __call__(self, params: dict) -> dict:
         sums, counts = np.zeros(len(self.names)), np.zeros(len(self.names))
         for start in range(0, len(self.rows["source"]), self.rows_per_batch):
-            batch = {key: v[start : start + self.rows_per_batch] for key, v in self.rows.items()}
+            batch = {key: v[start + self.own.start : start + self.own.stop] for key, v in self.rows.items()}
             entropy, targets = self.eval_step(params, to_device(batch, self.mesh, PartitionSpec(BATCH_AXES)))
             sums += np.asarray(entropy, np.float64)
             counts += np.asarray(targets, np.float64)

@@ -25,7 +25,12 @@ MAY_IMPORT = {
     "loss": {"sharding"},
     "optimizer": {"config", "params"},
     "step": {"compiler_flags", "config", "loss", "model", "optimizer", "sharding", "splash"},
-    "checkpoint": {"config", "step"},
+    "digest": set(),
+    "checkpoint": {"config", "digest", "exits", "processes", "step"},
+    "exits": set(),
+    "stopping": {"exits"},
+    "processes": {"config", "data.mixture", "data.quarantine", "exits", "sharding"},
+    "rewind": {"checkpoint", "config", "metrics", "processes", "run_dir"},
     "run_dir": {"atomic", "config", "hf.files"},
     "metrics": set(),
     "run_data": {

@@ -231,3 +231,9 @@ def test_every_family_has_its_own_loss_on_any_mesh(family):
         sums, _ = jit_eval_step(config, mesh)(sharded, jax.device_put(batch, batch_sharding(mesh)))
     expected = [entropy[batch["source"] == s].sum() for s in (0, 1)]
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
+def test_a_fresh_state_is_typed_as_a_restored_one():
+    """Else the step is compiled once for the first state and again for the second."""
+    params = jax.eval_shape(lambda: init_params(make_config().model, 0))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))

@@ -40,6 +40,11 @@ class TrainConfig:
     stop_at_step: int = 0
     # A step whose loss or gradient is not finite changes nothing; this many in a row stop the run.
     max_skipped_in_a_row: int = 5
+    # A process that finishes no step (or the first one's compilation, or a save) in so long ends with exit code 85. 0: never.
+    stuck_minutes: float = 30.0
+    # Go back to the checkpoint of this step, once, and leave out so many batches after it (those of a spike, say).
+    rewind: int = 0
+    skip_batches: int = 0
     # XLA's own flags for the step (`xla_name: 'value'`), over those in compiler_flags.py.
     compiler_flags: dict[str, str] = field(default_factory=dict)
     # The share of a chip's memory that `remat: auto` and `plan --search` may fill.
@@ -73,6 +78,12 @@ class TrainConfig:
         check(self.z_loss >= 0, f"train.z_loss={self.z_loss} must be zero or more")
         check(self.stop_at_step >= 0, f"train.stop_at_step={self.stop_at_step} must be zero or more")
         check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")
+        check(self.rewind >= 0, f"train.rewind={self.rewind} must be zero or more")
+        check(
+            self.skip_batches == 0 or (self.skip_batches > 0 and self.rewind > 0),
+            f"train.skip_batches={self.skip_batches} must be zero or more, and needs train.rewind=STEP",
+        )
+        check(0 <= self.stuck_minutes < math.inf, f"train.stuck_minutes={self.stuck_minutes} must be zero or more")
 
 
 @dataclass(frozen=True)
@@ -135,10 +146,13 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2
     keep_every_steps: int = 0
+    # So many saves in a row that fail (a full disk, say) end the training; fewer are told and counted.
+    max_failed: int = 3
 
     def __post_init__(self):
         check(self.every_steps > 0, f"checkpoint.every_steps={self.every_steps} must be positive")
         check(self.keep_last > 0, f"checkpoint.keep_last={self.keep_last} must be positive")
+        check(self.max_failed > 0, f"checkpoint.max_failed={self.max_failed} must be positive")
         check(self.keep_every_steps >= 0, f"checkpoint.keep_every_steps={self.keep_every_steps} must be zero or more")
 
 

@@ -1,0 +1,278 @@
+"""Several processes that train one run together, one for each host: how they find each other, and agree.
+
+Every process runs the same program in the same order and holds its own rows of each batch and its own shards of the
+state. What must be decided or written once is decided and written by the first process, number 0. The run directory
+must be one that all of them see.
+"""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from hashlib import blake2b
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from easylm_mling.config import ConfigError, RunConfig, to_yaml
+from easylm_mling.data.mixture import DataState, whole_state
+from easylm_mling.data.quarantine import Quarantine
+from easylm_mling.exits import STOPPED, STUCK, TrainingStopped, tell
+from easylm_mling.sharding import own_rows
+
+# How long a process may be dead or out of reach before JAX ends the others, where no broken connection tells them before.
+_HEARTBEAT_SECONDS = 100
+
+
+class Place(NamedTuple):
+    """Which process this is, of how many, and where process 0 listens (`host:port`, one that is free there)."""
+
+    coordinator: str
+    count: int
+    index: int
+
+
+def find_place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
+    """From the flags, or JAX's own JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; None if neither is there."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    found = [os.environ.get(n) if v is None else v for v, n in zip((coordinator, count, index), names, strict=True)]
+    if found == [None] * 3:
+        return None
+    try:
+        place = Place(str(found[0]), int(str(found[1])), int(str(found[2])))
+        known = None not in found and int(place.coordinator.rpartition(":")[2]) > 0
+    except ValueError:
+        known = False
+    if not known or not 0 <= place.index < place.count:
+        raise ConfigError(
+            f"--coordinator={found[0]} --processes={found[1]} --process-id={found[2]}: give all three (or {', '.join(names)}), "
+            "as host:port of process 0, the number of processes, and this one's number from 0 on"
+        )
+    return place
+
+
+@contextmanager
+def joined(place: Place | None, wait_seconds: float, on_cpu: bool = False) -> Iterator[None]:
+    """Within it all processes are one JAX system; alone, unless there is a `place` or this is a host of a TPU slice (whose
+    TPUs are not wanted `on_cpu`).
+
+    Raises TrainingStopped, naming those that are missing, if they are not all there after `wait_seconds`. An error inside
+    ends this process at once: an orderly end would wait for the others, and those wait for this one.
+    """
+    # Both are there on a TPU's host only; its metadata then say who the others are.
+    on_tpu = bool(find_spec("libtpu")) and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+    if place is None and (on_cpu or not on_tpu):
+        yield
+        return
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
+    initialize = partial(
+        jax.distributed.initialize,
+        initialization_timeout=int(wait_seconds),
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+    if place is None:
+        print(f"joining the slice's other hosts, for up to {wait_seconds:.0f} seconds", file=sys.stderr)
+        try:
+            initialize()
+        except ValueError as error:
+            print(f"no other hosts are known here ({error}): going on alone", file=sys.stderr)
+    else:
+        if place.count > 1:
+            roll_call(place, wait_seconds)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        initialize(*place)
+    try:
+        yield
+    except BaseException as error:
+        if not several():
+            raise
+        code = _lost(error) or tell(error)
+        if code is None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STOPPED if code is None else code)
+
+
+def _lost(error: BaseException) -> int | None:
+    """The exit code after an error that says, for all that is known, that another process is gone."""
+    # Of whatever type: an operation that fails when it is begun raises another one than one that fails later.
+    if not str(error).startswith(
+        ("UNKNOWN:", "UNAVAILABLE:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")
+    ):
+        return None
+    first = str(error).splitlines()[0]
+    print(
+        f"error: process {jax.process_index()} cannot go on with the others; one of them has most likely died, and its "
+        f"output says why ({first}). Start all of them again: the run goes on from its newest checkpoint",
+        file=sys.stderr,
+    )
+    return STUCK
+
+
+def roll_call(place: Place, wait_seconds: float):
+    """Wait until all processes have called at process 0; raise TrainingStopped that names the missing.
+
+    (JAX's own wait ends in an abort that does not say who is missing.) One line of text goes each way.
+    """
+    host, _, port = place.coordinator.rpartition(":")
+    until = time.monotonic() + wait_seconds
+    answer = _collect(int(port), place.count, until) if place.index == 0 else _call(host, int(port), place.index, until)
+    if answer is None:
+        raise TrainingStopped(
+            f"process {place.index}: process 0 did not answer at {place.coordinator} within {wait_seconds:.0f} seconds; "
+            "start it, or correct --coordinator, or wait longer with --wait-seconds"
+        )
+    if answer != "go":
+        raise TrainingStopped(
+            f"{answer} of {place.count} did not join within {wait_seconds:.0f} seconds; start every process, or wait longer "
+            "with --wait-seconds"
+        )
+
+
+def _collect(port: int, count: int, until: float) -> str:
+    """Process 0's part: "go", or the names of the missing, told to all who called."""
+    called: dict[int, socket.socket] = {}
+    with socket.create_server(("", port)) as server:
+        while len(called) < count - 1 and (left := until - time.monotonic()) > 0:
+            server.settimeout(left)
+            with suppress(TimeoutError):
+                caller, _ = server.accept()
+                caller.settimeout(1)
+                said = caller.recv(16)
+                if said.strip().isdigit() and 0 < int(said) < count:
+                    called[int(said)] = caller
+    missing = sorted(set(range(1, count)) - set(called))
+    listed = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    answer = f"process{'es' if len(missing) > 1 else ''} {listed}" if missing else "go"
+    for caller in called.values():
+        with suppress(OSError):
+            caller.sendall(answer.encode())
+            caller.close()
+    return answer
+
+
+def _call(host: str, port: int, index: int, until: float) -> str | None:
+    while (left := until - time.monotonic()) > 0:
+        with suppress(OSError), socket.create_connection((host, port), timeout=left) as caller:
+            caller.sendall(f"{index}\n".encode())
+            # Process 0 may have begun to wait later than this one.
+            caller.settimeout(left + 5)
+            if answer := caller.recv(1000).decode(errors="replace"):
+                return answer
+        time.sleep(0.1)
+    return None
+
+
+def several() -> bool:
+    """Whether there are other processes. Does not wake a device when there are none."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    return not several() or jax.process_index() == 0
+
+
+def everywhere(well: bool) -> bool:
+    """Whether it is well with all processes; all must ask, and none goes on before all have."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(well)))) if several() else well
+
+
+def first_says(number: int) -> int:
+    """What the first process says, for all."""
+    if not several():
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.array([number], np.int64).view(np.uint32)).view(np.int64)[0])
+
+
+@contextmanager
+def first_goes_first(config: RunConfig) -> Iterator[None]:
+    """The block runs in process 0, and then, if that went well, in all others; everywhere with the same config."""
+    if not several():
+        yield
+        return
+    digest = np.frombuffer(blake2b(to_yaml(config).encode(), digest_size=8).digest(), np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    if others := np.flatnonzero(np.any(digests != digests[0], axis=1)).tolist():
+        raise ConfigError(f"process {others[0]} was started with another config than process 0; give all the same")
+    if is_first():
+        yield
+        everywhere(True)
+    else:
+        everywhere(True)
+        yield
+
+
+def own_lanes(config: RunConfig, mesh: Mesh) -> range:
+    """The lanes whose rows lie on this process's devices; processes that share rows have the same lanes."""
+    rows, per_lane = own_rows(mesh, config.train.batch_size), config.train.batch_size // config.lanes
+    if rows.start % per_lane or rows.stop % per_lane:
+        raise ConfigError(
+            f"data.lanes={config.lanes}: {jax.process_count()} processes hold {len(rows)} rows of a batch each, which is no "
+            f"whole number of lanes of {per_lane} rows; use fewer processes for this run (its lanes are fixed)"
+        )
+    return range(rows.start // per_lane, rows.stop // per_lane)
+
+
+class Said(NamedTuple):
+    """What all processes together say at a step."""
+
+    wish: int  # the largest of all
+    state: DataState  # of the whole run
+
+
+class Gathering:
+    """Brings what every process says at a step together, without waiting for it: the answer is asked for a step later."""
+
+    def __init__(self, lanes: range):
+        self._lanes = lanes
+        devices = {d.process_index: d for d in reversed(jax.devices())}
+        self._mesh = Mesh(np.array([devices[i] for i in sorted(devices)]), ("process",))
+        self._each = NamedSharding(self._mesh, PartitionSpec("process"))
+        self._copy = jax.jit(lambda x: x, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+
+    def start(self, wish: int, state: DataState) -> Callable[[], Said]:
+        """`state` is this process's own (mixture.own_state). All processes must call it at the same steps."""
+        if not several():
+            return lambda: Said(wish, state)
+        own = state.lanes[self._lanes.start : self._lanes.stop]
+        head = np.array([wish, self._lanes.start], np.int64)
+        # JAX would make 32-bit numbers of 64-bit ones.
+        said = np.concatenate([head, own.reshape(-1), state.languages.reshape(-1)]).view(np.uint32)
+        with jax.set_mesh(self._mesh):
+            gathered = self._copy(jax.make_array_from_process_local_data(self._each, said[None]))
+        return lambda: self._read(np.asarray(gathered), state)
+
+    def _read(self, gathered: np.ndarray, like: DataState) -> Said:
+        said = np.ascontiguousarray(gathered).view(np.int64)
+        states = {}
+        size = len(self._lanes) * like.lanes[0].size
+        for (start, *_), numbers in zip(said[:, 1:2].tolist(), said[:, 2:], strict=True):
+            lanes = np.zeros_like(like.lanes)
+            lanes[start : start + len(self._lanes)] = numbers[:size].reshape(len(self._lanes), *lanes.shape[1:])
+            states[start] = DataState(lanes, numbers[size:].reshape(like.languages.shape))
+        return Said(int(said[:, 0].max()), whole_state(list(states.values())))
+
+
+def own_quarantine(path: Path, sources: list[str], state: DataState | None) -> Path:
+    """This process's list of bad records, beside the first's `path`.
+
+    The first forgets what processes that are no more had read ahead of `state`, for it will be read again.
+    """
+    if is_first():
+        for other in path.parent.glob(f"{path.stem}-of-process-*{path.suffix}"):
+            number = other.stem.rpartition("-")[2]
+            if number.isdigit() and int(number) >= (jax.process_count() if several() else 1):
+                Quarantine(other, sources, state and state.lanes)
+        return path
+    return path.with_name(f"{path.stem}-of-process-{jax.process_index()}{path.suffix}")

@@ -1,0 +1,52 @@
+"""Going back to an older checkpoint and leaving out some batches, as one does by hand after a spike of the loss.
+
+RUN/rewinds.jsonl lists what was done. A checkpoint counts the lines there were when it was saved, so a restore knows
+whether batches are to be left out after it: then a kill in between, or the same command again, changes nothing.
+"""
+
+from rich.console import Console
+
+from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.config import ConfigError, TrainConfig
+from easylm_mling.metrics import MetricsLog, read_events
+from easylm_mling.processes import first_says, is_first
+from easylm_mling.run_dir import RunDirectory
+
+
+def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, log: MetricsLog, console: Console):
+    """Do what `train.rewind` asks for, unless it is what the run did last: set newer steps aside, and write it down.
+
+    Raises ConfigError if there is no such checkpoint.
+    """
+    to, skip = train.rewind, train.skip_batches
+    if not to:
+        return
+    done = _past(run)[-1:]
+    if first_says(bool(done) and (done[0]["step"], done[0]["skip_batches"]) == (to, skip)):
+        console.print(f"train.rewind={to}: the run did so before, and goes on", highlight=False)
+        return
+    steps = checkpoints.steps()
+    if to not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"train.rewind={to}: there is no checkpoint of that step; there are: {there}")
+    checkpoints.set_aside([step for step in steps if step > to], "rewound")
+    if is_first():
+        with MetricsLog(run.rewinds_file) as past:
+            for record in (past, log):
+                record.write("rewind", to, skip_batches=skip, from_step=steps[-1])
+    console.print(f"rewound to step {to} from {steps[-1]}, leaving out {skip} batches", highlight=False, soft_wrap=True)
+
+
+def count_rewinds(run: RunDirectory) -> int:
+    """How many there were, for a checkpoint's info."""
+    return first_says(len(_past(run)))
+
+
+def batches_to_skip(run: RunDirectory, step: int, info: dict) -> int:
+    """How many batches to leave out after the checkpoint of `step` with this info."""
+    later = _past(run)[info.get("rewinds", 0) :]
+    return first_says(later[-1]["skip_batches"] if later and later[-1]["step"] == step else 0)
+
+
+def _past(run: RunDirectory) -> list[dict]:
+    return read_events(run.rewinds_file, "rewind") if is_first() and run.rewinds_file.exists() else []

@@ -1,0 +1,116 @@
+"""What may not happen to a run directory: two trainers, a full disk, a rewind that is half done, a time limit."""
+
+import shutil
+import subprocess
+import time
+
+import pytest
+from processes import TINY, assert_same_bits, outcome, train_here
+
+import easylm_mling.train
+from easylm_mling.checkpoint import load_data_state
+from easylm_mling.config import ConfigError, load
+from easylm_mling.exits import TrainingStopped
+from easylm_mling.metrics import read_events
+from easylm_mling.run_dir import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_here(run_dir, "checkpoint.keep_last=9", "checkpoint.every_steps=2")
+    return run_dir
+
+
+def test_a_second_trainer_is_refused_while_the_first_lives(tmp_path):
+    first = RunDirectory(load(["configs/demo.yaml"], [*TINY, f"run_dir={tmp_path / 'run'}"]))
+    first.take_lease()
+    with pytest.raises(ConfigError, match=r"is being trained by process \d+ on "):
+        train_here(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["lease"]
+    first.close()
+    train_here(tmp_path / "run", "train.stop_at_step=1")
+    train_here(tmp_path / "run", "train.stop_at_step=2")
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(undisturbed, tmp_path, monkeypatch):
+    usage, asked = shutil.disk_usage, []
+
+    def full_twice(path):
+        asked.append(path)
+        return usage(path)._replace(free=1000) if len(asked) <= 2 else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full_twice)
+    said = train_here(tmp_path / "run", "checkpoint.every_steps=2")
+    assert "step 2: a checkpoint could not be saved" in said and "0 MB are free" in said
+    assert [x["in_a_row"] for x in read_events(tmp_path / "run" / "metrics.jsonl", "save_failed")] == [1, 2]
+    assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
+
+
+def test_a_disk_that_stays_full_stops_the_run(tmp_path, monkeypatch):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    with pytest.raises(TrainingStopped, match="3 checkpoints in a row could not be saved"):
+        train_here(tmp_path / "run", "checkpoint.every_steps=2")
+    with pytest.raises(TrainingStopped, match="1 checkpoints in a row could not be saved"):
+        train_here(tmp_path / "other", "train.stop_at_step=1")
+
+
+def test_a_rewind_is_done_once_and_survives_a_kill(undisturbed, tmp_path, monkeypatch):
+    ends = []
+    for name in ("at once", "interrupted"):
+        run_dir = tmp_path / name
+        shutil.copytree(undisturbed, run_dir)
+        asked = ["train.rewind=4", "train.skip_batches=2", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]
+        if name == "interrupted":
+            # Killed before the first step, then the same command; then stopped, and another command goes on.
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(easylm_mling.train, "run_steps", killed)
+                train_here(run_dir, *asked)
+            assert "the run did so before" in train_here(run_dir, *asked, "train.stop_at_step=5")
+            train_here(run_dir, "train.stop_at_step=6")
+            train_here(run_dir, "checkpoint.keep_last=9")
+        else:
+            assert "rewound to step 4 from 10, leaving out 2 batches" in train_here(run_dir, *asked)
+        aside = sorted(p.name for p in (run_dir / "set-aside").iterdir())
+        assert aside == ["checkpoint-10-rewound", "checkpoint-6-rewound", "checkpoint-8-rewound"]
+        assert len(read_events(run_dir / "metrics.jsonl", "rewind")) == 1
+        ends.append(outcome(run_dir))
+    assert_same_bits(*ends)
+    assert load_data_state(tmp_path / "at once")["lanes"][..., 6].sum() == 12 * 256
+    with pytest.raises(
+        ConfigError, match="train.rewind=5: there is no checkpoint of that step; there are: 2, 4, 8, 10"
+    ):
+        train_here(tmp_path / "at once", "train.rewind=5")
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_ends_when_its_time_is_up(undisturbed, tmp_path):
+    assert "of 10, after --max-hours" in train_here(tmp_path / "run", max_hours=0)
+    train_here(tmp_path / "run")
+    assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
+
+
+@pytest.mark.faults
+def test_a_real_small_disk(undisturbed, tmp_path):
+    """A tmpfs that something else fills in the middle of the run, and frees again."""
+    (tmp_path / "small").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(tmp_path / "small")]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a tmpfs")
+    try:
+        run_dir = tmp_path / "small" / "run"
+        train_here(run_dir, "checkpoint.every_steps=2", "train.stop_at_step=4")
+        rest = tmp_path / "small" / "rest"
+        rest.write_bytes(bytes(shutil.disk_usage(rest.parent).free - 300_000))
+        with pytest.raises(TrainingStopped, match="are free"):
+            train_here(run_dir, "checkpoint.every_steps=2")
+        rest.unlink()
+        train_here(run_dir)
+        assert_same_bits(outcome(run_dir), outcome(undisturbed))
+    finally:
+        time.sleep(0.5)
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
