@@ -4,6 +4,7 @@ Axis letters: B batch, T positions, C chunk of positions, D embed, V vocabulary.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
     """((sum, cross entropy, z-loss), (gradient by hidden, by head) if `differentiate`)."""
     assert targets.shape == mask.shape == hidden.shape[:2], (hidden.shape, targets.shape, mask.shape)
     chunk = min(chunk, hidden.shape[1])
-    run = partial(_chunks, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap, differentiate=differentiate)
+    run: Any = partial(_chunks, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap, differentiate=differentiate)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         (entropy, z), gradients = run(hidden, head.astype(hidden.dtype), targets, mask, None)
@@ -113,4 +114,5 @@ def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_los
     (sums, by_head), by_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
     if not differentiate:
         return sums, None
+    assert by_hidden is not None
     return sums, (jnp.moveaxis(by_hidden, 0, 1).reshape(B, T + padding, D)[:, :T], by_head)

@@ -6,6 +6,7 @@ Axis letters as in attention.py.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def _on_each_device(q, k, v, segment_ids, window, soft_cap, block, interpret):
         # Every shard of the queries takes the one key/value head that is its own.
         k, v = (jnp.repeat(x, shards // heads, axis=2) for x in (k, v))
     by_head, by_row = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
-    run = lambda *x: _by_heads(*x, window, soft_cap, block, interpret)  # noqa: E731
+    run = lambda q, k, v, s: _by_heads(q, k, v, s, window, soft_cap, block, interpret)  # noqa: E731
     specs = (by_head, by_head, by_head, by_row)
     return jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segment_ids)
 
@@ -75,7 +76,7 @@ def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):
     # Mapped over key/value heads, and not given them at once: only a mapped axis of the grid is split over the two
     # cores of a v4 or v5p chip in the backward pass.
     over_heads = jax.vmap(kernel, (0, 0, 0, None))
-    out = jax.vmap(over_heads)(q, k, v, segments)
+    out: Any = jax.vmap(over_heads)(q, k, v, segments)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 

@@ -95,7 +95,7 @@ def batch_loss(params, batch, graph, train: TrainConfig, sources: int, splash_bl
     remat = Remat(train.remat, train.remat_first, train.remat_first_layers)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, remat, splash_block)
     cap = model.config.final_logit_softcapping
-    total, entropy, _ = cross_entropy(
+    total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, model.head, batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss, cap
     )
     by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=sources)

@@ -112,6 +112,27 @@ def test_a_synchronous_collective_is_waited_for_and_an_asynchronous_one_only_bey
     assert behind(1_050_000_000).waiting == 0
 
 
+def test_a_collective_on_the_sparse_cores_hides_behind_compute():
+    offloaded = (
+        "%offloaded (p: f32[1024,1024]) -> f32[32768,1024] {\n  %p = f32[1024,1024] parameter(0)\n"
+        f"  ROOT %a = {GATHER} all-gather(%p), replica_groups=mesh['axis_0'=32] {{'axis_0'}}, dimensions={{0}}\n}}\n\n"
+        "%wrapped (p: f32[1024,1024]) -> f32[32768,1024] {\n  %p = f32[1024,1024] parameter(0)\n"
+        f'  ROOT %c = {GATHER} custom-call(%p), custom_call_target="x", called_computations={{%offloaded}}\n'
+        '}, execution_thread="sparsecore"'
+    )
+
+    def behind(cycles):
+        start = '  %g = ((), (), s32[8]) async-start(), async_execution_thread="sparsecore", calls=%wrapped'
+        update = f"  %u = ((f32[1024,1024]), {GATHER}, s32[8]) async-update(%g, %s)"
+        main = f"{X}\n{SHARD}\n{start}\n{update}\n{fusion('f', cycles)}\n  %d = {GATHER} async-done(%u)"
+        return walk(parse(program(main, f"{ELEMENTWISE}\n\n{offloaded}")), V4)
+
+    seconds = GATHERED / 90e9
+    assert behind(1_050_000).waiting == pytest.approx(seconds - 1e-3)
+    assert behind(1_050_000_000).waiting == 0
+    assert [c.kind for c in behind(0).collectives] == ["all-gather"]
+
+
 def chain_part(name: str, target: str) -> str:
     call = (
         f'  ROOT %r = f32[8] custom-call(%g), custom_call_target="AsyncCollective{target}"'

@@ -105,5 +105,5 @@ def _checksum(arrays: dict[str, np.ndarray], about: dict) -> int:
     """CRC-32, against damage: a cryptographic digest takes five times as long, a quarter of the time of a batch."""
     crc = zlib.crc32(orjson.dumps(about, option=orjson.OPT_SORT_KEYS))
     for name in sorted(arrays):
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]), crc)
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, crc)
     return crc

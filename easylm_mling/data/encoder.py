@@ -6,6 +6,7 @@ were not there. Such chunks are short (about 1.1 tokens), and few are new. All i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import kitoken
 import numpy as np
@@ -114,10 +115,11 @@ class Encoder:
 
 def _has_chunks(model: bytes) -> bool:
     """Whether nothing but merges can tie two characters together: no rewriting of text, no runs of unknown ones."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    schema: Any = sentencepiece_model_pb2
+    proto = schema.ModelProto.FromString(model)
     rules = proto.normalizer_spec
     rewrites = rules.add_dummy_prefix or rules.remove_extra_whitespaces or rules.name != "identity"
-    is_bpe = proto.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+    is_bpe = proto.trainer_spec.model_type == schema.TrainerSpec.BPE
     return is_bpe and proto.trainer_spec.byte_fallback and rules.escape_whitespaces and not rewrites
 
 

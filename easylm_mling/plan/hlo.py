@@ -119,7 +119,7 @@ class Module:
                 continue
             seen[now] = self.computations[now]
             for i in seen[now].instructions:
-                todo += i.called("calls", "to_apply", "body", "condition", "branch_computations")
+                todo += i.called("calls", "to_apply", "body", "condition", "branch_computations", "called_computations")
         return list(seen.values())
 
 
