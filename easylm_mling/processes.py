@@ -6,10 +6,8 @@ must be one that all of them see.
 """
 
 import os
-import select
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,8 +31,6 @@ from easylm_mling.sharding import own_rows
 
 # How long a process may be dead or out of reach before JAX ends the others, where no broken connection tells them before.
 _HEARTBEAT_SECONDS = 100
-# How long it has to say so itself once a broken connection tells.
-_GRACE_SECONDS = 5
 
 
 class Place(NamedTuple):
@@ -84,7 +80,6 @@ def joined(place: Place | None, wait_seconds: float, on_cpu: bool = False) -> It
         initialization_timeout=int(wait_seconds),
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
-    over = threading.Event()
     if place is None:
         print(f"joining the slice's other hosts, for up to {wait_seconds:.0f} seconds", file=sys.stderr)
         try:
@@ -93,13 +88,11 @@ def joined(place: Place | None, wait_seconds: float, on_cpu: bool = False) -> It
             print(f"no other hosts are known here ({error}): going on alone", file=sys.stderr)
     else:
         if place.count > 1:
-            peers = roll_call(place, wait_seconds)
-            threading.Thread(target=_watch, args=(peers, over), name="easylm-peers", daemon=True).start()
+            roll_call(place, wait_seconds)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         initialize(*place)
     try:
         yield
-        over.set()
     except BaseException as error:
         if not several():
             raise
@@ -127,18 +120,14 @@ def _lost(error: BaseException) -> int | None:
     return STUCK
 
 
-def roll_call(place: Place, wait_seconds: float) -> list[socket.socket]:
+def roll_call(place: Place, wait_seconds: float):
     """Wait until all processes have called at process 0; raise TrainingStopped that names the missing.
 
-    (JAX's own wait ends in an abort that does not say who is missing.) One line of text goes each way. Returns what stays
-    open from then on, to every other process or to process 0: it breaks when that process ends.
+    (JAX's own wait ends in an abort that does not say who is missing.) One line of text goes each way.
     """
     host, _, port = place.coordinator.rpartition(":")
     until = time.monotonic() + wait_seconds
-    if place.index == 0:
-        answer, peers = _collect(int(port), place.count, until)
-    else:
-        answer, peers = _call(host, int(port), place.index, until)
+    answer = _collect(int(port), place.count, until) if place.index == 0 else _call(host, int(port), place.index, until)
     if answer is None:
         raise TrainingStopped(
             f"process {place.index}: process 0 did not answer at {place.coordinator} within {wait_seconds:.0f} seconds; "
@@ -149,10 +138,9 @@ def roll_call(place: Place, wait_seconds: float) -> list[socket.socket]:
             f"{answer} of {place.count} did not join within {wait_seconds:.0f} seconds; start every process, or wait longer "
             "with --wait-seconds"
         )
-    return peers
 
 
-def _collect(port: int, count: int, until: float) -> tuple[str, list[socket.socket]]:
+def _collect(port: int, count: int, until: float) -> str:
     """Process 0's part: "go", or the names of the missing, told to all who called."""
     called: dict[int, socket.socket] = {}
     with socket.create_server(("", port)) as server:
@@ -170,33 +158,20 @@ def _collect(port: int, count: int, until: float) -> tuple[str, list[socket.sock
     for caller in called.values():
         with suppress(OSError):
             caller.sendall(answer.encode())
-    return answer, list(called.values())
+            caller.close()
+    return answer
 
 
-def _call(host: str, port: int, index: int, until: float) -> tuple[str | None, list[socket.socket]]:
+def _call(host: str, port: int, index: int, until: float) -> str | None:
     while (left := until - time.monotonic()) > 0:
-        with suppress(OSError):
-            caller = socket.create_connection((host, port), timeout=left)
+        with suppress(OSError), socket.create_connection((host, port), timeout=left) as caller:
             caller.sendall(f"{index}\n".encode())
             # Process 0 may have begun to wait later than this one.
             caller.settimeout(left + 5)
             if answer := caller.recv(1000).decode(errors="replace"):
-                return answer, [caller]
-            caller.close()
+                return answer
         time.sleep(0.1)
-    return None, []
-
-
-def _watch(peers: list[socket.socket], over: threading.Event):
-    """End this process soon after another has ended before `over`.
-
-    JAX and its collectives find that out, too, and mostly end this process first; but JAX's abort has been seen to hang.
-    """
-    while not over.is_set():
-        broken, _, _ = select.select(peers, [], [], 1.0)
-        if broken and not over.wait(_GRACE_SECONDS):
-            print("error: another process has most likely died; its output says why", file=sys.stderr, flush=True)
-            os._exit(STUCK)
+    return None
 
 
 def several() -> bool:
