@@ -8,17 +8,17 @@ import pytest
 from processes import assert_same_bits, ends, outcome, printed, run, start
 
 # Enough saves that most kills meet one.
-SETTINGS = ("checkpoint.every_steps=1",)
+SETTINGS = ("checkpoint.every_steps=1", "--wait-seconds=60")
 
 
 def wait_for_a_moment(processes, run_dir, rng):
     """In half the cases a save is under way, in the others some step has been done or begun."""
-    before = len(list(run_dir.glob("checkpoints/*")))
+    before = {p.name for p in run_dir.glob("checkpoints/*")}
     until = time.monotonic() + 120
     in_a_save = rng.random() < 0.5
     while all(p.poll() is None for p in processes) and time.monotonic() < until:
-        there = [p.name for p in run_dir.glob("checkpoints/*")]
-        if any("tmp" in name for name in there) if in_a_save else len(there) > before:
+        new = {p.name for p in run_dir.glob("checkpoints/*")} - before
+        if any("tmp" in name for name in new) if in_a_save else new:
             break
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.05 if in_a_save else 0.5))
