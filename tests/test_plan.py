@@ -565,9 +565,9 @@ def test_flags_may_be_written_as_they_are_meant(tmp_path):
 def test_gemma_7b_on_a_v4_64_keeps_its_memory_and_its_work():
     found = measure(make_config())
     times, wanted = found["times"], model_flops(make_config().model, 8192) * 4
-    assert found["memory"]["peak"] < 0.92 * find_slice("v4-64").chip.hbm_bytes and len(found["buffers"]) == 5
-    # Of the forward pass, gate and up of most layers are done twice; logits are not.
-    assert 1.15 < (times["product_flops"] + times["kernel_flops"]) / wanted < 1.24
+    assert found["memory"]["peak"] < 12.5 * GiB and len(found["buffers"]) == 5
+    # Full remat: a second forward pass, but for the last product of each layer; the logits are computed once.
+    assert 1.25 < (times["product_flops"] + times["kernel_flops"]) / wanted < 1.32
     assert all(k["known"] for k in found["kernels"])
     # What is done cannot be faster than the matrix units.
     assert times["product_flops"] / times["matrix"] < find_slice("v4-64").chip.peak_flops
