@@ -35,13 +35,18 @@ def test_units_and_the_documents_of_a_block_are_each_in_a_new_order_every_epoch(
     assert epoch_documents(one, 0) != epoch_documents(one, 1)
 
 
+def listed(found) -> list:
+    """Windows as tuples that can be compared."""
+    return [tuple(w._replace(places=w.places.tolist())) for w in found]
+
+
 def test_a_block_does_not_depend_on_what_was_read_before(tmp_path):
     path = write(tmp_path / "a", "parquet", documents(300))
     order = epoch_order(data_config(path))
-    forwards = {(e, b): list(windows(order, e, b)) for e in (0, 1) for b in range(order.blocks(e))}
+    forwards = {(e, b): listed(windows(order, e, b)) for e in (0, 1) for b in range(order.blocks(e))}
     other = epoch_order(data_config(path))
     for key in reversed(forwards):
-        assert list(windows(other, *key)) == forwards[key]
+        assert listed(windows(other, *key)) == forwards[key]
 
 
 def test_a_block_is_one_window_of_about_its_size(tmp_path):
@@ -65,7 +70,7 @@ def test_what_cannot_be_cut_comes_in_windows_and_any_can_be_skipped_to(tmp_path,
     assert all(sum(map(len, w.documents)) < 3000 * 3 // 2 + 400 for *_, w in whole)
     assert sorted(t.decode() for *_, w in whole for t in w.documents) == sorted(texts)
     for block, number, window in whole:
-        assert next(windows(order, 0, block, skip=number)) == window
+        assert listed([next(windows(order, 0, block, skip=number))]) == listed([window])
 
 
 def test_documents_are_shuffled_across_the_units_of_a_block(tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from data_corpus import (
@@ -243,7 +242,7 @@ def test_stop_ends_the_run_before_the_row_that_is_missing_on_all_numbers_of_host
 def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
     """As the trainer of a pod asks, with the answer of another host made up."""
     config, catalog = mixture(root, books={"max_epochs": 1, "when_used_up": "stop"})
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("easylm_mling.train.several", lambda: True)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([bool(x), theirs]))
     with Loader(config, catalog, tokenizer()) as loader:
         if mine:
