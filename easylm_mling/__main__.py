@@ -52,6 +52,30 @@ def build_parser() -> argparse.ArgumentParser:
         verbs.add_parser("plan", help="before a run, without a TPU: does it fit a slice, how fast, how long, what cost")
     )
 
+    _add_hf_verbs(verbs)
+
+    sample = verbs.add_parser("sample", help="continue texts with a model")
+    sample.add_argument("model_dir", help="a Hugging Face directory, a run's directory, or one made by import-hf")
+    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sample.add_argument("--max-new-tokens", type=int, default=64)
+    sample.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    sample.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens (default: all)")
+    sample.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    sample.add_argument("--step", type=int, help="of a run: default, the newest")
+    sample.add_argument("--tokenizer", help="default: the one that lies with the model")
+    sample.set_defaults(run=_sample)
+
+    _add_data_verbs(verbs.add_parser("data", help="look at what a run will read, and at what it has read"))
+
+    summary = verbs.add_parser("summary", help="each source's tokens, share and held-out loss of a run")
+    summary.add_argument("run_dir")
+    summary.set_defaults(run=_summary)
+    return parser
+
+
+def _add_hf_verbs(verbs):
     importer = verbs.add_parser(
         "import-hf", help="Hugging Face weights -> a checkpoint that train starts from (init_from=...)"
     )
@@ -81,26 +105,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--push-to-hub", metavar="OWNER/NAME", help="upload the directory (a new model is made private)"
     )
     exporter.set_defaults(run=_export)
-
-    sample = verbs.add_parser("sample", help="continue texts with a model")
-    sample.add_argument("model_dir", help="a Hugging Face directory, a run's directory, or one made by import-hf")
-    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sample.add_argument("--max-new-tokens", type=int, default=64)
-    sample.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    sample.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens (default: all)")
-    sample.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set with this probability")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    sample.add_argument("--step", type=int, help="of a run: default, the newest")
-    sample.add_argument("--tokenizer", help="default: the one that lies with the model")
-    sample.set_defaults(run=_sample)
-
-    _add_data_verbs(verbs.add_parser("data", help="look at what a run will read, and at what it has read"))
-
-    summary = verbs.add_parser("summary", help="each source's tokens, share and held-out loss of a run")
-    summary.add_argument("run_dir")
-    summary.set_defaults(run=_summary)
-    return parser
 
 
 def _add_plan(plan: argparse.ArgumentParser):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from easylm_mling.attention import capped
 from easylm_mling.sharding import BATCH_AXES
 
 
@@ -86,8 +87,7 @@ def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_los
         (entropy, z), by_head = carry
         h, t, m = part
         scores = jnp.einsum("bcd,vd->bcv", h, head, preferred_element_type=jnp.float32)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = capped(scores, soft_cap)
         top = across(jax.lax.pmax, jnp.max(scores, axis=-1))
         total = across(jax.lax.psum, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1))
         log_normaliser = top + jnp.log(total)

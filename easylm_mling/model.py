@@ -249,8 +249,8 @@ def logits(hidden: jax.Array, head: jax.Array, soft_cap: float | None) -> jax.Ar
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """The tanh form of GELU that Gemma was trained with, in float32 as PyTorch has it, rounded to x's dtype last.
 
-    Written with a sigmoid, (1 + tanh u) / 2 = sigmoid(2 u), which has the cheaper derivative. `jax.nn.gelu` rounds its
-    two constants to bfloat16, 0.7979 to 0.7969.
+    Written with a sigmoid: (1 + tanh u) / 2 = sigmoid(2 u). `jax.nn.gelu` rounds its two constants to bfloat16, 0.7979
+    to 0.7969.
     """
     wide = x.astype(jnp.float32)
     twice = 2.0 * (2.0 / math.pi) ** 0.5

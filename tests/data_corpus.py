@@ -7,6 +7,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sentencepiece
@@ -99,3 +100,14 @@ def tokenizer_path() -> str:
 @functools.cache
 def tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer_path())
+
+
+def assert_same(got, want):
+    """Two lists of (batch, data state) are the same, bit for bit."""
+    assert len(got) == len(want)
+    for (a, state_a), (b, state_b) in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+        for x, y in zip(state_a, state_b, strict=True):
+            np.testing.assert_array_equal(x, y)

@@ -20,7 +20,7 @@ from easylm_mling.step import abstract_params
 from easylm_mling.train import train
 
 ROOT = Path(__file__).parent.parent
-TINY = [
+SMALL = [
     "model.hidden_size=32",
     "model.intermediate_size=64",
     "model.num_hidden_layers=2",
@@ -29,13 +29,11 @@ TINY = [
     "train.batch_size=8",
     "train.budget_tokens=2500",  # 10 steps of 256 tokens
     "optimizer.warmup=2 steps",
-    "mesh.data=2",
-    "mesh.fsdp=2",
-    "mesh.tensor=1",
     "checkpoint.every_steps=4",
     "eval.every_steps=0",
     "eval.rows_per_source=2",
 ]
+TINY = [*SMALL, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1"]
 # Of a whole run, on however many processes.
 DEVICES = 4
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "splash": {"sharding"},
     "embedding": {"sharding"},
     "model": {"attention", "config", "embedding", "sharding", "splash"},
-    "loss": {"sharding"},
+    "loss": {"attention", "sharding"},
     "optimizer": {"config", "params"},
     "step": {"compiler_flags", "config", "loss", "model", "optimizer", "sharding", "splash"},
     "digest": set(),

@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path, write
+from data_corpus import assert_same, data_config, documents, run_config, tokenizer, tokenizer_path, write
 from jax.sharding import PartitionSpec as P
 
 from easylm_mling.config import ConfigError, SourceConfig
@@ -53,16 +53,6 @@ def global_batches(corpora, steps, hosts=1, state=None):
     for loader in loaders:
         loader.close()
     return made
-
-
-def assert_same(got, want):
-    assert len(got) == len(want)
-    for (a, state_a), (b, state_b) in zip(got, want, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
-        for x, y in zip(state_a, state_b, strict=True):
-            np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path, write
+from data_corpus import assert_same, data_config, documents, run_config, tokenizer, tokenizer_path, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,15 +82,6 @@ def draw_batches(config, catalog, steps, hosts=1, state=None):
     for loader in loaders:
         loader.close()
     return made
-
-
-def assert_same(got, want):
-    assert len(got) == len(want)
-    for (a, x), (b, y) in zip(got, want, strict=True):
-        for key in b:
-            np.testing.assert_array_equal(a[key], b[key])
-        for p, q in zip(x, y, strict=True):
-            np.testing.assert_array_equal(p, q)
 
 
 def read_documents(batches, source, lanes) -> list[str]:

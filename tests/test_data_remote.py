@@ -8,7 +8,17 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_corpus import LAYOUTS, data_config, documents, epoch_documents, run_config, tokenizer, tokenizer_path, write
+from data_corpus import (
+    LAYOUTS,
+    assert_same,
+    data_config,
+    documents,
+    epoch_documents,
+    run_config,
+    tokenizer,
+    tokenizer_path,
+    write,
+)
 from http_server import serve
 
 from easylm_mling.config import ConfigError, HubDataset, SourceConfig
@@ -57,15 +67,6 @@ def mixture(root: str):
 def batches(config, catalog, count: int, state=None):
     with Loader(config, catalog, tokenizer(), state) as loader:
         return [next(loader) for _ in range(count)]
-
-
-def assert_same(got, want):
-    assert len(got) == len(want)
-    for (a, state_a), (b, state_b) in zip(got, want, strict=True):
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
-        for counters_a, counters_b in zip(state_a, state_b, strict=True):
-            np.testing.assert_array_equal(counters_a, counters_b)
 
 
 def test_a_server_that_fails_and_is_slow_gives_the_batches_of_local_files(corpus, tmp_path):

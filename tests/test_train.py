@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import ROOT, SMALL
 from rich.console import Console
 
 from easylm_mling.__main__ import main
@@ -23,21 +23,7 @@ from easylm_mling.sharding import make_mesh
 from easylm_mling.step import abstract_params
 from easylm_mling.train import train
 
-ROOT = Path(__file__).parent.parent
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.num_hidden_layers=2",
-    "model.head_dim=8",
-    "data.sequence_length=32",
-    "train.batch_size=8",
-    "train.budget_tokens=2500",  # 10 steps of 256 tokens
-    "optimizer.warmup=2 steps",
-    "mesh.cpu_devices=0",
-    "checkpoint.every_steps=4",
-    "eval.every_steps=0",
-    "eval.rows_per_source=2",
-]
+TINY = [*SMALL, "mesh.cpu_devices=0"]
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def row_arrays(tokens: np.ndarray, bos_id: int) -> dict[str, np.ndarray]:
     length = inputs.shape[-1]
     index = np.arange(length, dtype=np.int32)
     rows = zip(*(arrays[k].reshape(-1, length) for k in ("tokens", "segment_ids", "positions")), strict=True)
-    # A row holds few documents: filling each is several times as fast as any arithmetic on all positions.
+    # A row holds few documents, so each is filled in turn.
     for row, segments, positions in rows:
         bounds = [0, *(np.flatnonzero(row[1:] == bos_id) + 1).tolist(), length]
         for number, (begin, end) in enumerate(pairwise(bounds), 1):
