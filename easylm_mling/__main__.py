@@ -174,7 +174,7 @@ def _plan(a) -> int:
     configs = {name: _config(a, name) for name in a.compare}
     if a.config and not configs:
         configs = {"": _config(a)}
-    from easylm_mling.metrics import make_console
+    from easylm_mling.console import make_console
     from easylm_mling.plan.verb import Wishes, plan
 
     return plan(configs, Wishes(a.price_per_chip_hour, a.json, a.keep, a.search, a.calibrate), make_console())

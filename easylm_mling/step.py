@@ -211,3 +211,10 @@ def jit_eval_step(config: RunConfig, mesh: Mesh):
     )
     where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))
+
+
+def jit_parameter_norm(config: RunConfig, mesh: Mesh):
+    """The global norm of the parameters, float32: apart from the step, as it is wanted of logged steps only."""
+    return jax.jit(
+        optax.tree.norm, in_shardings=(parameter_shardings(config.model, mesh),), out_shardings=replicated(mesh)
+    )
