@@ -2,7 +2,7 @@
 
 train      a logged step: `tokens` so far; `loss` (nats a token; `sources`: of each), `gradient_norm`, `parameter_norm`,
            `learning_rate`, `skipped` so far; `ledger`: what was consumed of each source; and those of TIMINGS
-eval       `loss` and `bits_per_byte` of held-out text, and `sources` and `sources_bits_per_byte`: of each
+eval       `loss` and `bits_per_byte` of held-out text; of each source and language, see validation.py
 languages  at each checkpoint, `languages`: what was consumed of each
 news       what became of sources; export: where a step was exported to
 """

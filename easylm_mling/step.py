@@ -201,12 +201,13 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
     )
 
 
-def jit_eval_step(config: RunConfig, mesh: Mesh):
+def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
+    """`eval_step` compiled for `mesh`; with `groups`, `source` in its batches says which of so many a row belongs to."""
     step = partial(
         eval_step,
         graph=model_graph(config.model),
         train=config.train,
-        sources=len(config.data.sources),
+        sources=groups or len(config.data.sources),
         splash_block=splash_block(config, mesh),
     )
     where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))

@@ -24,12 +24,15 @@ from rich.console import Console
 import easylm_mling.sinks as sinks_module
 from easylm_mling.config import ConfigError, LogConfig, ProfileConfig, load
 from easylm_mling.console import ProgressLine, sources_table, warn
+from easylm_mling.data.catalog import Catalog
+from easylm_mling.data.loader import holdout_rows
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.events import KINDS, EventLog, goodput, read_event_log
 from easylm_mling.exits import TrainingStopped
 from easylm_mling.metrics import TIMINGS, MetricsLog, read_events, read_metrics
 from easylm_mling.sinks import Sinks, check_sinks, numbers
 from easylm_mling.speed import Speed
+from easylm_mling.validation import by_language
 
 TOKENIZER = ROOT / "data/sample/tokenizer/tokenizer.model"
 
@@ -180,6 +183,27 @@ def test_a_line_of_metrics_has_all_its_names(watched):
     assert evaluation["sources_bits_per_byte"].keys() == evaluation["sources"].keys()
     # A piece of the sample tokenizer is two to three bytes of these texts.
     assert 1 < evaluation["loss"] / math.log(2) / evaluation["bits_per_byte"] < 5
+
+
+def test_the_loss_of_each_language_adds_up_to_that_of_its_source(watched):
+    run_dir, _ = watched
+    c = config(run_dir)
+    rows = holdout_rows(c, Catalog.load(run_dir / "catalog.json"), Tokenizer(str(TOKENIZER)), "glot500", 2)
+    copies = by_language(rows, 5)
+    # Every target is in exactly one copy, with the language of its document.
+    assert copies["loss_mask"].sum() == rows["loss_mask"].sum() and copies["source"].min() >= 5
+    for i in range(len(rows["source"])):
+        same = (copies["tokens"] == rows["tokens"][i]).all(axis=-1)
+        np.testing.assert_array_equal(copies["targets"][same].sum(axis=0), rows["targets"][i])
+        for target, language in zip(copies["loss_mask"][same], copies["source"][same] - 5, strict=True):
+            assert (rows["language"][i][target > 0] == language).all()
+    evaluation = read_metrics(run_dir / "metrics.jsonl", "eval")[-1]
+    losses = evaluation["languages"]["glot500"]
+    weights = np.bincount(rows["language"].reshape(-1), rows["loss_mask"].reshape(-1))
+    found = sorted(Catalog.load(run_dir / "catalog.json").sources["glot500"].languages)
+    mean = sum(losses[found[i]] * w for i, w in enumerate(weights) if w) / weights.sum()
+    assert list(evaluation["languages"]) == ["glot500"] and len(losses) == (weights > 0).sum() >= 1
+    assert evaluation["sources"]["glot500"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_bytes_of_pieces_are_those_of_the_text():
