@@ -1,6 +1,7 @@
 """The training loop, in order: restore, next batch, step, log, evaluate, save, stop."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
+from easylm_mling.compiling import compile_ahead, keep_programs
 from easylm_mling.config import RunConfig, load, to_tree
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
@@ -41,7 +43,6 @@ from easylm_mling.step import (
     abstract_state,
     init_params,
     init_state,
-    jit_train_step,
     state_shardings,
 )
 from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
@@ -56,6 +57,7 @@ class Run(NamedTuple):
 
     config: RunConfig
     mesh: Mesh
+    program: Future  # of train_step
     data: RunData
     loader: Loader
     checkpoints: Checkpoints
@@ -85,6 +87,7 @@ def train(
     tokenizer = Tokenizer(config.data.tokenizer)
     tokenizer.check_model(config.model)
     select_devices(config)
+    keep_programs()
     console = console or make_console(quiet=not is_first())
     with first_goes_first(config):
         config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
@@ -100,6 +103,7 @@ def train(
         MetricsLog(run.metrics_file if is_first() else Path("/dev/null")) as log,
         Stop(console, max_hours) as stop,
     ):
+        program = compile_ahead(config, mesh)
         rewind(config.train, checkpoints, run, log, console)
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
         evaluate = Validation(config, data.catalog, tokenizer, mesh)
@@ -114,7 +118,7 @@ def train(
         ):
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
-                config, mesh, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
+                config, mesh, program, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
                 count_rewinds(run),
             )  # fmt: skip
             if skip:
@@ -174,7 +178,7 @@ def run_steps(
     Returns the last states, the wish, and whether the data ended.
     """
     config = run.config
-    train_step = jit_train_step(config, run.mesh)
+    train_step = run.program.result()
     start = saved = int(state.step)
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
