@@ -5,7 +5,8 @@ A line is `{"event": NAME, "time": ISO-8601 UTC, "attempt": N, "step": S, ...}`,
 start        a process begins: `seconds` since it was called, hosts, devices, versions
 rewound      `from_step`, `skip_batches` (rewind.py)
 restored     from the checkpoint of `step`, in `seconds`
-compiled     `step` is the first one of the attempt, compiled in `seconds`; first_step: it is done, `seconds` after its begin
+compiled     `step` is the first one of the attempt, whose program was waited for so many `seconds`
+first_step   it is done, `seconds` after it was launched
 progress     `step` is done; now and then, so that a kill loses little of the time line
 evaluated    in `seconds`
 saved        the checkpoint of `step` is whole: the loop stood still for `seconds` of it; `bytes`

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
+from easylm_mling.compiling import compile_ahead, keep_programs
 from easylm_mling.config import RunConfig, load, to_tree
 from easylm_mling.console import make_console, say, warn
 from easylm_mling.data.loader import Loader, to_device
@@ -41,7 +43,6 @@ from easylm_mling.step import (
     abstract_state,
     init_params,
     init_state,
-    jit_train_step,
     state_shardings,
 )
 from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
@@ -55,6 +56,7 @@ class Run(NamedTuple):
 
     config: RunConfig
     mesh: Mesh
+    program: Future  # of train_step
     data: RunData
     loader: Loader
     checkpoints: Checkpoints
@@ -85,6 +87,7 @@ def train(
     tokenizer.check_model(config.model)
     check_sinks(config.log)
     select_devices(config)
+    keep_programs()
     console = console or make_console(quiet=not is_first())
     with first_goes_first(config):
         config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
@@ -118,6 +121,7 @@ def carry_out(
         Checkpoints(run.path, config.checkpoint.keep_last, config.checkpoint.keep_every_steps) as checkpoints,
         Stop(console, max_hours) as stop,
     ):
+        program = compile_ahead(config, mesh)
         rewind(config.train, checkpoints, run, watch.events, console)
         begun = time.monotonic()
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
@@ -130,7 +134,7 @@ def carry_out(
         ) as loader:
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
-                config, mesh, data, loader, checkpoints, evaluate, together, watch, console, stop, watchdog,
+                config, mesh, program, data, loader, checkpoints, evaluate, together, watch, console, stop, watchdog,
                 count_rewinds(run),
             )  # fmt: skip
             watch.begin(int(state.step))
@@ -184,8 +188,9 @@ def run_steps(
     Returns the last states, the wish, and whether the data ended.
     """
     config = run.config
-    train_step = jit_train_step(config, run.mesh)
     start = saved = int(state.step)
+    with run.watch.compiling(start + 1):
+        train_step = run.program.result()
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
     wish = GO_ON
@@ -196,9 +201,9 @@ def run_steps(
         if item is None:
             break
         batch, consumed = item
-        with run.watch.launching(step):
-            state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
-            metrics |= run.watch.norms(step, state.params)
+        run.watch.launching(step)
+        state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
+        metrics |= run.watch.norms(step, state.params)
         answer = run.gathering.start(run.stop.wish(), consumed)
         if waiting:
             wish, data_state = report(run, data_state, *waiting)

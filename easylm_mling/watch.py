@@ -75,14 +75,16 @@ class Watch:
         self._progress = self._stack.enter_context(ProgressLine(self.console, total, per_step, step))
 
     @contextmanager
-    def launching(self, step: int) -> Iterator[None]:
-        """The step is launched in it, and if it is this process's first one, compiled."""
-        self.profile.before(step)
+    def compiling(self, step: int) -> Iterator[None]:
+        """The program is waited for in it; `step` is the first one that it will run."""
         begun = time.monotonic()
         yield
-        if self._launched is None:
-            self._launched = step, begun
-            self.events.write("compiled", step, seconds=round(time.monotonic() - begun, 3))
+        self.events.write("compiled", step, seconds=round(time.monotonic() - begun, 3))
+
+    def launching(self, step: int):
+        """The step is about to be launched."""
+        self.profile.before(step)
+        self._launched = self._launched or (step, time.monotonic())
 
     def norms(self, step: int, params: dict) -> dict:
         """What the device is to tell of a logged step besides the step's own metrics."""

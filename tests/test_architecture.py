@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "loss": {"attention", "sharding"},
     "optimizer": {"config", "params"},
     "step": {"compiler_flags", "config", "loss", "model", "optimizer", "sharding", "splash"},
+    "compiling": {"config", "step"},
     "digest": set(),
     "checkpoint": {"config", "digest", "exits", "processes", "step"},
     "exits": set(),
