@@ -20,6 +20,7 @@ from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.exits import DONE, PREEMPTED, TrainingStopped
+from easylm_mling.guard import NOT_FINITE, SPIKE
 from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
 from easylm_mling.plan.book import Book
 from easylm_mling.plan.calibrate import beside
@@ -128,7 +129,9 @@ def train(
     if is_first():
         tell_speed(config, run.path, mesh, console)
         if data_state is not None:
-            data.write_ledger(int(state.step), data_state)
+            spikes = int(state.spikes)
+            skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
+            data.write_ledger(int(state.step), data_state, skipped)
             console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
     data_ended = ended and (loader.ended or "another host's lanes have none left")
     why, code = why_over(config, int(state.step), wish, data_ended)
@@ -199,7 +202,10 @@ def run_steps(
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             run.log.write("eval", step, **run.evaluate(state.params))
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
-            save(run, state, answer().state, last=step == end or wish != GO_ON)
+            # Its line comes first: a kill right behind the save would lose it for good.
+            wish, data_state = report(run, data_state, *waiting)
+            waiting = None
+            save(run, state, data_state, last=step == end or wish != GO_ON)
             saved = step
         run.watchdog.beat()
         if wish:
@@ -270,17 +276,36 @@ def report(run: Run, before: DataState | None, step: int, metrics: dict, answer:
         run.log.write("train", step, tokens=tokens, tokens_per_second=rate and round(rate, 1), **values)
     ends = [order.epochs for order in run.loader.orders]
     news = run.data.ledger.news(before, said.state, ends, run.loader.holders)
+    if skipped := skip_news(metrics, values, config.train.spike_sigmas):
+        news.append(skipped)
     if news:
         run.log.write("news", step, news=news)
     for line in news:
         run.console.print(f"step {step}: {line}", highlight=False, soft_wrap=True)
     if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
+        spiked = int(metrics["verdict"]) == SPIKE
+        what = "spiked" if spiked else "was not finite"
+        way = (
+            "raise train.spike_sigmas, go back behind them with train.rewind=STEP train.skip_batches=N"
+            if spiked
+            else ("lower optimizer.learning_rate")
+        )
         raise TrainingStopped(
-            f"the loss or gradient was not finite in {config.train.max_skipped_in_a_row} steps in a row, up to step {step}; "
-            "parameters are unchanged since. Lower optimizer.learning_rate or look at the data, then run again: it resumes "
-            "from the newest checkpoint"
+            f"the loss or gradient {what} in step {step}, the last of {config.train.max_skipped_in_a_row} in a row that were "
+            f"skipped; parameters are unchanged since. Look at the data, {way}, then run again: it resumes from the newest "
+            "checkpoint"
         )
     return said
+
+
+def skip_news(metrics: dict, values: dict, sigmas: float) -> str:
+    """Why the step changed nothing, "" if it did."""
+    verdict = int(metrics["verdict"])
+    if verdict == SPIKE:
+        found = zip(("loss", "gradient_norm"), map(float, metrics["limits"]), strict=True)
+        over = [f"{name} {values[name]:.4g} is over {limit:.4g}" for name, limit in found if values[name] > limit]
+        return f"skipped, a spike: {' and '.join(over)}, {sigmas:g} deviations above the mean of the last steps"
+    return "skipped: the loss or gradient is not finite" if verdict == NOT_FINITE else ""
 
 
 def select_devices(config: RunConfig):
