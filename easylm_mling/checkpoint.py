@@ -155,6 +155,7 @@ class Checkpoints:
             self.failed_in_a_row += 1
         else:
             self._begun = True
+            self._watch.beat()
             try:
                 self._orbax.save_checkpointables_async(step, parts, force=True)
             except (ValueError, RuntimeError, OSError, *transport_errors()) as error:

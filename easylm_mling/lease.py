@@ -81,7 +81,7 @@ class Lease:
         """The lease, None if there is none, and its generation."""
         try:
             read = self._store.read(NAME).result(timeout=STALE_SECONDS)
-            return (json.loads(read.value) if read.state == "value" else None), read.stamp.generation
+            return (json.loads(read.value) if read.value else None), read.stamp.generation
         except _ERRORS as error:
             raise ConfigError(f"run_dir={self._where}: cannot be read ({one_line(error)}); {_WAY_OUT}") from error
 
