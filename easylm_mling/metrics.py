@@ -63,6 +63,7 @@ def step_metrics(metrics: dict, names: list[str]) -> dict:
         "learning_rate": float(metrics["learning_rate"]),
         **norms,
         "skipped": int(metrics["skipped"]),
+        "spikes": int(metrics["spikes"]),
     }
 
 

@@ -21,6 +21,7 @@ from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.exits import DONE, PREEMPTED, TrainingStopped
+from easylm_mling.guard import NOT_FINITE, SPIKE
 from easylm_mling.plan.book import Book
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.processes import (
@@ -28,6 +29,7 @@ from easylm_mling.processes import (
     Said,
     first_goes_first,
     is_first,
+    own_index,
     own_lanes,
     own_quarantine,
     several,
@@ -93,7 +95,7 @@ def train(
         config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
     run = data.run
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
-    say(console, f"run {run.path}: {steps} on mesh {dict(mesh.shape)}")
+    say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
 
     with closing(run), jax.set_mesh(mesh), Watch(config, run, mesh, console, begun) as watch:
         step, data_state, wish, data_ended = carry_out(config, mesh, data, tokenizer, watch, max_hours)
@@ -101,7 +103,6 @@ def train(
         watch.ended(event, step, why)
         watch.tell_speed()
         if is_first() and data_state is not None:
-            data.write_ledger(step, data_state)
             console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
     if why:
         say(console, why)
@@ -117,8 +118,8 @@ def carry_out(
     """
     run, console = data.run, watch.console
     with (
-        Watchdog(config.train.stuck_minutes * 60) as watchdog,
-        Checkpoints(run.path, config.checkpoint.keep_last, config.checkpoint.keep_every_steps) as checkpoints,
+        Watchdog(config.train.stuck_minutes * 60, no_step(config)) as watchdog,
+        open_checkpoints(config, run) as checkpoints,
         Stop(console, max_hours) as stop,
     ):
         program = compile_ahead(config, mesh)
@@ -143,6 +144,10 @@ def carry_out(
             if skip:
                 data_state = skip_batches(parts, int(state.step), skip)
             state, data_state, wish, ended = run_steps(parts, state, data_state)
+            if data_state is not None:
+                spikes = int(state.spikes)
+                skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
+                data.write_ledger(int(state.step), data_state, skipped)
     why_ended = (loader.ended or "another host's lanes have none left") if ended else ""
     return int(state.step), data_state, wish, why_ended
 
@@ -151,7 +156,7 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
     """Check everything that can be checked, then take the run's directory; returns the config with its remat, the mesh
     and the data.
     """
-    run = RunDirectory(config, accept_data_change, writes=is_first())
+    run = RunDirectory(config, accept_data_change, own_index())
     data = RunData(run, config, tokenizer, accept_data_change)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
@@ -161,11 +166,25 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
     run.take_lease()
     if data.changed:
-        run.set_aside(newest_step(run.path))
+        run.set_aside(newest_step(run.name))
         run.replace_config(config)
     run.write_start(config)
     data.write_start()
+    run.begun()
     return config, mesh, data
+
+
+def open_checkpoints(config: RunConfig, run: RunDirectory) -> Checkpoints:
+    """Those of the run. In a bucket, what is known of a step is there before the step is."""
+    settings = config.checkpoint
+    keep = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
+    first = run.push if run.mirror else None
+    return Checkpoints(run.name, **keep, stuck_seconds=settings.stuck_minutes * 60, before_commit=first)
+
+
+def no_step(config: RunConfig) -> str:
+    """What the watchdog says."""
+    return f"no step was finished in {config.train.stuck_minutes:g} minutes (train.stuck_minutes)"
 
 
 def why_over(config: RunConfig, done: int, wish: int, data_ended: str) -> tuple[str, str, int]:
@@ -211,7 +230,10 @@ def run_steps(
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             evaluate_and_tell(run, state)
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
-            save(run, state, answer().state, last=step == end or wish != GO_ON)
+            # The record of a step comes before its checkpoint, should anything be killed in between.
+            wish, data_state = report(run, data_state, *waiting)
+            waiting = None
+            save(run, state, data_state, last=step == end or wish != GO_ON)
             saved = step
         run.watchdog.beat()
         if wish:
@@ -245,24 +267,24 @@ def evaluate_and_tell(run: Run, state: TrainState):
 def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """Start to save the step, with the whole run's data state.
 
-    A save that fails is told; the `last` one's, too many in a row, or one of several processes', ends the run.
+    A save that fails is told; the `last` one's, or too many in a row, ends the run.
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
+    run.data.keep(step, data_state)
+    run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     with run.watch.speed.pausing() as pause:
         lost = checkpoints.finish()
         unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
+    if not unsaved:
+        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
     for problem in filter(None, (lost, unsaved)):
         run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
-    if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed or (lost and several()):
+    if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
         raise TrainingStopped(
             f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
             "the disk, then run again: it resumes from the newest checkpoint"
         )
-    if not unsaved:
-        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
-        run.data.keep(step, data_state)
-        run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:
@@ -282,20 +304,39 @@ def skip_batches(run: Run, step: int, count: int) -> DataState:
 def report(run: Run, before: DataState | None, step: int, metrics: dict, answer: Callable[[], Said]) -> Said:
     """Log one finished step and return what was said at it; stop the run when too many in a row changed nothing."""
     config, said = run.config, answer()
-    run.watch.finished(step, metrics, lambda: run.data.ledger.sources(said.state))
+    values = run.watch.finished(step, metrics, lambda: run.data.ledger.sources(said.state))
     ends = [order.epochs for order in run.loader.orders]
     news = run.data.ledger.news(before, said.state, ends, run.loader.holders)
+    if skipped := skip_news(metrics, values, config.train.spike_sigmas):
+        news.append(skipped)
     if news:
         run.watch.log.write("news", step, news=news)
     for line in news:
         say(run.console, f"step {step}: {line}")
     if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
+        spiked = int(metrics["verdict"]) == SPIKE
+        what = "spiked" if spiked else "was not finite"
+        way = (
+            "raise train.spike_sigmas, go back behind them with train.rewind=STEP train.skip_batches=N"
+            if spiked
+            else ("lower optimizer.learning_rate")
+        )
         raise TrainingStopped(
-            f"the loss or gradient was not finite in {config.train.max_skipped_in_a_row} steps in a row, up to step {step}; "
-            "parameters are unchanged since. Lower optimizer.learning_rate or look at the data, then run again: it resumes "
-            "from the newest checkpoint"
+            f"the loss or gradient {what} in step {step}, the last of {config.train.max_skipped_in_a_row} in a row that were "
+            f"skipped; parameters are unchanged since. Look at the data, {way}, then run again: it resumes from the newest "
+            "checkpoint"
         )
     return said
+
+
+def skip_news(metrics: dict, values: dict, sigmas: float) -> str:
+    """Why the step changed nothing, "" if it did."""
+    verdict = int(metrics["verdict"])
+    if verdict == SPIKE:
+        found = zip(("loss", "gradient_norm"), map(float, metrics["limits"]), strict=True)
+        over = [f"{name} {values[name]:.4g} is over {limit:.4g}" for name, limit in found if values[name] > limit]
+        return f"skipped, a spike: {' and '.join(over)}, {sigmas:g} deviations above the mean of the last steps"
+    return "skipped: the loss or gradient is not finite" if verdict == NOT_FINITE else ""
 
 
 def select_devices(config: RunConfig):

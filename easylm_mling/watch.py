@@ -30,7 +30,7 @@ from easylm_mling.speed import Speed
 from easylm_mling.step import jit_parameter_norm
 
 SETTLED_STEPS = 20
-_TABLE_SECONDS = 600.0
+_TABLE_SECONDS, _LOOK_SECONDS = 600.0, 3.0
 _NOWHERE = Path("/dev/null")
 _PACKAGES = ("easylm-mling", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -90,8 +90,8 @@ class Watch:
         """What the device is to tell of a logged step besides the step's own metrics."""
         return {"parameter_norm": self._norm(params)} if step % self.config.train.log_every_steps == 0 else {}
 
-    def finished(self, step: int, metrics: dict, ledger: Callable[[], dict]):
-        """Tell of a step whose `metrics` have arrived; `ledger`: what was consumed up to it."""
+    def finished(self, step: int, metrics: dict, ledger: Callable[[], dict]) -> dict:
+        """Tell of a step whose `metrics` have arrived; `ledger`: what was consumed up to it. Returns them as plain numbers."""
         values, config = step_metrics(metrics, list(self.config.data.sources)), self.config
         self.profile.after(step)
         self._look_at_save()
@@ -118,6 +118,7 @@ class Watch:
                 self._table_due = time.monotonic() + _TABLE_SECONDS
         if self._launched and step == self._launched[0] + SETTLED_STEPS - 1:
             self.tell_speed()
+        return values
 
     def evaluated(self, step: int, found: dict, seconds: float):
         self.log.write("eval", step, **found)
@@ -132,7 +133,6 @@ class Watch:
         self._saving = step, {"seconds": round(seconds, 3), "bytes": size}
 
     def save_failed(self, step: int, problem: str, in_a_row: int):
-        self._saving = None
         self.events.write("save_failed", step, problem=problem, in_a_row=in_a_row)
         self.warn(f"step {step}: a checkpoint could not be saved: {problem}")
 
@@ -151,8 +151,8 @@ class Watch:
             say(self.console, line)
 
     def _look_at_save(self, now: bool = False):
-        """Write the event of the save under way if the checkpoint has appeared; looks once a second, or `now`."""
-        if self._saving is None or not is_first() or not (now or time.monotonic() - self._looked > 1):
+        """Write the event of the save under way if the checkpoint has appeared; looks every few seconds, or `now`."""
+        if self._saving is None or not is_first() or not (now or time.monotonic() - self._looked > _LOOK_SECONDS):
             return
         self._looked = time.monotonic()
         step, values = self._saving
