@@ -11,7 +11,7 @@ progress     `step` is done; now and then, so that a kill loses little of the ti
 evaluated    in `seconds`
 saved        the checkpoint of `step` is whole: the loop stood still for `seconds` of it; `bytes`
 save_failed  `problem`, and how many `in_a_row`
-skipped      the step changed nothing, for it was not finite; how many `in_a_row`
+skipped      the step changed nothing, for it was not finite or a spike; how many `in_a_row`
 preempted, stopped, done, failed   how the attempt ended, in one line. An attempt without such a line was killed
 """
 

@@ -51,6 +51,12 @@ MAY_IMPORT = {
         "atomic", "config", "data.catalog", "data.changes", "data.estimates", "data.ledger", "data.mixture", "data.states",
         "data.tokenizer", "data.weights", "run_dir",
     },
+    "report.curve": set(),
+    "report.collect": {"bucket", "config", "events", "records", "report.curve"},
+    "report.svg": {"console", "report.curve"},
+    "report.page": {
+        "atomic", "bucket", "console", "events", "model_flops", "params", "report.collect", "report.svg",
+    },
     "summary": {"bucket", "checkpoint", "config", "console", "data.mixture", "metrics", "run_data"},
     "data.files": {"config"},
     "data.lines": {"data.files"},

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from easylm_mling.atomic import write_whole
+from easylm_mling.bucket import is_bucket
 from easylm_mling.console import duration_text, tokens_text
 from easylm_mling.events import KINDS
 from easylm_mling.model_flops import model_flops
@@ -27,9 +28,14 @@ _SPENT = {
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page about the run, by default to RUN/report.html; raises ConfigError where there is no run."""
-    target = Path(output) if output else Path(run_dir) / "report.html"
-    write_whole(target, page(collect(run_dir)).encode())
+    """Write the page about the run, by default to RUN/report.html (of one in a bucket, to NAME-report.html here).
+
+    Raises ConfigError where there is no run.
+    """
+    found = collect(run_dir)
+    beside = Path(f"{found.name}-report.html") if is_bucket(run_dir) else Path(run_dir) / "report.html"
+    target = Path(output) if output else beside
+    write_whole(target, page(found).encode())
     return target
 
 
@@ -111,7 +117,10 @@ def _losses(found: Findings) -> str:
     each = [Line(n, found.held_out[n].points, i, "marked") for i, n in enumerate(names) if n in found.held_out]
     train = [Line(n, found.training[n].points, i) for i, n in enumerate(names) if n in found.training]
     languages = sorted(found.languages, key=lambda key: -_tokens(found, *key))[:_CURVES]
-    spoken = [Line(f"{n}: {v}", found.languages[n, v].points, i, "marked") for i, (n, v) in enumerate(languages)]
+    one = len({n for n, _ in languages}) == 1
+    spoken = [
+        Line(v if one else f"{n}: {v}", found.languages[n, v].points, i, "marked") for i, (n, v) in enumerate(languages)
+    ]
     charts = (
         chart("Loss", of_all, marks=marks, unit="nats a token"),
         chart("Held-out loss of each source", each, marks=marks, unit="nats a token"),
@@ -139,7 +148,19 @@ def _data(found: Findings) -> str:
             (escape(name), f"{wanted:.2%}", f"{share:.2%}", bar, tokens_text(s["tokens"]), f"{s['documents']:,}", epochs,
              f"{s['bad']:,}", *_first_last(curve))
         )  # fmt: skip
-    heads = ("source", "planned", "consumed", "", "tokens", "documents", "epochs", "bad records", "held out", "now", "")
+    heads = (
+        "<source",
+        "planned",
+        "consumed",
+        "",
+        "tokens",
+        "documents",
+        "epochs",
+        "bad records",
+        "held out at first",
+        "now",
+        "",
+    )
     parts = [_table(heads, rows, f"and {len(ledger) - _ROWS} more" if len(ledger) > _ROWS else "")]
     parts.append('<p class="soft">The bar is the share consumed, the upright mark in it the plan.</p>')
     spoken = []
@@ -150,7 +171,7 @@ def _data(found: Findings) -> str:
         cells = (escape(language), escape(source), tokens_text(c["tokens"]), f"{c['documents']:,}", epochs)
         spoken.append((*cells, *_first_last(curve)))
     if spoken:
-        heads = ("language", "source", "tokens", "documents", "epochs", "held out", "now", "")
+        heads = ("<language", "<source", "tokens", "documents", "epochs", "held out at first", "now", "")
         more = f"and {len(pairs) - _ROWS} more" if len(pairs) > _ROWS else ""
         parts.append(f"<h2>Languages, at the last checkpoint</h2>{_table(heads, spoken, more)}")
     return _section("Data: what was consumed, beside the plan", "".join(parts))
@@ -179,7 +200,7 @@ def _speed(found: Findings) -> str:
         ),
     )
     flops = model_flops(found.config.model, found.config.data.sequence_length) / found.config.data.sequence_length
-    note = "Upright lines are restarts. " + (
+    note = "Upright lines are restarts; speeds are means of eight lines of metrics.jsonl. " + (
         ""
         if curves["mfu"].points
         else f"The peak of these devices is not known, so there is no MFU ({flops:.3g} FLOPs a token)."
@@ -210,13 +231,10 @@ def _health(found: Findings) -> str:
         chart("Learning rate", [Line("", curves["learning_rate"].points, 2)]),
         chart("Parameter norm", [Line("", curves["parameter_norm"].points, 3)]),
     )
-    skipped = found.train.get("skipped", 0)
-    note = (
-        f"{skipped:,} steps changed nothing because something in them was not finite (x in the gradient norm)."
-        if skipped
-        else ""
-    )
-    note = note or "Every step was finite; none was left out."
+    skipped, spikes = found.train.get("skipped", 0), found.train.get("spikes", 0)
+    note = "Every step was finite and none was left out."
+    if skipped:
+        note = f"{skipped:,} steps changed nothing: {spikes:,} were spikes, the others not finite (x in the gradient norm)."
     return _section("Gradient and optimizer", "".join(charts), grid=True) + f'<p class="soft">{note}</p>'
 
 
@@ -226,12 +244,15 @@ def _history(found: Findings) -> str:
         after = found.attempts[i + 1] if i + 1 < len(found.attempts) else None
         again = max(0, a.last - after.first + 1) if after and after.first else 0
         word, look = _ENDED[a.end["event"]] if a.end else ("killed" if after else "running, or killed", "warn")
-        why = str(a.end.get("error") or "") if a.end else ""
+        why = str(a.end.get("error") or a.end.get("why") or "") if a.end else ""
         steps = f"{a.first:,} to {a.last:,}" if a.first else "-"
-        where = f"{a.start.get('devices', '-')} x {a.start.get('device_kind', '-')}, {a.start.get('hosts', '-')} hosts"
+        where = (
+            f"{a.start.get('devices', '-')} x {a.start.get('device_kind', '-')}, {a.start.get('hosts', '-')} host"
+            + ("s" if a.start.get("hosts") != 1 else "")
+        )
         rows.append((str(a.number), _when(a.start["time"]), steps, f"{again:,}" if again else "",
                      f'<span class="{look}">{word}</span>', escape(where), f'<span class="wide">{escape(why)}</span>'))  # fmt: skip
-    heads = ("attempt", "began", "steps", "done again", "ended", "on", "error")
+    heads = ("<attempt", "<began", "<steps", "done again", "<ended", "<on", "<why")
     saves = []
     for e in reversed(found.saves):
         size = f"{e['bytes'] / 1e6:,.0f} MB" if "bytes" in e else ""
@@ -245,7 +266,7 @@ def _history(found: Findings) -> str:
     parts = [_section("Attempts", _table(heads, rows))] if rows else []
     if saves:
         title = f"Checkpoints: {found.saved:,} saved, {found.failed_saves:,} failed"
-        heads = ("step", "what", "when", "stood still", "size", "")
+        heads = ("<step", "<what", "<when", "stood still", "size", "<")
         parts.append(
             _section(
                 title, _table(heads, saves[:_ROWS], "older ones are in events.jsonl" if len(saves) > _ROWS else "")
@@ -254,7 +275,7 @@ def _history(found: Findings) -> str:
     news = [(f"{step:,}", f'<span class="wide">{escape(str(text))}</span>') for step, text in reversed(found.news)]
     news += [(f"{e['step']:,}", f"exported in {escape(str(e.get('dtype')))}") for e in found.exports]
     if news:
-        parts.append(_section("News", _table(("step", "what"), news)))
+        parts.append(_section("News", _table(("<step", "<what"), news)))
     return "".join(parts)
 
 
@@ -267,7 +288,7 @@ def _settings(found: Findings) -> str:
     ]
     text = f'<div class="card"><details><summary>config.yaml</summary><pre>{escape(without_secrets(found.config_text))}</pre></details></div>'
     parts = _section("Config", text)
-    return parts + (_section("Environment, of the last attempt", _table(("", ""), rows)) if rows else "")
+    return parts + (_section("Environment, of the last attempt", _table(("<", "<"), rows)) if rows else "")
 
 
 def without_secrets(text: str) -> str:
@@ -313,8 +334,10 @@ def _nothing(text: str) -> str:
 
 
 def _table(heads: tuple, rows: list[tuple], more: str = "") -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    """Cells are HTML already. A head that begins with < is that of a column of text, which stands to the left."""
+    text = [" class=text" if h.startswith("<") else "" for h in heads]
+    top = "".join(f"<th{c}>{escape(h.lstrip('<'))}</th>" for h, c in zip(heads, text, strict=True))
+    lines = ("".join(f"<td{c}>{cell}</td>" for cell, c in zip(row, text, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     note = f'<p class="soft">{escape(more)}</p>' if more else ""
     return f'<div class="card"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{note}</div>'
