@@ -11,6 +11,7 @@ RUN/config.yaml      the resolved config, written once
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/states.py
    /checkpoints/     see checkpoint.py; set-aside/ those that were damaged or rewound
    /rewinds.jsonl    see rewind.py
+   /launch/, logs/   of tpu_scripts: its state, and what every worker printed
    /lease            which process trains the run, locked while it does
 
 After `--accept-data-change`, NAME-to-step-N is what config.yaml, catalog.json and tokenizer/ were up to step N.
@@ -57,6 +58,8 @@ FREE_KEYS = (
 
 # What --accept-data-change lets change besides.
 DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
+# What may lie in a directory that no run has begun in.
+NOT_OF_A_RUN = ("plan.json", "lease", "launch", "logs")
 REASONS = {
     "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
     "data.lanes": "every lane reads its own blocks",
@@ -87,7 +90,7 @@ class RunDirectory:
         self.data_settings_changed = False
         if self.config_file.is_file():
             self._check_same_run(config, accept_data_change)
-        elif self.path.is_dir() and any(p.name not in ("plan.json", "lease") for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name not in NOT_OF_A_RUN for p in self.path.iterdir()):
             raise ConfigError(f"run_dir={self.path} is not empty and holds no run; name a new directory")
 
     def take_lease(self):

@@ -69,7 +69,10 @@ class Cloud:
         (self.folder / "worker-environment.json").write_text(json.dumps(worker_environment))
         python, here = sys.executable, Path(__file__).resolve()
         self._program("gcloud", f'FAKE_CLOUD="{self.folder}" exec "{python}" -I -S "{here}" "$@"')
-        self._program("curl", 'case "$*" in *"/instance/attributes/agent-worker-number") echo "$FAKE_WORKER" ;; *) exit 22 ;; esac')
+        self._program(
+            "curl",
+            'case "$*" in *"/instance/attributes/agent-worker-number") echo "$FAKE_WORKER" ;; *) exit 22 ;; esac',
+        )
         self._program(
             "uv",
             f'echo "uv $*" >> "{self.folder}/uv.txt"\ncase $1 in --version) echo "uv 0.13.9 (stand-in)" ;;\n'
@@ -210,7 +213,11 @@ class Cloud:
         if current == "GONE":
             self._resource(names[0], "queued-resources.describe")
         node = {"acceleratorType": found["type"], "labels": found["labels"]}
-        print(json.dumps({"name": names[0], "state": {"state": current.partition("/")[0]}, "tpu": {"nodeSpec": [{"node": node}]}}))
+        print(
+            json.dumps(
+                {"name": names[0], "state": {"state": current.partition("/")[0]}, "tpu": {"nodeSpec": [{"node": node}]}}
+            )
+        )
         return 0
 
     def _compute_tpus_tpu_vm_describe(self, names, flags) -> int:
@@ -378,7 +385,7 @@ def _parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 def _hosts(accelerator: str) -> int:
     kind, _, number = accelerator.rpartition("-")
     chips = int(number) // 2 if kind in ("v4", "v5p") else int(number)
-    return max(1, chips // 4)
+    return 1 if chips <= 8 and kind in ("v5litepod", "v6e") else max(1, chips // 4)
 
 
 def _workers(flag: str, accelerator: str) -> list[int]:

@@ -119,7 +119,10 @@ def test_what_another_made_is_never_touched(cloud, tmp_path, labels):
 
 @pytest.mark.parametrize(
     "code, attempts, why",
-    [(1, 3, "worker 1 ended with 1; 3 crashes in a row without a new step"), (2, 1, "something in the config or the data")],
+    [
+        (1, 3, "worker 1 ended with 1; 3 crashes in a row without a new step"),
+        (2, 1, "something in the config or the data"),
+    ],
 )
 def test_what_always_fails_is_given_up(cloud, tmp_path, code, attempts, why):
     run_file = stand_in(tmp_path, cloud, FAULT=f"0 {code} 1 always", STEP_SECONDS=10, policy={"max_crashes": 2})
@@ -143,7 +146,7 @@ def test_setting_up_that_fails_is_told_and_given_up(cloud, tmp_path):
     nothing_is_left(cloud)
 
 
-ODD = "it's \"quoted\" $(touch /tmp/never) `never` \\ 한국어 ; & | > #"
+ODD = 'it\'s "quoted" $(touch /tmp/never) `never` \\ 한국어 ; & | > #'
 PRINTS_ITSELF = (
     "import json,os,sys,hashlib,time,pathlib; e=os.environ; r=pathlib.Path(e['RUN_DIR']); r.mkdir(parents=True, exist_ok=True); "
     "s=e['TOKEN'].encode(); w=e['WORKER']; time.sleep(0.5); "
@@ -191,7 +194,13 @@ def test_secrets_lie_where_only_the_user_can_read_them(cloud, tmp_path):
 
 def test_a_dry_run_prints_what_gcloud_takes_and_does_nothing(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud)
-    for verb, flags in (("up", []), ("run", ["--keep-alive"]), ("stop", []), ("down", []), ("ssh", ["--", "a  b", "c'd"])):
+    for verb, flags in (
+        ("up", []),
+        ("run", ["--keep-alive"]),
+        ("stop", []),
+        ("down", []),
+        ("ssh", ["--", "a  b", "c'd"]),
+    ):
         printed = end(tpu(cloud, verb, run_file, "--dry-run", *flags))
         commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("gcloud ")]
         assert commands
@@ -328,6 +337,9 @@ def test_locked_packages_are_the_same_everywhere():
         lines = (ROOT / name).read_text().splitlines()
         return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
-    tpu_lock, others = locked("tpu_scripts/requirements-tpu.lock"), locked("requirements.lock") | locked("requirements-test.lock")
+    tpu_lock, others = (
+        locked("tpu_scripts/requirements-tpu.lock"),
+        locked("requirements.lock") | locked("requirements-test.lock"),
+    )
     assert {k: v for k, v in tpu_lock.items() if others.get(k, v) != v} == {}
     assert f"libtpu=={tpu_lock['libtpu']}" in (ROOT / "pyproject.toml").read_text()

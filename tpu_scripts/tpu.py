@@ -90,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("--attempt", type=int, help="default: the newest")
     ssh = add("ssh", _ssh, "a shell on a worker; after -- a command, whose words arrive as they are, on one or all")
     ssh.add_argument("--worker", default="0", help="its number, or all (default: 0)")
-    cp = add("cp", _cp, "copy a file or a folder; worker:PATH and run:PATH (in the run's bucket) are there, PATH is here")
+    cp = add(
+        "cp", _cp, "copy a file or a folder; worker:PATH and run:PATH (in the run's bucket) are there, PATH is here"
+    )
     cp.add_argument("source")
     cp.add_argument("destination")
     cp.add_argument("--worker", default="0", help="its number, or all (default: 0)")

@@ -82,7 +82,9 @@ class Bucket:
             found = json.loads(text)
             return State(**{f.name: found[f.name] for f in fields(State) if f.name in found})
         except (ValueError, TypeError) as error:
-            raise WrongInput(f"{self.url}/launch/state.json is not one of ours ({error}); choose another name or bucket") from None
+            raise WrongInput(
+                f"{self.url}/launch/state.json is not one of ours ({error}); choose another name or bucket"
+            ) from None
 
     def take(self, take_over: bool) -> State:
         """This run's state, driven by this process from now on. WrongInput if another launcher drives it."""

@@ -55,7 +55,9 @@ def decide(seen: Seen, settle_seconds: float) -> Action:
     if workers is None or len(workers) < machine.hosts:
         return Action(WAIT, f"{len(workers or ())} of {machine.hosts} workers answer")
     if any(w.attempt > seen.attempt for w in workers):
-        return Action(REFUSE, f"a worker is at attempt {max(w.attempt for w in workers)}, which this launcher did not begin")
+        return Action(
+            REFUSE, f"a worker is at attempt {max(w.attempt for w in workers)}, which this launcher did not begin"
+        )
     begun = [w for w in workers if w.attempt == seen.attempt]
     if not begun:
         return _before_start(workers, seen.pack)
@@ -83,7 +85,10 @@ def verdict(workers: list[Worker], attempt: int) -> tuple[str, str]:
     never = sorted(w.number for w in workers if w.attempt < attempt)
     workers = [w for w in workers if w.attempt == attempt]
     codes = {w.number: w.code for w in workers if w.state == EXITED}
-    for code, why in ((WRONG_INPUT, "something in the config or the data is wrong"), (NO_CHECKPOINT, "no checkpoint is usable")):
+    for code, why in (
+        (WRONG_INPUT, "something in the config or the data is wrong"),
+        (NO_CHECKPOINT, "no checkpoint is usable"),
+    ):
         at = sorted(n for n, c in codes.items() if c == code)
         if at:
             return STOP, f"worker {at[0]} ended with {code}: {why}"

@@ -178,7 +178,9 @@ class Driver:
         if why != "running" or self.goal == FINISHED_RUN:
             return None
         if self.goal == STARTED:
-            self.say("nothing watches it now: `run --keep-alive` does, `status` and `logs` look, `down` ends it and its bill")
+            self.say(
+                "nothing watches it now: `run --keep-alive` does, `status` and `logs` look, `down` ends it and its bill"
+            )
         return 0
 
     def _ended(self) -> int | None:
@@ -227,7 +229,9 @@ class Driver:
         if self.goal != FINISHED_RUN:
             self.say("the machine is kept, and billed until `down`")
             return 1
-        self.say(f"the machine is kept for {self.run.keep_minutes:g} minutes, for a look ([policy] keep_minutes), then deleted")
+        self.say(
+            f"the machine is kept for {self.run.keep_minutes:g} minutes, for a look ([policy] keep_minutes), then deleted"
+        )
         until = time.time() + self.run.keep_minutes * 60
         while time.time() < until:
             self.sleep(min(self.run.poll_seconds, max(0.0, until - time.time())))

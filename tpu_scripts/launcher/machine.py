@@ -40,7 +40,13 @@ _NODE = {
 }
 
 # What create says that a person must mend; anything else may be over by itself.
-FOR_A_PERSON = ("INVALID_ARGUMENT", "PERMISSION_DENIED", "UNAUTHENTICATED", "unrecognized arguments", "gcloud auth login")
+FOR_A_PERSON = (
+    "INVALID_ARGUMENT",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "unrecognized arguments",
+    "gcloud auth login",
+)
 
 
 class Machine(NamedTuple):

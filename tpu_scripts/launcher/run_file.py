@@ -132,7 +132,9 @@ def secret_values(run: RunFile) -> dict[str, str]:
     """The secrets, which are only in this machine's environment; WrongInput names those that are not."""
     missing = [name for name in run.secrets if not os.environ.get(name)]
     if missing:
-        raise WrongInput(f"{run.path}: [secrets] {', '.join(missing)}: not in this shell's environment; export them first")
+        raise WrongInput(
+            f"{run.path}: [secrets] {', '.join(missing)}: not in this shell's environment; export them first"
+        )
     return {name: os.environ[name] for name in run.secrets}
 
 
@@ -184,7 +186,9 @@ def _capacity(path: str, capacity: str) -> str:
 def _flags(path: str, flags: tuple[str, ...]) -> tuple[str, ...]:
     for flag in flags:
         if not flag.startswith("--") or flag.partition("=")[0] in OWN_FLAGS:
-            raise WrongInput(f"{path}: [machine] create_flags: `{flag}` must be --name or --name=value, and none of ours")
+            raise WrongInput(
+                f"{path}: [machine] create_flags: `{flag}` must be --name or --name=value, and none of ours"
+            )
     return flags
 
 
@@ -200,5 +204,7 @@ def _trainer(path: str, config: tuple[str, ...], settings: tuple[str, ...], run_
 def _files(path: str, config: tuple[str, ...], files: tuple[str, ...]) -> tuple[str, ...]:
     for name in (*config, *files):
         if not (ROOT / name).exists() or not (ROOT / name).resolve().is_relative_to(ROOT):
-            raise WrongInput(f"{path}: [train] {name} is no file or folder in the project ({ROOT}), which is what workers get")
+            raise WrongInput(
+                f"{path}: [train] {name} is no file or folder in the project ({ROOT}), which is what workers get"
+            )
     return tuple(dict.fromkeys((*config, *files)))

@@ -7,7 +7,7 @@ import time
 from datetime import datetime, timezone
 
 from . import machine as m
-from .bucket import STALE_SECONDS, Bucket, NoAnswer, State
+from .bucket import STALE_SECONDS, Bucket, State
 from .logs import last_errors
 from .records import tail
 from .run_file import RunFile
@@ -23,7 +23,10 @@ def status(gcloud, run: RunFile) -> str:
     rows = [
         ("machine", _machine(gcloud, run, state)),
         ("launcher", _launcher(state, bucket.read("launch/wanted") or "-", now)),
-        ("attempts", f"{state.started}, on {state.machines} machines; {state.crashes} crashes in a row without a new step"),
+        (
+            "attempts",
+            f"{state.started}, on {state.machines} machines; {state.crashes} crashes in a row without a new step",
+        ),
         *_training(metrics, events, bucket, now),
         ("last event", _last_event(state, events, now)),
         ("last error", "\n".join(last_errors(bucket)) or "-"),
@@ -66,7 +69,10 @@ def _training(metrics: list[dict], events: list[dict], bucket: Bucket, now: floa
     return [
         ("step", f"{last['step']}, {span(now - _seconds(last['time']))} ago; loss {loss}"),
         ("tokens", f"{count(tokens)}{share}"),
-        ("speed", f"{count(rate) if rate else '-'} tokens/s{left}; MFU {_share(metrics, 'mfu')}, goodput {_share(metrics, 'goodput')}"),
+        (
+            "speed",
+            f"{count(rate) if rate else '-'} tokens/s{left}; MFU {_share(metrics, 'mfu')}, goodput {_share(metrics, 'goodput')}",
+        ),
         ("checkpoint", checkpoint),
     ]
 
@@ -84,7 +90,9 @@ def _budget(bucket: Bucket) -> int:
 
 def _last_event(state: State, events: list[dict], now: float) -> str:
     found = [f"{text} ({span(now - when)} ago)" for when, text in state.history[-1:]]
-    found += [f"trainer: {x['event']} at step {x.get('step')} ({span(now - _seconds(x['time']))} ago)" for x in events[-1:]]
+    found += [
+        f"trainer: {x['event']} at step {x.get('step')} ({span(now - _seconds(x['time']))} ago)" for x in events[-1:]
+    ]
     return "\n".join(found) or "-"
 
 

@@ -53,10 +53,10 @@ class Workers:
             return answer
         # Several may come at once, of which one is late: each unpacks for itself, and the first one's stays.
         command = (
-            f"set -e; base={_BASE}/{self.run.name}; mkdir -p \"$base\"; cd \"$base\"; if [ ! -e code-{pack} ]; then "
+            f'set -e; base={_BASE}/{self.run.name}; mkdir -p "$base"; cd "$base"; if [ ! -e code-{pack} ]; then '
             f"new=$(mktemp -d new.XXXXXX); gcloud storage cp {shlex.quote(url)} $new.tar.gz --quiet; "
             f"sha256sum $new.tar.gz | grep -q ^{pack}; tar -xzf $new.tar.gz -C $new; rm $new.tar.gz; "
-            f"mv -T $new code-{pack} || rm -r $new; fi; bash code-{pack}/tpu_scripts/worker_setup.sh \"$base\" {pack}"
+            f'mv -T $new code-{pack} || rm -r $new; fi; bash code-{pack}/tpu_scripts/worker_setup.sh "$base" {pack}'
         )
         return self.ssh(command, timeout=_SETUP_SECONDS)
 
@@ -103,8 +103,6 @@ def place(run: RunFile) -> list[str]:
 def _read(answer: Answer) -> list[Worker]:
     """The workers that answered: gcloud's own exit code says nothing about the others."""
     return [
-        Worker(
-            int(m["number"]), m["pack"], int(m["attempt"]), m["state"], None if m["code"] == "-" else int(m["code"])
-        )
+        Worker(int(m["number"]), m["pack"], int(m["attempt"]), m["state"], None if m["code"] == "-" else int(m["code"]))
         for m in _LINE.finditer(answer.out)
     ]
