@@ -11,16 +11,13 @@ environment is the tests' own Python). Deleting or preempting a machine kills it
 import fcntl
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+# (Some imports are in the functions that need them: most calls are of those that do not.)
 EVERYWHERE = "account billing-project configuration flatten format impersonate-service-account project quiet verbosity"
 PLACE = "zone " + EVERYWHERE
 SSH = (
@@ -67,8 +64,10 @@ class Cloud:
         empty = {"resources": {}, "creations": [], "made": 0, "ssh_refused": 0, "describe_fails": 0, "storage_fails": 0}
         (self.folder / "cloud.json").write_text(json.dumps(empty))
         (self.folder / "worker-environment.json").write_text(json.dumps(worker_environment))
-        python, here = sys.executable, Path(__file__).resolve()
-        self._program("gcloud", f'FAKE_CLOUD="{self.folder}" exec "{python}" -I -S "{here}" "$@"')
+        python, here = sys.executable, Path(__file__).parent.resolve()
+        # Imported, so that it is compiled once: a test makes hundreds of calls.
+        program = f"import sys; sys.path.insert(0, '{here}'); import fake_cloud; sys.exit(fake_cloud.main())"
+        self._program("gcloud", f'FAKE_CLOUD="{self.folder}" exec "{python}" -I -S -c "{program}" "$@"')
         self._program(
             "curl",
             'case "$*" in *"/instance/attributes/agent-worker-number") echo "$FAKE_WORKER" ;; *) exit 22 ;; esac',
@@ -128,6 +127,8 @@ class Cloud:
                 except ProcessLookupError:
                     pass
             time.sleep(0.02)
+        import shutil
+
         shutil.rmtree(self.folder / "machines" / machine, ignore_errors=True)
 
     def processes(self, machine: str = "") -> list[int]:
@@ -177,9 +178,7 @@ class Cloud:
             creation = state["creations"].pop(0) if state["creations"] else {}
             if "refuse" not in creation:
                 state["made"] += 1
-                with socket.socket() as s:
-                    s.bind(("localhost", 0))
-                    port = s.getsockname()[1]
+                port = _free_port()
                 labels = dict(x.split("=") for x in flags.get("labels", "").split(",") if x)
                 state["resources"][name] = {
                     "labels": labels, "machine": f"{name}-{state['made']}", "port": port, "type": flags["accelerator-type"],
@@ -236,6 +235,9 @@ class Cloud:
         return 0
 
     def _compute_tpus_tpu_vm_ssh(self, names, flags) -> int:
+        import subprocess
+        import threading
+
         if "command" not in flags:
             raise Refused("this stand-in has no terminal; give --command", 2)
         with self.changing() as state:
@@ -269,6 +271,8 @@ class Cloud:
         return next((codes[w] for w in sorted(codes) if codes[w]), 0)
 
     def _compute_tpus_tpu_vm_scp(self, names, flags) -> int:
+        import subprocess
+
         *sources, destination = names
         remote = [n for n in names if ":" in n]
         found = self._ready(remote[0].partition(":")[0], "scp")
@@ -335,6 +339,8 @@ class Cloud:
                 if path.is_dir():
                     if "recursive" not in flags:
                         raise Refused("ERROR: (gcloud.storage.cp) Omitting directory; use --recursive")
+                    import shutil
+
                     shutil.copytree(path, to, dirs_exist_ok=True)
                     continue
                 data = path.read_bytes()
@@ -382,6 +388,14 @@ def _parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return names, flags
 
 
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 def _hosts(accelerator: str) -> int:
     kind, _, number = accelerator.rpartition("-")
     chips = int(number) // 2 if kind in ("v4", "v5p") else int(number)
@@ -392,5 +406,5 @@ def _workers(flag: str, accelerator: str) -> list[int]:
     return list(range(_hosts(accelerator))) if flag == "all" else [int(flag)]
 
 
-if __name__ == "__main__":
-    sys.exit(Cloud(Path(os.environ["FAKE_CLOUD"])).call(sys.argv[1:]))
+def main() -> int:
+    return Cloud(Path(os.environ["FAKE_CLOUD"])).call(sys.argv[1:])

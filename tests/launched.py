@@ -57,7 +57,7 @@ save()
 
 def write_run_file(folder: Path, cloud: Cloud, command: list[str], environment=(), more: str = "", **policy) -> Path:
     """A run of the name `test` on 2 workers, whose run directory is the bucket's folder (as if mounted on every host)."""
-    settings = {"poll_seconds": 0.05, "backoff_seconds": 0.05, "settle_seconds": 0.5, "keep_minutes": 0, **policy}
+    settings = {"poll_seconds": 0.1, "backoff_seconds": 0.05, "settle_seconds": 0.5, "keep_minutes": 0, **policy}
     path = folder / "my run.ini"
     path.write_text(
         "[run]\nname = test\nbucket = gs://bucket/a folder/of läufe\n"

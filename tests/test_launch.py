@@ -48,42 +48,44 @@ def test_a_run_comes_to_the_same_end_whatever_befalls_it(cloud, tmp_path):
     with cloud.changing() as state:
         state["creations"] = [{"refuse": NO_CAPACITY}, {"states": ["ACCEPTED", "PROVISIONING", "ACTIVE"]}]
         state["describe_fails"], state["ssh_refused"] = 2, 2
-    run_file = stand_in(tmp_path, cloud, 60, FAULT="50 137 0", STEP_SECONDS=0.06)
+    run_file = stand_in(tmp_path, cloud, 45, FAULT="35 137 0", STEP_SECONDS=0.05)
     first = tpu(cloud, "run", run_file, "--keep-alive")
-    wait_for(lambda: 12 in steps(cloud))
+    wait_for(lambda: 8 in steps(cloud))
     cloud.preempt("test", ["SUSPENDING", "SUSPENDED"])
     wait_for(lambda: cloud.state["made"] == 2)
     with cloud.changing() as state:
         state["storage_fails"], state["ssh_refused"] = 2, 1
-    wait_for(lambda: 30 in steps(cloud))
+    wait_for(lambda: 20 in steps(cloud))
     kill(first)
     before = len(steps(cloud))
     wait_for(lambda: len(steps(cloud)) > before)  # the trainer does not need the launcher
     printed = end(tpu(cloud, "run", run_file, "--keep-alive"))
     assert "worker 0 ended with 137 (crash 1 of 3 that are borne); going on" in printed
-    assert curve(cloud) == expected_curve(60)
-    assert sorted(set(steps(cloud))) == list(range(1, 61))
+    assert curve(cloud) == expected_curve(45)
+    assert sorted(set(steps(cloud))) == list(range(1, 46))
     nothing_is_left(cloud)
     # The one that was preempted was asked for once more, and no other.
     assert [c["code"] for c in creates(cloud)] == [1, 0, 0]
     status = end(tpu(cloud, "status", run_file))
-    assert "there is none" in status and "ended: done" in status and "step        60" in status
+    assert "there is none" in status and "ended: done" in status and "step        45" in status
     assert "attempts    3, on 2 machines" in status and "attempt 2: worker 0 ended with 137" in status
     assert "(crash" not in end(tpu(cloud, "run", run_file))  # done is done
     nothing_is_left(cloud)
 
 
 def test_by_hand_up_run_stop_run_down(cloud, tmp_path):
-    run_file = stand_in(tmp_path, cloud, 10_000, STEP_SECONDS=0.02)
-    assert "2 workers are ready; billed until `down`" in end(tpu(cloud, "up", run_file))
-    assert end(tpu(cloud, "up", run_file)).count("\n") == 1  # nothing is done twice
-    assert "nothing watches it now" in end(tpu(cloud, "run", run_file))
+    run_file = stand_in(tmp_path, cloud, 10_000, more="[secrets]\nnames = TOKEN\n", STEP_SECONDS=0.02)
+    assert "2 workers are ready; billed until `down`" in end(tpu(cloud, "up", run_file, TOKEN="abc"))
+    secrets = cloud.home("test", 1) / "easylm" / "test" / "secrets"
+    assert secrets.read_bytes() == b"TOKEN=abc\0" and secrets.stat().st_mode & 0o777 == 0o600
+    assert end(tpu(cloud, "up", run_file, TOKEN="abc")).count("\n") == 1  # nothing is done twice
+    assert "nothing watches it now" in end(tpu(cloud, "run", run_file, TOKEN="abc"))
     wait_for(lambda: 5 in steps(cloud))
     assert "ACTIVE, READY, 2 workers (billed)" in end(tpu(cloud, "status", run_file))
     stopped = end(tpu(cloud, "stop", run_file))
     assert "worker 0: ended with 42" in stopped and "worker 1: ended with 42" in stopped
     reached = max(steps(cloud))
-    end(tpu(cloud, "run", run_file))
+    end(tpu(cloud, "run", run_file, TOKEN="abc"))
     wait_for(lambda: max(steps(cloud)) > reached)
     assert sorted(steps(cloud)) == list(range(1, max(steps(cloud)) + 1))  # not one step was done again
     assert "no machine is left" in end(tpu(cloud, "down", run_file))
@@ -104,10 +106,10 @@ def test_a_watching_launcher_ends_when_another_says_down(cloud, tmp_path):
     nothing_is_left(cloud)
 
 
-@pytest.mark.parametrize("labels", [{"easylm-run": "test", "easylm-owner": "another"}, {}])
-def test_what_another_made_is_never_touched(cloud, tmp_path, labels):
+def test_what_another_made_is_never_touched(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud)
     with cloud.changing() as state:
+        labels = {"easylm-run": "test", "easylm-owner": "another"}
         theirs = {"labels": labels, "machine": "test-9", "port": 1, "type": "v4-16", "states": ["SUSPENDED"]}
         state["resources"]["test"] = theirs
     for verb in ("up", "run", "down"):
@@ -120,12 +122,12 @@ def test_what_another_made_is_never_touched(cloud, tmp_path, labels):
 @pytest.mark.parametrize(
     "code, attempts, why",
     [
-        (1, 3, "worker 1 ended with 1; 3 crashes in a row without a new step"),
+        (1, 2, "worker 1 ended with 1; 2 crashes in a row without a new step"),
         (2, 1, "something in the config or the data"),
     ],
 )
 def test_what_always_fails_is_given_up(cloud, tmp_path, code, attempts, why):
-    run_file = stand_in(tmp_path, cloud, FAULT=f"0 {code} 1 always", STEP_SECONDS=10, policy={"max_crashes": 2})
+    run_file = stand_in(tmp_path, cloud, FAULT=f"0 {code} 1 always", STEP_SECONDS=10, policy={"max_crashes": 1})
     printed = end(tpu(cloud, "run", run_file, "--keep-alive"), 1)
     assert why in printed
     assert sorted(p.name for p in (run_directory(cloud) / "logs").iterdir()) == [
@@ -139,10 +141,10 @@ def test_what_always_fails_is_given_up(cloud, tmp_path, code, attempts, why):
 
 def test_setting_up_that_fails_is_told_and_given_up(cloud, tmp_path):
     (cloud.folder / "no-pypi").touch()
-    run_file = stand_in(tmp_path, cloud, policy={"max_crashes": 1})
+    run_file = stand_in(tmp_path, cloud, policy={"max_crashes": 0})
     printed = end(tpu(cloud, "run", run_file, "--keep-alive"), 1)
     assert "easylm-setup worker=1 failed: no route to pypi.org" in printed
-    assert "setting up failed 2 times" in printed
+    assert "setting up failed 1 times" in printed
     nothing_is_left(cloud)
 
 
@@ -182,14 +184,6 @@ def test_values_arrive_unharmed_and_secrets_are_nowhere_else(cloud, tmp_path):
     for path in cloud.folder.rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
     nothing_is_left(cloud)
-
-
-def test_secrets_lie_where_only_the_user_can_read_them(cloud, tmp_path):
-    run_file = stand_in(tmp_path, cloud, more="[secrets]\nnames = TOKEN\n")
-    end(tpu(cloud, "up", run_file, TOKEN="abc"))
-    path = cloud.home("test", 1) / "easylm" / "test" / "secrets"
-    assert path.read_bytes() == b"TOKEN=abc\0" and path.stat().st_mode & 0o777 == 0o600
-    end(tpu(cloud, "down", run_file))
 
 
 def test_a_dry_run_prints_what_gcloud_takes_and_does_nothing(cloud, tmp_path):

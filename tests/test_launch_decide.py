@@ -1,6 +1,7 @@
 """The launcher's state machine, which is a pure function, and its run files."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ sys.path.insert(0, str(TPU_SCRIPTS))
 
 from launcher import decide as d  # noqa: E402
 from launcher import machine as m  # noqa: E402
+from launcher.gcloud import Answer  # noqa: E402
 from launcher.machine import Machine, look  # noqa: E402
 from launcher.rehearse import rehearsal  # noqa: E402
 from launcher.run_file import WrongInput, read_run_file  # noqa: E402
@@ -107,13 +109,27 @@ def test_exit_codes_are_the_trainers():
     "answer", ['{"state": {"state": "NEVER_HEARD_OF"}}', "no json", '{"state": 3}', "[]", "null", '{"tpu": {}}']
 )
 def test_an_answer_that_is_not_understood_is_unknown(answer):
-    from launcher.gcloud import Answer
-
     run = read_run_file(str(TPU_SCRIPTS / "examples" / "v4-64.ini"))
     assert look(lambda *a, **k: Answer(0, answer, ""), run, "me").kind == m.UNKNOWN
     for error in ("", "PERMISSION_DENIED", "NOT_FOUND: Project", "timeout", f"{run.name}: INTERNAL"):
         assert look(lambda *a, error=error, **k: Answer(1, "", error), run, "me").kind == m.UNKNOWN
     assert look(lambda *a, **k: Answer(1, "", f"NOT_FOUND: queuedResources/{run.name}"), run, "me").kind == m.ABSENT
+
+
+@pytest.mark.parametrize(
+    "labels, kind",
+    [
+        ({}, m.FOREIGN),
+        ({"easylm-owner": "you"}, m.FOREIGN),
+        ({"easylm-run": "me"}, m.FOREIGN),
+        ({"easylm-owner": "me"}, m.LOST),
+    ],
+)
+def test_only_the_owner_that_the_label_names_is_the_owner(labels, kind):
+    run = read_run_file(str(TPU_SCRIPTS / "examples" / "v4-64.ini"))
+    for node in ({"labels": labels}, {} if not labels else {"labels": labels}):
+        found = {"state": {"state": "SUSPENDED"}, "tpu": {"nodeSpec": [{"node": node}]}}
+        assert look(lambda *a, found=found, **k: Answer(0, json.dumps(found), ""), run, "me").kind == kind
 
 
 EXAMPLES = sorted((TPU_SCRIPTS / "examples").glob("*.ini"))

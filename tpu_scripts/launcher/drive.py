@@ -105,7 +105,7 @@ class Driver:
         return Seen(machine, workers, self.state.pack, self.state.attempt, lasted)
 
     def _stopped(self) -> bool:
-        return self.bucket.read("launch/wanted") not in (None, "run")
+        return self.bucket.read("launch/wanted") in ("stop", "down")
 
     def _do(self, action: Action) -> int | None:
         if action.what == REFUSE:
