@@ -121,9 +121,14 @@ class Bucket:
         self.keep(state)
 
     def let_go(self, state: State):
-        self.keep(state)
-        state.launcher = {}
-        self.write("launch/state.json", _text(state))
+        """At the end, however it came; without an answer the next launcher waits until this one's word is old."""
+        try:
+            found = self.state()
+        except NoAnswer:
+            return
+        if found and found.launcher.get("id") == self._me["id"]:
+            state.launcher = {}
+            self.write("launch/state.json", _text(state))
 
     def wait_for_driver(self, sleep) -> bool:
         """Until no launcher drives the run; whether one did."""

@@ -33,6 +33,7 @@ from .workers import EXITED, LOST, Worker, Workers
 
 # What is to be reached: a machine on which all workers are ready; a run that was started; a run that is done.
 UP, STARTED, FINISHED_RUN = "up started finished".split()
+_SAY_AGAIN_SECONDS = 900
 
 
 class Driver:
@@ -45,7 +46,7 @@ class Driver:
         self.seen: list[Worker] = []
         self.ended_since = 0.0
         self.refused = self.setups_failed = 0
-        self.told = ""
+        self.told, self.told_at = "", 0.0
         self.known = False  # whether gcloud has given any good answer yet
 
     def drive(self, take_over: bool, again: bool) -> int:
@@ -276,8 +277,9 @@ class Driver:
         self.bucket.keep(self.state)
 
     def _wait(self, why: str):
-        if why != self.told:
-            self.told = why
+        """Said when it is new, and again now and then: waiting may cost money."""
+        if why != self.told or time.time() - self.told_at > _SAY_AGAIN_SECONDS:
+            self.told, self.told_at = why, time.time()
             self.say(f"waiting: {why}" if why != "running" else why)
 
 
