@@ -156,7 +156,9 @@ def _stop(a, run: RunFile) -> int:
         ended = f"ended with {worker.code}" if worker.code is not None else worker.state
         _say(f"worker {worker.number}: {ended}")
     if not workers:
-        _say("no worker answered, so nothing is known of the trainer: see `status`; a launcher that drives this run ends")
+        _say(
+            "no worker answered, so nothing is known of the trainer: see `status`; a launcher that drives this run ends"
+        )
         return 1
     _say("the machine stays, and is billed until `down`")
     return 0
