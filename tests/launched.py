@@ -61,7 +61,7 @@ def write_run_file(folder: Path, cloud: Cloud, command: list[str], environment=(
     path = folder / "my run.ini"
     path.write_text(
         "[run]\nname = test\nbucket = gs://bucket/a folder/of läufe\n"
-        "[machine]\nproject = my-project\nzone = us-central2-b\ntype = v4-16\ncapacity = spot\n"
+        "[machine]\nproject = a-project\nzone = us-central2-b\ntype = v4-16\ncapacity = spot\n"
         f"[train]\nrun_dir = {cloud.bucket('gs://bucket/a folder/of läufe/test')}\n"
         + "command =\n"
         + "".join(f"    {x}\n" for x in command)

@@ -75,7 +75,7 @@ def test_a_run_comes_to_the_same_end_whatever_befalls_it(cloud, tmp_path):
 
 def test_by_hand_up_run_stop_run_down(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000, more="[secrets]\nnames = TOKEN\n", STEP_SECONDS=0.02)
-    assert "2 workers are ready; billed until `down`" in end(tpu(cloud, "up", run_file, TOKEN="abc"))
+    assert "2 workers ready; billed until `down`" in end(tpu(cloud, "up", run_file, TOKEN="abc"))
     secrets = cloud.home("test", 1) / "easylm" / "test" / "secrets"
     assert secrets.read_bytes() == b"TOKEN=abc\0" and secrets.stat().st_mode & 0o777 == 0o600
     assert end(tpu(cloud, "up", run_file, TOKEN="abc")).count("\n") == 1  # nothing is done twice
@@ -201,6 +201,8 @@ def test_a_dry_run_prints_what_gcloud_takes_and_does_nothing(cloud, tmp_path):
         for _, *arguments in commands:
             words = next(n for n in (4, 2) if " ".join(arguments[:n]) in FLAGS)
             _parse(" ".join(arguments[:words]), arguments[words:])
+    example = ROOT / "tpu_scripts" / "examples" / "first.ini"
+    assert "put your own" in end(tpu(cloud, "run", example), 2)
     assert commands[0][-1] == "--command='a  b' 'c'\"'\"'d'"
     assert cloud.calls() == []
 

@@ -103,7 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _gcloud(a, run: RunFile):
-    return rehearsal(run, exists=a.verb is not _drive) if a.dry_run else Gcloud()
+    if a.dry_run:
+        return rehearsal(run, exists=a.verb is not _drive)
+    if run.project == "my-project" or run.url.startswith("gs://my-bucket/"):
+        raise WrongInput(
+            f"{a.run_file} still has the example's my-project or my-bucket; put your own (--dry-run needs none)"
+        )
+    return Gcloud()
 
 
 def _say(text: str):

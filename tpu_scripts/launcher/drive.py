@@ -27,13 +27,14 @@ from .decide import (
     verdict,
 )
 from .pack import make_pack
-from .records import newest_step
+from .records import newest_step, newest_train_line
 from .run_file import RunFile, WrongInput, secret_values
 from .workers import EXITED, LOST, Worker, Workers
 
 # What is to be reached: a machine on which all workers are ready; a run that was started; a run that is done.
 UP, STARTED, FINISHED_RUN = "up started finished".split()
 _SAY_AGAIN_SECONDS = 900
+_PROGRESS_SECONDS = 120
 
 
 class Driver:
@@ -150,7 +151,7 @@ class Driver:
         return None
 
     def _set_up(self) -> int | None:
-        self._note(f"setting up {len(self.seen)} workers (minutes, on a new machine)")
+        self._note(f"setting up {self._workers()} (minutes, on a new machine)")
         answer = self.workers.set_up(f"{self.run.url}/launch/pack-{self.state.pack}.tar.gz", self.state.pack)
         failed = [x for x in answer.out.splitlines() if x.startswith("easylm-setup ")]
         if failed:
@@ -166,23 +167,39 @@ class Driver:
 
     def _start(self) -> int | None:
         if self.goal == UP:
-            self.say(f"{len(self.seen)} workers are ready; billed until `down`")
+            self.say(f"{self._workers()} ready; billed until `down`")
             return 0
         if self.state.started < self.state.attempt:
             self.state.started = self.state.attempt
-            self._note(f"attempt {self.state.attempt} starts on {len(self.seen)} workers")
+            self._note(f"attempt {self.state.attempt} starts on {self._workers()}")
         self.workers.start(self.state.attempt)
         return None
 
     def _waiting(self, why: str) -> int | None:
+        if why == "running" and self.goal == FINISHED_RUN:
+            self._tell_progress()
+            return None
         self._wait(why)
-        if why != "running" or self.goal == FINISHED_RUN:
+        if why != "running":
             return None
         if self.goal == STARTED:
             self.say(
                 "nothing watches it now: `run --keep-alive` does, `status` and `logs` look, `down` ends it and its bill"
             )
         return 0
+
+    def _tell_progress(self):
+        """The trainer's newest step, now and then."""
+        if self.told == "running" and time.time() - self.told_at < _PROGRESS_SECONDS:
+            return
+        self.told, self.told_at = "running", time.time()
+        line = newest_train_line(self.bucket)
+        rate = line.get("tokens_per_second")
+        self.say(
+            f"running: step {line['step']}, loss {line.get('loss')}" + (f", {rate:,.0f} tokens/s" if rate else "")
+            if line
+            else "running: no step yet (`logs` has what the workers say)"
+        )
 
     def _ended(self) -> int | None:
         what, why = verdict(self.seen, self.state.attempt)
@@ -265,6 +282,9 @@ class Driver:
             raise NoAnswer(answer.why)
         self.state.pack = pack
         self._note(f"code and settings of this run: pack {pack}, {len(data) / 1e6:.1f} MB")
+
+    def _workers(self) -> str:
+        return f"{len(self.seen)} worker{'s' if len(self.seen) > 1 else ''}"
 
     def _backoff(self, times: int) -> float:
         return min(300.0, self.run.backoff_seconds * 2 ** min(times - 1, 10))

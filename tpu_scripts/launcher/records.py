@@ -23,9 +23,16 @@ def tail(bucket: Bucket, name: str) -> list[dict]:
     return found
 
 
-def newest_step(bucket: Bucket) -> int:
-    """The largest step that the newest lines know; 0 where there are none, or no answer."""
+def newest_train_line(bucket: Bucket) -> dict:
+    """What metrics.jsonl says of the newest step; empty where there is none, or no answer."""
     try:
-        return max((e["step"] for e in tail(bucket, "metrics.jsonl") if isinstance(e.get("step"), int)), default=0)
+        lines = [
+            x for x in tail(bucket, "metrics.jsonl") if x.get("kind") == "train" and isinstance(x.get("step"), int)
+        ]
     except NoAnswer:
-        return 0
+        return {}
+    return max(lines, key=lambda x: x["step"], default={})
+
+
+def newest_step(bucket: Bucket) -> int:
+    return newest_train_line(bucket).get("step", 0)
