@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_params
 from easylm_mling.config import load
 from easylm_mling.metrics import read_metrics
@@ -52,6 +53,8 @@ def start(
     # Of several processes only the first finds its programs in JAX's cache: the others compile, so this must be quick.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": quick}
+    # The next start finds all of this one's programs, the small ones too.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # One process, too, joins with itself: on the CPU the sums of its own collectives have another order than gloo's.
     place = [f"--coordinator=localhost:{port or free_port()}", f"--processes={processes}"]
     flags = [o for o in overrides if o.startswith("--")]
@@ -120,7 +123,7 @@ def outcome(run_dir: Path):
     lines = [
         {k: v for k, v in line.items() if k not in changing}
         for kind in ("train", "eval", "news", "languages")
-        for line in read_metrics(run_dir / "metrics.jsonl", kind)
+        for line in read_metrics(small_files(run_dir) / "metrics.jsonl", kind)
         if kind != "languages" or line["step"] == 10
     ]
     config = load(["configs/demo.yaml"], [*TINY, "mesh.cpu_devices=0", f"run_dir={run_dir}", "mesh.tensor=2"])

@@ -15,6 +15,7 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.atomic import appears_whole
+from easylm_mling.bucket import small_files, store_spec
 from easylm_mling.checkpoint import load_info, step_directory
 from easylm_mling.config import ConfigError, ModelConfig, from_tree
 from easylm_mling.hf.card import write_card
@@ -63,7 +64,7 @@ def export_hf(
     read = open_parameters(where, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with appears_whole(hf_dir) as partial:
-        tokenizer_files = copy_tokenizer(Path(checkpoint_dir) / TOKENIZER_FOLDER, partial)
+        tokenizer_files = copy_tokenizer(small_files(checkpoint_dir) / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))
         write_card(partial, checkpoint_dir, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
@@ -147,7 +148,7 @@ def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Call
 
 def open_stores(step_dir: Path, model: ModelConfig) -> dict[str, ts.TensorStore]:
     """The stored parameters by path. Through tensorstore and not Orbax, which would restore whole stacks."""
-    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step_dir}/params/"}}
+    base = {"driver": "ocdbt", "base": store_spec(f"{step_dir}/params")}
     stores = {}
     for p in parameter_table(model):
         try:
