@@ -2,7 +2,7 @@
 
 It is no Google Cloud and talks to none. It knows the commands below with just the flags that Google Cloud SDK 528.0.0
 documents for them (`gcloud ... --help`), and refuses any other as the real one does, with exit code 2. It records every
-call, plays sequences of states, keeps buckets in a folder, and really runs what is sent by ssh: each worker is a home
+call, plays sequences of states, keeps buckets in a folder (or on the emulator of gcs_server.py), and really runs what is sent by ssh: each worker is a home
 directory, in which `bash -c COMMAND` runs with an environment of its own. A worker finds stand-ins for three programs:
 `gcloud` (this one), `curl` (which only knows the metadata server's answer to "which worker am I?") and `uv` (whose
 environment is the tests' own Python). Deleting or preempting a machine kills its processes and wipes its disks.
@@ -305,8 +305,7 @@ class Cloud:
 
     def _storage_cat(self, names, flags) -> int:
         self._storage("cat")
-        path = self._object(names[0], "cat")
-        data = path.read_bytes()
+        data = self._object(names[0], "cat")
         if tail := flags.get("range"):
             data = data[-int(tail.removeprefix("-")) :]
         sys.stdout.buffer.write(data)
@@ -314,42 +313,41 @@ class Cloud:
 
     def _storage_ls(self, names, flags) -> int:
         self._storage("ls")
-        folder = self.bucket(names[0])
-        found = sorted(p for p in folder.rglob("*") if p.is_file())
+        url = names[0]
+        found = sorted(n for n in self._store.names(url.rstrip("/")) if n == url or n.startswith(url.rstrip("/") + "/"))
         if not found:
             raise Refused("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
-        print(f"{names[0]}:")
-        for path in found:
-            print(f"gs://{path.relative_to(self.folder / 'buckets')}")
+        print("\n".join([f"{url}:", *found]))
         return 0
 
     def _storage_cp(self, names, flags) -> int:
         self._storage("cp")
         *sources, destination = names
         for source in sources:
-            to = self.bucket(destination) if destination.startswith("gs://") else Path(destination)
-            if flags.get("if-generation-match") == "0" and to.exists():
-                raise Refused("ERROR: HTTPError 412: At least one of the pre-conditions you specified did not hold.")
-            if source == "-":
-                data = sys.stdin.buffer.read()
-            else:
-                path = self._object(source, "cp") if source.startswith("gs://") else Path(source)
-                if destination.endswith("/") or to.is_dir():
-                    to = to / path.name
-                if path.is_dir():
-                    if "recursive" not in flags:
-                        raise Refused("ERROR: (gcloud.storage.cp) Omitting directory; use --recursive")
-                    import shutil
-
-                    shutil.copytree(path, to, dirs_exist_ok=True)
-                    continue
-                data = path.read_bytes()
-            to.parent.mkdir(parents=True, exist_ok=True)
-            # An object is there as a whole or not at all.
-            new = to.with_name(f".{to.name}-{os.getpid()}")
-            new.write_bytes(data)
-            new.rename(to)
+            folder = None
+            if source.startswith("gs://"):
+                folder = [n for n in self._store.names(source) if n.startswith(source + "/")]
+            elif Path(source).is_dir():
+                folder = [str(p) for p in sorted(Path(source).rglob("*")) if p.is_file()]
+            if folder and "recursive" not in flags:
+                raise Refused("ERROR: (gcloud.storage.cp) Omitting directory; use --recursive")
+            # Into a folder that is there, else under its name.
+            into = destination.endswith("/") or (not destination.startswith("gs://") and Path(destination).is_dir())
+            to = f"{destination.rstrip('/')}/{source.rstrip('/').rpartition('/')[2]}" if into else destination
+            for one in folder or [source]:
+                self._copy(one, to + one[len(source) :], flags.get("if-generation-match") == "0")
         return 0
+
+    def _copy(self, source: str, to: str, only_new: bool):
+        if source == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            data = self._object(source, "cp") if source.startswith("gs://") else Path(source).read_bytes()
+        if not to.startswith("gs://"):
+            Path(to).parent.mkdir(parents=True, exist_ok=True)
+            Path(to).write_bytes(data)
+        elif not self._store.put(to, data, only_new):
+            raise Refused("ERROR: HTTPError 412: At least one of the pre-conditions you specified did not hold.")
 
     def _storage(self, verb: str):
         if os.environ.get("FAKE_MACHINE"):
@@ -360,11 +358,83 @@ class Cloud:
         if fails:
             raise Refused(f"ERROR: (gcloud.storage.{verb}) HTTPError 503: Service Unavailable")
 
-    def _object(self, url: str, verb: str) -> Path:
-        path = self.bucket(url)
-        if not path.exists():
+    def _object(self, url: str, verb: str) -> bytes:
+        data = self._store.get(url)
+        if data is None:
             raise Refused(f"ERROR: (gcloud.storage.{verb}) The following URLs matched no objects or files:\n{url}")
-        return path
+        return data
+
+    @property
+    def _store(self):
+        host = json.loads((self.folder / "worker-environment.json").read_text()).get("STORAGE_EMULATOR_HOST")
+        return Emulator(host) if host else Folder(self.folder / "buckets")
+
+
+class Folder:
+    """Buckets as folders."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def get(self, url: str) -> bytes | None:
+        path = self.path / url.removeprefix("gs://")
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, url: str, data: bytes, only_new: bool) -> bool:
+        path = self.path / url.removeprefix("gs://")
+        if only_new and path.exists():
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # An object is there as a whole or not at all.
+        new = path.with_name(f".{path.name}-{os.getpid()}")
+        new.write_bytes(data)
+        new.rename(path)
+        return True
+
+    def names(self, url: str) -> list[str]:
+        path = self.path / url.removeprefix("gs://")
+        files = path.rglob("*") if path.is_dir() else [path]
+        return [f"gs://{p.relative_to(self.path)}" for p in files if p.is_file()]
+
+
+class Emulator:
+    """Buckets of a server that speaks the JSON API of Google's storage (gcs_server.py)."""
+
+    def __init__(self, host: str):
+        self.host = host
+
+    def _ask(self, path: str, data: bytes | None = None) -> bytes | None:
+        from urllib.error import HTTPError
+        from urllib.request import urlopen
+
+        try:
+            with urlopen(self.host + path, data) as answer:
+                return answer.read()
+        except HTTPError as error:
+            if error.code in (404, 412):
+                return None
+            raise
+
+    def get(self, url: str) -> bytes | None:
+        bucket, name = _divided(url)
+        return self._ask(f"/storage/v1/b/{bucket}/o/{name}?alt=media") if name else None
+
+    def put(self, url: str, data: bytes, only_new: bool) -> bool:
+        bucket, name = _divided(url)
+        new = "&ifGenerationMatch=0" if only_new else ""
+        return self._ask(f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={name}{new}", data) is not None
+
+    def names(self, url: str) -> list[str]:
+        bucket, name = _divided(url)
+        listed = json.loads(self._ask(f"/storage/v1/b/{bucket}/o?prefix={name}") or b"{}")
+        return [f"gs://{bucket}/{x['name']}" for x in listed.get("items", [])]
+
+
+def _divided(url: str) -> tuple[str, str]:
+    from urllib.parse import quote
+
+    bucket, _, name = url.removeprefix("gs://").partition("/")
+    return bucket, quote(name, safe="")
 
 
 class Refused(Exception):

@@ -13,6 +13,8 @@ from fake_cloud import Cloud
 ROOT = Path(__file__).parent.parent
 TPU = ROOT / "tpu_scripts" / "tpu.py"
 
+RUN_URL = "gs://bucket/a folder/of läufe/test"
+
 # Counts to STEPS in place of training: a checkpoint every fifth step, a loss that depends on all steps before it, and of
 # all workers the first writes. FAULT is "STEP CODE": it ends so when it gets there the first time ("always" every time).
 STAND_IN = """
@@ -55,14 +57,17 @@ save()
 """
 
 
-def write_run_file(folder: Path, cloud: Cloud, command: list[str], environment=(), more: str = "", **policy) -> Path:
-    """A run of the name `test` on 2 workers, whose run directory is the bucket's folder (as if mounted on every host)."""
+def write_run_file(
+    folder: Path, cloud: Cloud, command: list[str], environment=(), more: str = "", mounted: bool = True, **policy
+) -> Path:
+    """A run of the name `test` on 2 workers, whose run directory is the bucket's folder, `mounted` on every host, or gs://."""
     settings = {"poll_seconds": 0.1, "backoff_seconds": 0.05, "settle_seconds": 0.5, "keep_minutes": 0, **policy}
     path = folder / "my run.ini"
     path.write_text(
         "[run]\nname = test\nbucket = gs://bucket/a folder/of läufe\n"
         "[machine]\nproject = a-project\nzone = us-central2-b\ntype = v4-16\ncapacity = spot\n"
-        f"[train]\nrun_dir = {cloud.bucket('gs://bucket/a folder/of läufe/test')}\n"
+        + "[train]\n"
+        + (f"run_dir = {run_directory(cloud)}\n" if mounted else "")
         + "command =\n"
         + "".join(f"    {x}\n" for x in command)
         + more
@@ -76,7 +81,7 @@ def write_run_file(folder: Path, cloud: Cloud, command: list[str], environment=(
 
 
 def run_directory(cloud: Cloud) -> Path:
-    return cloud.bucket("gs://bucket/a folder/of läufe/test")
+    return cloud.bucket(RUN_URL)
 
 
 def stand_in(folder: Path, cloud: Cloud, steps: int = 12, more: str = "", policy=None, **environment) -> Path:

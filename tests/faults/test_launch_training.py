@@ -6,14 +6,19 @@ import signal
 
 import pytest
 from fake_cloud import Cloud
-from launched import end, kill, nothing_is_left, run_directory, tpu, wait_for, write_run_file
+from gcs_server import bucket, environment
+from launched import RUN_URL, end, kill, nothing_is_left, run_directory, tpu, wait_for, write_run_file
 from processes import ROOT, TINY, assert_same_bits, outcome, run
 
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.metrics import read_metrics
 
 pytestmark = pytest.mark.faults
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+ON_CPU = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+}
 
 
 def trainer(run_dir) -> list[str]:
@@ -23,9 +28,7 @@ def trainer(run_dir) -> list[str]:
 
 @pytest.fixture
 def cloud(tmp_path):
-    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": cache}
-    cloud = Cloud(tmp_path / "cloud").make(**environment)
+    cloud = Cloud(tmp_path / "cloud").make(**ON_CPU)
     yield cloud
     for machine in [r["machine"] for r in cloud.state["resources"].values()]:
         cloud.wipe(machine)
@@ -61,6 +64,33 @@ def test_training_ends_with_the_same_bits_whatever_befalls_it(cloud, tmp_path, m
     names = [p.name for p in (tmp_path / "same").iterdir() if p.suffix in (".safetensors", ".json", ".model")]
     assert len(names) >= 4
     assert filecmp.cmpfiles(tmp_path / "same", tmp_path / "model", names, shallow=False)[0] == names
+
+
+def test_a_run_in_a_bucket_from_the_first_command_to_the_model_on_the_laptop(tmp_path, monkeypatch):
+    """Nothing is mounted: what the trainer mirrors, the logs, the launcher's state and the model lie in one bucket."""
+    monkeypatch.chdir(ROOT)
+    with bucket() as url:
+        for name, value in environment(url).items():
+            monkeypatch.setenv(name, value)
+        cloud = Cloud(tmp_path / "cloud").make(**ON_CPU, **environment(url))
+        more = "files = data/sample\n[after]\nscript = tpu_scripts/export.sh\n"
+        run_file = write_run_file(tmp_path, cloud, trainer(RUN_URL), (), more, mounted=False, settle_seconds=150)
+        launcher = tpu(cloud, "run", run_file, "--keep-alive")
+        wait_for(lambda: "of step 4" in end(tpu(cloud, "status", run_file)), 240)
+        if "ACTIVE" in end(tpu(cloud, "status", run_file)):
+            cloud.preempt("test", ["SUSPENDED"])
+        end(launcher, seconds=500)
+        nothing_is_left(cloud)
+        status = end(tpu(cloud, "status", run_file))
+        assert "ended: done" in status and "step        10" in status and "of step 10" in status
+        assert "resumed from the checkpoint" in end(tpu(cloud, "logs", run_file, "-n", "1000"))
+        end(tpu(cloud, "cp", run_file, "run:hf", str(tmp_path / "model")))
+        undisturbed = tmp_path / "undisturbed"
+        run(undisturbed, 1)
+        assert_same_bits(outcome(RUN_URL), outcome(undisturbed))
+        export_hf(undisturbed, tmp_path / "same", 10)
+        weights = "model.safetensors"
+        assert filecmp.cmp(tmp_path / "same" / weights, tmp_path / "model" / weights, shallow=False)
 
 
 def test_a_stop_saves_and_the_next_run_goes_on_from_there(cloud, tmp_path, monkeypatch):
