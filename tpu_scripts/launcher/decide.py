@@ -5,7 +5,7 @@
     absent -- create --> coming -- wait --> ready -- set up --> start --> running -- wait --> all exited
                                               ^                                                  |
                                               +---- 42: at once; 1, 85, ...: within the budget --+-- 0: done
-                                                                                                 +-- 2, 3: given up
+                                                                                                 +-- 3, or 2 at first: given up
 What is not understood, or did not answer, is waited for: nothing is ever deleted on a guess.
 """
 
@@ -23,7 +23,7 @@ WAIT, CREATE, DELETE, SET_UP, START, END_OTHERS, ENDED, REFUSE = (
 
 # Exit codes of the trainer, as easylm_mling/exits.py has them; it is not imported, for a laptop need not have what it needs.
 DONE, WRONG_INPUT, NO_CHECKPOINT, PREEMPTED, STUCK = 0, 2, 3, 42, 85
-FINISHED, RESTART, CRASH, STOP = "finished restart crash stop".split()
+FINISHED, RESTART, CRASH, WRONG, STOP = "finished restart crash wrong stop".split()
 
 
 class Action(NamedTuple):
@@ -81,17 +81,17 @@ def _before_start(workers: list[Worker], pack: str) -> Action:
 
 
 def verdict(workers: list[Worker], attempt: int) -> tuple[str, str]:
-    """What follows from how an attempt ended on all workers, and why: FINISHED, RESTART, CRASH or STOP."""
+    """What follows from how an attempt ended on all workers, and why: FINISHED, RESTART, CRASH, WRONG or STOP."""
     never = sorted(w.number for w in workers if w.attempt < attempt)
     workers = [w for w in workers if w.attempt == attempt]
     codes = {w.number: w.code for w in workers if w.state == EXITED}
-    for code, why in (
-        (WRONG_INPUT, "something in the config or the data is wrong"),
-        (NO_CHECKPOINT, "no checkpoint is usable"),
+    for code, what, why in (
+        (NO_CHECKPOINT, STOP, "no checkpoint is usable"),
+        (WRONG_INPUT, WRONG, "something in the config or the data is wrong, or out of reach"),
     ):
         at = sorted(n for n, c in codes.items() if c == code)
         if at:
-            return STOP, f"worker {at[0]} ended with {code}: {why}"
+            return what, f"worker {at[0]} ended with {code}: {why}"
     if never:
         return CRASH, f"worker {never[0]} never began"
     if len(codes) == len(workers) and set(codes.values()) == {DONE}:

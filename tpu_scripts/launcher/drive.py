@@ -20,7 +20,9 @@ from .decide import (
     RESTART,
     SET_UP,
     START,
+    STOP,
     WAIT,
+    WRONG,
     Action,
     Seen,
     decide,
@@ -203,6 +205,9 @@ class Driver:
 
     def _ended(self) -> int | None:
         what, why = verdict(self.seen, self.state.attempt)
+        if what == WRONG:
+            # What has trained before is hardly wrong: storage may have been out of reach when it was read.
+            what = CRASH if newest_step(self.bucket) else STOP
         if what == FINISHED:
             return self._finish()
         if what == RESTART:
