@@ -15,6 +15,7 @@ skipped      the step changed nothing, for it was not finite or a spike; how man
 preempted, stopped, done, failed   how the attempt ended, in one line. An attempt without such a line was killed
 """
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -58,7 +59,8 @@ class EventLog:
 
     def __exit__(self, _, error: BaseException | None, __):
         if error is not None:
-            self.write("failed", self.step, error=(" ".join(str(error).split()) or type(error).__name__)[:500])
+            text = " ".join(str(error).split()) or type(error).__name__
+            self.write("failed", self.step, error=without_secrets(text)[:500])
         self._records.close()
 
 
@@ -159,3 +161,9 @@ def goodput(events: Iterable[dict]) -> Goodput:
 
 def _seconds(when: str) -> float:
     return datetime.fromisoformat(when).timestamp()
+
+
+def without_secrets(text: str) -> str:
+    """Addresses without what may be a key in them: names before an @, and everything behind a question mark."""
+    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
+    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)

@@ -13,6 +13,7 @@ RUN/config.yaml      the resolved config, written once
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/states.py
    /checkpoints/     see checkpoint.py; set-aside/ those that were damaged or rewound
    /rewinds.jsonl    see rewind.py
+   /launch/, logs/   of tpu_scripts: its state, and what every worker printed
    /lease            which process trains the run, locked while it does
 
 After `--accept-data-change`, NAME-to-step-N is what config.yaml, catalog.json and tokenizer/ were up to step N.
@@ -69,6 +70,8 @@ FREE_KEYS = (
 
 # What --accept-data-change lets change besides.
 DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
+# What may lie in a directory that no run has begun in.
+NOT_OF_A_RUN = {"plan.json", "lease", "launch", "logs"}
 REASONS = {
     "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
     "data.lanes": "every lane reads its own blocks",
@@ -123,7 +126,7 @@ class RunDirectory:
         if self.config_file.is_file():
             self._check_same_run(config, accept_data_change)
         # In a bucket, a first push that was killed leaves files, and the lease.
-        elif set(there) - {"plan.json", "lease"} and not (self.mirror and "lease" in there):
+        elif {n.split("/")[0] for n in there} - NOT_OF_A_RUN and not (self.mirror and "lease" in there):
             raise ConfigError(f"run_dir={self.name} is not empty and holds no run; name a new directory")
 
     def take_lease(self):

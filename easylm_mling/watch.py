@@ -19,7 +19,7 @@ from rich.console import Console
 from easylm_mling.checkpoint import newest_step
 from easylm_mling.config import ProfileConfig, RunConfig
 from easylm_mling.console import ProgressLine, say, sources_table, warn
-from easylm_mling.events import EventLog
+from easylm_mling.events import EventLog, without_secrets
 from easylm_mling.metrics import MetricsLog, step_metrics
 from easylm_mling.plan.calibrate import beside
 from easylm_mling.processes import is_first
@@ -133,7 +133,7 @@ class Watch:
         self._saving = step, {"seconds": round(seconds, 3), "bytes": size}
 
     def save_failed(self, step: int, problem: str, in_a_row: int):
-        self.events.write("save_failed", step, problem=problem, in_a_row=in_a_row)
+        self.events.write("save_failed", step, problem=without_secrets(problem), in_a_row=in_a_row)
         self.warn(f"step {step}: a checkpoint could not be saved: {problem}")
 
     def ended(self, event: str, step: int, why: str):

@@ -154,3 +154,31 @@ def test_hugging_face_names_stay_in_the_table_and_in_hf():
 def test_only_the_checkpoint_module_knows_orbax():
     for name, found in modules().items():
         assert name == "checkpoint" or not any(i.startswith("orbax") for i in found), name
+
+
+# The same for what runs on a laptop, which knows nothing of the package.
+LAUNCHER_MAY_IMPORT = {
+    "run_file": set(),
+    "gcloud": set(),
+    "bucket": {"gcloud", "run_file"},
+    "pack": {"run_file"},
+    "machine": {"bucket", "gcloud", "run_file"},
+    "workers": {"gcloud", "run_file"},
+    "decide": {"machine", "workers"},
+    "records": {"bucket"},
+    "logs": {"bucket"},
+    "rehearse": {"bucket", "gcloud", "run_file"},
+    "status": {"bucket", "logs", "machine", "records", "run_file"},
+    "drive": {"bucket", "decide", "machine", "pack", "records", "run_file", "workers"},
+}
+
+
+def test_the_launcher_is_a_house_of_its_own():
+    folder = PACKAGE.parent / "tpu_scripts" / "launcher"
+    assert {f.stem for f in folder.glob("*.py")} == {"__init__", *LAUNCHER_MAY_IMPORT}
+    for name, allowed in LAUNCHER_MAY_IMPORT.items():
+        inside = set()
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                inside |= {node.module} if node.module else {alias.name for alias in node.names}
+        assert inside <= allowed, f"{name} imports {inside - allowed}"

@@ -14,9 +14,10 @@ from test_watch import event
 
 from easylm_mling.__main__ import main
 from easylm_mling.config import ConfigError, load, to_yaml
+from easylm_mling.events import without_secrets
 from easylm_mling.report.collect import collect
 from easylm_mling.report.curve import Curve
-from easylm_mling.report.page import page, without_secrets, write_report
+from easylm_mling.report.page import page, write_report
 from easylm_mling.report.svg import Line, chart, log_ticks, nice_ticks
 
 VOID = {"meta"}
@@ -141,7 +142,7 @@ def test_the_page_holds_what_the_run_recorded(run):
     assert [a.first for a in found.attempts] == [1, 11, 31] and found.attempts[0].end is None
     # Steps 11 to 15 were done twice; only the later ones are in the curves.
     assert [x for x, _ in found.curves["loss"].points] == [256 * s for s in range(1, 41)]
-    assert found.skips == [21] and found.saved == 5 and found.failed_saves == 1
+    assert found.skips == [21] and found.saved == 4 and found.failed_saves == 1
     assert found.goodput.seconds["lost"] > 0 and "steps done again" in seen
 
 
@@ -202,14 +203,14 @@ def test_a_long_run_takes_bounded_memory_and_a_small_page(run, tmp_path):
     shutil.copytree(run, folder)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     with open(folder / "metrics.jsonl", "w") as file:
-        for step in range(1, 40_001):
+        for step in range(1, 10_001):
             file.write(json.dumps({**line, "step": step, "loss": 1 / step}) + "\n")
     tracemalloc.start()
     text = page(collect(folder))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (folder / "metrics.jsonl").stat().st_size > 40e6
-    assert peak < 12e6 and len(text) < 1e6
+    assert (folder / "metrics.jsonl").stat().st_size > 10e6
+    assert peak < 5e6 and len(text) < 1e6
 
 
 def test_ticks_are_round_and_cover():

@@ -1,6 +1,5 @@
 """The page: one HTML file that holds everything it shows. What comes from a run is data: escaped, and no script runs."""
 
-import re
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from easylm_mling.atomic import write_whole
 from easylm_mling.bucket import is_bucket
 from easylm_mling.console import duration_text, tokens_text
-from easylm_mling.events import KINDS
+from easylm_mling.events import KINDS, without_secrets
 from easylm_mling.model_flops import model_flops
 from easylm_mling.params import parameter_count
 from easylm_mling.report.collect import Findings, collect
@@ -289,12 +288,6 @@ def _settings(found: Findings) -> str:
     text = f'<div class="card"><details><summary>config.yaml</summary><pre>{escape(without_secrets(found.config_text))}</pre></details></div>'
     parts = _section("Config", text)
     return parts + (_section("Environment, of the last attempt", _table(("<", "<"), rows)) if rows else "")
-
-
-def without_secrets(text: str) -> str:
-    """Addresses without what may be a key in them: names before an @, and everything behind a question mark."""
-    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
-    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)
 
 
 def _marks(found: Findings) -> list[tuple[float, str]]:
