@@ -32,6 +32,7 @@ from easylm_mling.processes import (
     own_quarantine,
     several,
 )
+from easylm_mling.replay import Replay
 from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
@@ -68,6 +69,7 @@ class Run(NamedTuple):
     stop: Stop
     watchdog: Watchdog
     rewinds: int
+    replay: Replay
 
 
 def train(
@@ -116,7 +118,7 @@ def train(
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
                 config, mesh, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
-                count_rewinds(run),
+                count_rewinds(run), Replay(config, mesh, data, log),
             )  # fmt: skip
             if skip:
                 data_state = skip_batches(parts, int(state.step), skip)
@@ -193,6 +195,7 @@ def run_steps(
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer
+        run.replay.check(step, state)
         if step == start + SETTLED_STEPS and is_first():
             tell_speed(config, run.data.run.path, run.mesh, run.console)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):

@@ -44,7 +44,7 @@ def wait_for_a_moment(processes, run_dir, rng, in_a_save):
 @pytest.mark.faults
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_again_and_again(tmp_path, count):
-    run(tmp_path / "undisturbed", 1, *SETTINGS)
+    run(tmp_path / "undisturbed", 1, *SETTINGS, seconds=1800)
     undisturbed = outcome(tmp_path / "undisturbed")
     rng, struck, starts, runs = random.Random(count), {"a step": 0, "a save": 0, "neither": 0}, 0, 0
     while min(struck["a step"], struck["a save"]) < MOMENTS:
@@ -56,7 +56,7 @@ def test_killed_again_and_again(tmp_path, count):
                 before = last_step(run_dir)
                 wait_for_a_moment(processes, run_dir, rng, struck["a save"] < struck["a step"])
                 rng.choice(processes).kill()
-            codes = ends(run_dir, processes, 400)
+            codes = ends(run_dir, processes, 1800 if not killing else 400)
             # The others: found out (85), were told by JAX (SIGABRT), or were done.
             assert set(codes) <= {0, 85, -signal.SIGKILL, -signal.SIGABRT}, printed(run_dir)
             if killing and -signal.SIGKILL in codes:
