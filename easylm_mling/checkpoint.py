@@ -252,7 +252,13 @@ def newest_step(directory: str | Path) -> int:
 
 def load_info(directory: str | Path, step: int | None = None) -> dict:
     """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
-    return _unpacked(ocp.load_checkpointables(str(step_directory(directory, step)), {"info": None})["info"])
+    where = step_directory(directory, step)
+    try:
+        stored = ocp.load_checkpointables(str(where), {"info": None})["info"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
+    return _unpacked(stored)
 
 
 def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:

@@ -63,6 +63,7 @@ def test_killed_again_and_again(tmp_path, count):
                 # What a save leaves behind that was not done.
                 where = "a save" if saving(run_dir) else "a step" if last_step(run_dir) > before else "neither"
                 struck[where] += 1
+                print(f"{count} processes: {struck}", flush=True)
         assert_same_bits(outcome(run_dir), undisturbed)
         assert_every_line_was_the_same(run_dir)
         runs += 1
