@@ -247,7 +247,7 @@ def _export(a) -> int:
     for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages):
         print(f"warning: {warning}", file=sys.stderr)
     record = Path(a.checkpoint_dir) / "metrics.jsonl"
-    if record.exists():
+    if record.exists():  # not in a bucket, where only the trainer writes
         with MetricsLog(record) as log:
             log.write("export", step, path=str(Path(a.hf_dir).absolute()), dtype=a.dtype)
     print(f"exported step {step} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")

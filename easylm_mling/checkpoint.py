@@ -7,13 +7,18 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file knows Orbax. A step becomes visible only when it is whole (Orbax renames it as the last act).
+Nothing but this file knows Orbax. A step becomes visible only when it is whole: as the last act Orbax renames it, or in a
+bucket (`gs://`) writes the object STEP/commit_success.txt.
 What Orbax restores it does not check: every leaf's digest (digest.py) is saved with the step and compared after a restore.
 """
 
+import asyncio
 import json
 import logging
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,26 +26,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError
+from easylm_mling.data.files import one_line, transport_errors
 from easylm_mling.digest import differing, digests, leaf_name
 from easylm_mling.exits import NoUsableCheckpoint
 from easylm_mling.params import to_flat
 from easylm_mling.processes import everywhere, first_says, is_first, several
 from easylm_mling.step import TrainState
+from easylm_mling.stopping import Watchdog
 from easylm_mling.stored import open_store
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
-FOLDER, ASIDE = "checkpoints", "set-aside"
+FOLDER, ASIDE, COMMITTED = "checkpoints", "set-aside", "commit_success.txt"
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
 
 
-def _context(bytes_at_a_time: int | None = None) -> ocp.Context:
+def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
     context = ocp.Context()
+    if wait_seconds:
+        # For the other processes, one of which may have failed.
+        context.async_options.timeout_secs = max(1, int(wait_seconds))
     context.memory_options.write_concurrent_bytes = bytes_at_a_time
     saving: Any = context.array.saving
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
@@ -77,7 +89,9 @@ class Checkpoints:
     """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way.
 
     With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
-    without, it holds all of them a second time until everything is written.
+    without, it holds all of them a second time until everything is written. `before_commit` is called, in another thread,
+    before a step becomes visible; what it raises makes the save fail. A save that has not ended after `stuck_seconds` (0:
+    of any time) ends the process with exit code 85: Orbax itself waits for storage that is gone.
     """
 
     def __init__(
@@ -86,35 +100,45 @@ class Checkpoints:
         keep_last: int = 2,
         keep_every_steps: int = 0,
         bytes_at_a_time: int | None = None,
+        stuck_seconds: float = 0.0,
+        before_commit: Callable[[], None] | None = None,
     ):
         keep = [_policies.LatestN(keep_last)]
         if keep_every_steps:
             keep.append(_policies.EveryNSteps(keep_every_steps))
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self.path = Path(directory).absolute() / FOLDER
+        for library in ("absl", "gcsfs"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        self._bucket = Bucket(str(directory)) if is_bucket(directory) else None
+        self.path = _folder(directory)
+        self._first = before_commit and _First(before_commit)
+        stuck = f"a save to {self.path} has not ended in {stuck_seconds / 60:g} minutes (checkpoint.stuck_minutes)"
+        self._watch = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress())
         self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
+        self._stuck_seconds = stuck_seconds
         self._orbax = self._open()
-        self._begun, self.failed_in_a_row = False, 0
+        self._begun, self._problem, self.failed_in_a_row = False, "", 0
 
     def _open(self):
         return ocp.training.Checkpointer(
             str(self.path),
-            context=_context(self._bytes_at_a_time),
+            context=_context(self._bytes_at_a_time, self._stuck_seconds / 2),
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),
             preservation_policy=self._keep,
             cleanup_tmp_directories=True,
         )
 
     def __enter__(self):
+        self._watch.__enter__()
         return self
 
     def __exit__(self, kind, *_):
-        # After an error the others may not come to where this process would wait for them.
-        if kind is None or not several():
-            problem = self.finish()
-            self._orbax.close()
-            if problem and kind is None:
-                raise OSError(problem)
+        with closing(self._watch):
+            # After an error the others may not come to where this process would wait for them.
+            if kind is None or not several():
+                problem = self.finish()
+                self._orbax.close()
+                if problem and kind is None:
+                    raise OSError(problem)
 
     def steps(self) -> list[int]:
         return sorted(c.step for c in self._orbax.checkpoints)
@@ -127,29 +151,65 @@ class Checkpoints:
         step = int(state.step)
         arrays = {"params": state.params, "training": _training(state), "data": data}
         parts = {**arrays, "info": _packed({**info, "digests": digests(arrays)})}
+        if self._first:
+            parts["record"] = self._first
         if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))):
             self.failed_in_a_row += 1
         else:
-            self._orbax.save_checkpointables_async(step, parts, force=True)
             self._begun = True
+            self._watch.beat()
+            try:
+                self._orbax.save_checkpointables_async(step, parts, force=True)
+            except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
+                self._problem = one_line(error)  # the other processes hear of it in `finish`
         return no_room
 
     def finish(self) -> str:
-        """Wait for the save under way, if there is one; returns what went wrong with it, "" if nothing did."""
+        """Wait for the save under way, if there is one; returns what went wrong with it, "" if nothing did.
+
+        Of several processes all must call it; if one failed, all have.
+        """
+        if not self._begun:
+            return ""
         try:
             self._orbax.wait()
-        except (ValueError, RuntimeError, OSError) as error:
-            # What Orbax says of a failed save depends on the file system; afterwards the object itself is of no use.
-            self._orbax = self._open()
-            self._begun = False
-            self.failed_in_a_row += 1
-            return f"{self.path}: {' '.join(str(error).split())[:300]}"
-        if self._begun:
-            self._begun, self.failed_in_a_row = False, 0
-        return ""
+        except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
+            # What Orbax says of a failed save depends on the storage.
+            self._problem = self._problem or one_line(error)
+        self._begun, problem, self._problem = False, self._problem, ""
+        if everywhere(not problem):
+            self.failed_in_a_row = 0
+            return ""
+        self.failed_in_a_row += 1
+        # After a failed save the object itself is of no use.
+        self._remove_unfinished()
+        self._orbax = self._open()
+        return f"{self.path}: {problem or 'another process could not write its part'}"
+
+    def _remove_unfinished(self):
+        """What a failed save left, whose writers may still be at it for a moment."""
+        until = time.monotonic() + 30
+        while is_first() and time.monotonic() < until:
+            if self._bucket:
+                whole, names = (
+                    set(_steps(self._bucket.url)),
+                    [n for n in self._bucket.names() if n.startswith(f"{FOLDER}/")],
+                )
+                left = [n for n in names if (step := n.split("/")[1]).isdigit() and int(step) not in whole]
+                self._bucket.write_all(dict.fromkeys(left))
+            else:
+                left = list(self.path.glob("*orbax-checkpoint-tmp*"))
+                for folder in left:
+                    shutil.rmtree(folder, ignore_errors=True)
+            if not left:
+                break
+            time.sleep(0.2)
+        everywhere(True)
 
     def _no_room(self, needed: int) -> str:
         """The first process looks, for all, as the others must not begin a save that it does not."""
+        if self._bucket:
+            return ""
         free = first_says(shutil.disk_usage(self.path).free if is_first() and self.path.is_dir() else 1 << 62)
         if free >= needed * 1.02:
             return ""
@@ -177,6 +237,9 @@ class Checkpoints:
             info = _unpacked(got["info"])
         except (KeyError, ValueError, FileNotFoundError) as error:
             wrong = " ".join(str(error).split())[-200:]
+            if self._bucket:
+                # If all of it is out of reach, that says nothing about the step: this raises.
+                self._bucket.names()
         if not everywhere(not wrong):
             raise Damaged(wrong or "another process cannot read it")
         data = jax.tree.map(np.asarray, got["data"])
@@ -220,12 +283,49 @@ class Checkpoints:
         self._orbax.close()
         if is_first():
             aside = self.path.parent / ASIDE
-            aside.mkdir(exist_ok=True)
             for step in steps:
                 names = (f"checkpoint-{step}-{why}" + (f"-{n}" if n else "") for n in range(10**6))
-                (self.path / str(step)).rename(next(aside / name for name in names if not (aside / name).exists()))
+                name = next(name for name in names if not (aside / name).exists())
+                if self._bucket:
+                    self._bucket.move(f"{FOLDER}/{step}", f"{ASIDE}/{name}", COMMITTED)
+                else:
+                    aside.mkdir(exist_ok=True)
+                    (self.path / str(step)).rename(aside / name)
         everywhere(True)
         self._orbax = self._open()
+
+
+class _First:
+    """What Orbax takes for something to be saved with the rest, for which it waits before it commits the step."""
+
+    def __init__(self, call: Callable[[], None]):
+        self._call = call
+
+    async def save(self, _directory):
+        return asyncio.to_thread(self._call)
+
+    async def load(self, _directory):
+        raise AssertionError("nothing of it is stored")
+
+
+def _folder(directory: str | Path) -> Any:
+    """The folder of the checkpoints of `directory`: a Path, or what acts as one in a bucket."""
+    return epath.Path(str(directory)) / FOLDER if is_bucket(directory) else Path(directory).absolute() / FOLDER
+
+
+def _steps(directory: str | Path) -> list[int]:
+    """Those that are whole."""
+    root = _folder(directory)
+    if is_bucket(directory):
+        names = Bucket(str(directory)).names()
+        found = [
+            n.split("/")[1]
+            for n in names
+            if n.startswith(f"{FOLDER}/") and n.endswith(f"/{COMMITTED}") and n.count("/") == 2
+        ]
+    else:
+        found = [p.name for p in root.iterdir()] if root.is_dir() else []
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 def step_directory(directory: str | Path, step: int | None = None) -> Path:
@@ -233,8 +333,7 @@ def step_directory(directory: str | Path, step: int | None = None) -> Path:
 
     Raises ConfigError when there is none.
     """
-    root = Path(directory).absolute() / FOLDER
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+    root, steps = _folder(directory), _steps(directory)
     if not steps:
         raise ConfigError(
             f"{directory}: no checkpoint here (expected {FOLDER}/STEP); name a run directory or an imported checkpoint"
@@ -246,8 +345,7 @@ def step_directory(directory: str | Path, step: int | None = None) -> Path:
 
 def newest_step(directory: str | Path) -> int:
     """The step of the newest whole checkpoint, 0 if there is none."""
-    root = Path(directory) / FOLDER
-    return max((int(p.name) for p in root.iterdir() if p.name.isdigit()), default=0) if root.is_dir() else 0
+    return max(_steps(directory), default=0)
 
 
 def load_info(directory: str | Path, step: int | None = None) -> dict:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easylm_mling.attention import QUERY_CHUNK, attention, masked_attention, sees
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_params
 from easylm_mling.config import ConfigError, ModelConfig
 from easylm_mling.hf.config import model_config_from_hf
@@ -116,7 +117,8 @@ def sample_text(
 
 
 def _find_tokenizer(path: str | Path) -> Path:
-    for folder in (Path(path), Path(path) / TOKENIZER_FOLDER):
+    files = small_files(path)
+    for folder in (files, files / TOKENIZER_FOLDER):
         if (folder / "tokenizer.model").is_file():
             return folder / "tokenizer.model"
     raise ConfigError(f"{path}: no tokenizer.model here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")

@@ -179,8 +179,12 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def own_index() -> int:
+    return jax.process_index() if several() else 0
+
+
 def is_first() -> bool:
-    return not several() or jax.process_index() == 0
+    return own_index() == 0
 
 
 def everywhere(well: bool) -> bool:

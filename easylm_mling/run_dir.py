@@ -14,17 +14,23 @@ RUN/config.yaml      the resolved config, written once
    /lease            which process trains the run, locked while it does
 
 After `--accept-data-change`, NAME-to-step-N is what config.yaml, catalog.json and tokenizer/ were up to step N.
+
+Of a run in a bucket (`run_dir=gs://BUCKET/PATH`) all this lies in the bucket; bucket.py says how it comes there.
 """
 
 import fcntl
 import os
+import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import TextIO
 
 from easylm_mling.atomic import appears_whole, write_whole
+from easylm_mling.bucket import CONFIG, Bucket, Mirror, is_bucket, local_folder
 from easylm_mling.config import ConfigError, RunConfig, differences, load, to_yaml
 from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.lease import Lease, file_store
 
 # Settings that change how a run is carried out but not what it computes; all others are fixed for a run's life.
 FREE_KEYS = (
@@ -69,14 +75,19 @@ REASONS = {
 class RunDirectory:
     """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run.
 
-    With `accept_data_change`, other sources or another tokenizer are not something else. Of several processes only one
-    `writes`.
+    With `accept_data_change`, other sources or another tokenizer are not something else. Of several processes only the
+    first, number 0, `writes`. `name` is what the config calls the directory, where the checkpoints lie; all other files are
+    below `path`.
     """
 
-    def __init__(self, config: RunConfig, accept_data_change: bool = False, writes: bool = True):
-        self.path, self.writes = Path(config.run_dir), writes
-        self._lease: TextIO | None = None
-        self.config_file = self.path / "config.yaml"
+    def __init__(self, config: RunConfig, accept_data_change: bool = False, process: int = 0):
+        self.name, self.writes, self._stuck_seconds = config.run_dir, process == 0, config.checkpoint.stuck_minutes * 60
+        self._lock: TextIO | None = None
+        self._lease: Lease | None = None
+        self.mirror: Mirror | None = None
+        in_bucket = is_bucket(config.run_dir)
+        self.path = local_folder(config.run_dir.rstrip("/"), process) if in_bucket else Path(config.run_dir)
+        self.config_file = self.path / CONFIG
         self.catalog_file = self.path / "catalog.json"
         self.estimates_file = self.path / "estimates.json"
         self.ledger_file = self.path / "ledger.json"
@@ -88,39 +99,87 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir={self.path} is a file; name a directory")
         self.data_settings_changed = False
+        if in_bucket:
+            # This machine's own copy of the small files: no other process here may have it at the same time.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            bucket = Bucket(config.run_dir)
+            self._take_lock(self.path.with_name(f"{self.path.name}.lock"))
+            self.mirror = Mirror(bucket, self.path)
+        try:
+            self._check_directory(config, accept_data_change)
+        except ConfigError:
+            self._unlock()
+            raise
+
+    def _check_directory(self, config: RunConfig, accept_data_change: bool):
+        if self.mirror:
+            there = _pulled(self.mirror)
+        else:
+            there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         if self.config_file.is_file():
             self._check_same_run(config, accept_data_change)
-        elif self.path.is_dir() and any(p.name not in ("plan.json", "lease") for p in self.path.iterdir()):
-            raise ConfigError(f"run_dir={self.path} is not empty and holds no run; name a new directory")
+        # In a bucket, a first push that was killed leaves files, and the lease.
+        elif set(there) - {"plan.json", "lease"} and not (self.mirror and "lease" in there):
+            raise ConfigError(f"run_dir={self.name} is not empty and holds no run; name a new directory")
 
     def take_lease(self):
         """Make the directory, and keep every other trainer out of it until this object or its process is gone.
 
-        Raises ConfigError if another has it. On a file system without locks nothing is kept out.
+        Raises ConfigError if another has it: by a lock of the file system, or where there is none by a lease (lease.py).
         """
-        if not self.writes:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lease = open(self.path / "lease", "a+")
-        try:
-            fcntl.flock(self._lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lease.seek(0)
-            owner = self._lease.read(200).strip()
-            self._lease.close()
-            raise ConfigError(
-                f"run_dir={self.path} is being trained by {owner}; wait for it, stop it, or choose another run_dir"
-            ) from None
-        except OSError:
-            return
-        self._lease.truncate(0)
-        self._lease.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lease.flush()
+        if self.writes and self.mirror:
+            self._take_lease(self.mirror.bucket.store)
+        elif self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._take_lock(self.path / "lease")
+            except OSError:
+                self._take_lease(file_store(self.path))
+
+    def push(self):
+        """Of a run in a bucket: bring there what was written so far."""
+        if self.mirror:
+            self.mirror.push()
+
+    def begun(self):
+        """All that others need of a run that begins is written: from now on it is also pushed by and by."""
+        if self.mirror:
+            self.mirror.push()
+            self.mirror.start()
 
     def close(self):
-        """Give the lease back."""
+        """Push what is left, and give the lease back."""
+        if self.mirror:
+            try:
+                self.mirror.close()
+            except OSError as error:
+                print(f"warning: the end of the record is not in the bucket ({error})", file=sys.stderr)
         if self._lease:
-            self._lease.close()
+            self._lease.release()
+        self._unlock()
+
+    def _unlock(self):
+        if self._lock:
+            self._lock.close()
+
+    def _take_lock(self, file: Path):
+        self._lock = open(file, "a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read(200).strip()
+            self._lock.close()
+            raise ConfigError(
+                f"run_dir={self.name} is being trained by {owner}; wait for it, stop it, or choose another run_dir"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def _take_lease(self, store):
+        self._lease = Lease(store, self.name, self._stuck_seconds)
+        self._lease.take()
 
     def write_start(self, config: RunConfig):
         """Make the directory and put the config and the tokenizer's files into it (a second time: nothing to do)."""
@@ -146,6 +205,8 @@ class RunDirectory:
                 write_whole(path.with_name(f"{path.stem}-to-step-{step}{path.suffix}"), path.read_bytes())
         if self.tokenizer_dir.exists() and self.set_aside_path(self.tokenizer_dir, step) == self.tokenizer_dir:
             self.tokenizer_dir.rename(self.tokenizer_dir.with_name(f"{self.tokenizer_dir.name}-to-step-{step}"))
+        elif self.tokenizer_dir.exists():
+            shutil.rmtree(self.tokenizer_dir)
 
     def replace_config(self, config: RunConfig):
         write_whole(self.config_file, to_yaml(config).encode())
@@ -165,6 +226,16 @@ class RunDirectory:
             more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
             way = ", or go on with --accept-data-change" if all(k.startswith(DATA_KEYS) for k in changed) else ""
             raise ConfigError(
-                f"run_dir={self.path} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
+                f"run_dir={self.name} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
                 f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"
             )
+
+
+def _pulled(mirror: Mirror) -> list[str]:
+    try:
+        return mirror.pull()
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={mirror.bucket.url}: cannot be read ({error}); see that the bucket exists, and that your credentials allow "
+            "to read and write there"
+        ) from error

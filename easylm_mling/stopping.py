@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -45,10 +46,13 @@ class Stop:
 
 
 class Watchdog:
-    """Within it, `limit_seconds` without a `beat` end the process with exit code 85, after every thread's stack is shown."""
+    """Within it, `limit_seconds` (0: of any time) without a `beat` end the process with exit code 85, after every thread's
+    stack is shown and `what` is wrong is said. While there is nothing to wait for (`waiting`) time does not count.
+    """
 
-    def __init__(self, limit_seconds: float):
+    def __init__(self, limit_seconds: float, what: str, waiting: Callable[[], bool] = lambda: True):
         self._limit, self._last, self._over = limit_seconds, time.monotonic(), threading.Event()
+        self._what, self._waiting = what, waiting
         self._thread = threading.Thread(target=self._watch, name="easylm-watchdog", daemon=True)
 
     def beat(self):
@@ -61,15 +65,19 @@ class Watchdog:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         self._over.set()
 
     def _watch(self):
         while not self._over.wait(min(10.0, self._limit / 4)):
-            if time.monotonic() - self._last > self._limit:
+            if not self._waiting():
+                self.beat()
+            elif time.monotonic() - self._last > self._limit:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 print(
-                    f"error: no step was finished in {self._limit / 60:g} minutes (train.stuck_minutes); every thread's stack is "
-                    "above. Start again: the run goes on from its newest checkpoint",
+                    f"error: {self._what}; every thread's stack is above. Start again: the run goes on from its newest checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tensorstore as ts
 
+from easylm_mling.bucket import store_spec
 from easylm_mling.config import ConfigError
 
 
@@ -15,7 +16,7 @@ def open_store(where: Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore
     memory than it has, whoever made the files. (A chunk may claim any size, and what is packed may unpack to any.)
     """
     try:
-        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{where}/params/"}}
+        base = {"driver": "ocdbt", "base": store_spec(f"{where}/params")}
         spec = {"driver": "zarr3", "kvstore": base | {"path": f"{name}/"}}
         store = ts.open(spec, open=True, read=True).result()
     except ValueError as error:

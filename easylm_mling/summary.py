@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, RunConfig, from_tree
 from easylm_mling.data.mixture import DataState
@@ -15,13 +16,14 @@ from easylm_mling.run_data import load_ledger
 
 def print_summary(run_dir: str, console: Console | None = None):
     """Print the table of the run in `run_dir` as of its newest checkpoint, and where it was exported to."""
-    metrics_file = Path(run_dir) / "metrics.jsonl"
-    if not (Path(run_dir) / "config.yaml").is_file():
+    files = small_files(run_dir)
+    metrics_file = files / "metrics.jsonl"
+    if not (files / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
     console = console or make_console()
     config = from_tree(RunConfig, load_info(run_dir)["config"])
     state = DataState(**load_data_state(run_dir))
-    console.print(summary_table(config, metrics_file, load_ledger(config, run_dir).sources(state)))
+    console.print(summary_table(config, metrics_file, load_ledger(config, files).sources(state)))
     for export in read_metrics(metrics_file, "export"):
         console.print(
             f"step {export['step']} exported in {export['dtype']} to {export['path']}", highlight=False, soft_wrap=True

@@ -1,6 +1,7 @@
 """The training loop, in order: restore, next batch, step, log, evaluate, save, stop."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
+from easylm_mling.compiling import compile_ahead, keep_programs
 from easylm_mling.config import RunConfig, load, to_tree
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
@@ -28,6 +30,7 @@ from easylm_mling.processes import (
     Said,
     first_goes_first,
     is_first,
+    own_index,
     own_lanes,
     own_quarantine,
     several,
@@ -43,7 +46,6 @@ from easylm_mling.step import (
     abstract_state,
     init_params,
     init_state,
-    jit_train_step,
     state_shardings,
 )
 from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
@@ -58,6 +60,7 @@ class Run(NamedTuple):
 
     config: RunConfig
     mesh: Mesh
+    program: Future  # of train_step
     data: RunData
     loader: Loader
     checkpoints: Checkpoints
@@ -88,21 +91,23 @@ def train(
     tokenizer = Tokenizer(config.data.tokenizer)
     tokenizer.check_model(config.model)
     select_devices(config)
+    keep_programs()
     console = console or make_console(quiet=not is_first())
     with first_goes_first(config):
         config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
     run = data.run
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
-    console.print(f"run {run.path}: {steps} on mesh {dict(mesh.shape)}", highlight=False, soft_wrap=True)
+    console.print(f"run {run.name}: {steps} on mesh {dict(mesh.shape)}", highlight=False, soft_wrap=True)
 
     with (
         closing(run),
         jax.set_mesh(mesh),
-        Watchdog(config.train.stuck_minutes * 60) as watchdog,
-        Checkpoints(run.path, config.checkpoint.keep_last, config.checkpoint.keep_every_steps) as checkpoints,
+        Watchdog(config.train.stuck_minutes * 60, no_step(config)) as watchdog,
+        open_checkpoints(config, run) as checkpoints,
         MetricsLog(run.metrics_file if is_first() else Path("/dev/null")) as log,
         Stop(console, max_hours) as stop,
     ):
+        program = compile_ahead(config, mesh)
         rewind(config.train, checkpoints, run, log, console)
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
         evaluate = Validation(config, data.catalog, tokenizer, mesh)
@@ -117,19 +122,20 @@ def train(
         ):
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
-                config, mesh, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
+                config, mesh, program, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
                 count_rewinds(run), Replay(config, mesh, data, log),
             )  # fmt: skip
             if skip:
                 data_state = skip_batches(parts, int(state.step), skip)
             state, data_state, wish, ended = run_steps(parts, state, data_state)
+            if data_state is not None:
+                spikes = int(state.spikes)
+                skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
+                data.write_ledger(int(state.step), data_state, skipped)
 
     if is_first():
         tell_speed(config, run.path, mesh, console)
         if data_state is not None:
-            spikes = int(state.spikes)
-            skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
-            data.write_ledger(int(state.step), data_state, skipped)
             console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
     data_ended = ended and (loader.ended or "another host's lanes have none left")
     why, code = why_over(config, int(state.step), wish, data_ended)
@@ -142,7 +148,7 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
     """Check everything that can be checked, then take the run's directory; returns the config with its remat, the mesh
     and the data.
     """
-    run = RunDirectory(config, accept_data_change, writes=is_first())
+    run = RunDirectory(config, accept_data_change, own_index())
     data = RunData(run, config, tokenizer, accept_data_change)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
@@ -152,11 +158,25 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
     run.take_lease()
     if data.changed:
-        run.set_aside(newest_step(run.path))
+        run.set_aside(newest_step(run.name))
         run.replace_config(config)
     run.write_start(config)
     data.write_start()
+    run.begun()
     return config, mesh, data
+
+
+def open_checkpoints(config: RunConfig, run: RunDirectory) -> Checkpoints:
+    """Those of the run. In a bucket, what is known of a step is there before the step is."""
+    settings = config.checkpoint
+    keep = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
+    first = run.push if run.mirror else None
+    return Checkpoints(run.name, **keep, stuck_seconds=settings.stuck_minutes * 60, before_commit=first)
+
+
+def no_step(config: RunConfig) -> str:
+    """What the watchdog says."""
+    return f"no step was finished in {config.train.stuck_minutes:g} minutes (train.stuck_minutes)"
 
 
 def why_over(config: RunConfig, done: int, wish: int, data_ended: str | bool) -> tuple[str, int]:
@@ -179,7 +199,7 @@ def run_steps(
     Returns the last states, the wish, and whether the data ended.
     """
     config = run.config
-    train_step = jit_train_step(config, run.mesh)
+    train_step = run.program.result()
     start = saved = int(state.step)
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
@@ -201,7 +221,7 @@ def run_steps(
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             run.log.write("eval", step, **run.evaluate(state.params))
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
-            # Its line comes first: a kill right behind the save would lose it for good.
+            # The record of a step comes before its checkpoint, should anything be killed in between.
             wish, data_state = report(run, data_state, *waiting)
             waiting = None
             save(run, state, data_state, last=step == end or wish != GO_ON)
@@ -231,23 +251,22 @@ def next_everywhere(loader: Loader):
 def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """Start to save the step, with the whole run's data state.
 
-    A save that fails is told; the `last` one's, too many in a row, or one of several processes', ends the run.
+    A save that fails is told; the `last` one's, or too many in a row, ends the run.
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
+    run.data.keep(step, data_state)
+    run.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     lost = checkpoints.finish()
     unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
     for problem in filter(None, (lost, unsaved)):
         run.log.write("save_failed", step, problem=problem, in_a_row=checkpoints.failed_in_a_row)
         run.console.print(f"step {step}: a checkpoint could not be saved: {problem}", highlight=False, soft_wrap=True)
-    if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed or (lost and several()):
+    if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
         raise TrainingStopped(
             f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
             "the disk, then run again: it resumes from the newest checkpoint"
         )
-    if not unsaved:
-        run.data.keep(step, data_state)
-        run.log.write("languages", step, languages=run.data.ledger.languages(data_state))
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_params
 from easylm_mling.config import load
 from easylm_mling.metrics import read_metrics
@@ -133,7 +134,7 @@ def outcome(run_dir: Path):
     lines = [
         {k: v for k, v in line.items() if k not in changing}
         for kind in ("train", "eval", "news", "languages")
-        for line in read_metrics(run_dir / "metrics.jsonl", kind)
+        for line in read_metrics(small_files(run_dir) / "metrics.jsonl", kind)
         if kind != "languages" or line["step"] == 10
     ]
     config = load(["configs/demo.yaml"], [*TINY, "mesh.cpu_devices=0", f"run_dir={run_dir}", "mesh.tensor=2"])

@@ -26,21 +26,26 @@ MAY_IMPORT = {
     "optimizer": {"config", "params"},
     "guard": set(),
     "step": {"compiler_flags", "config", "guard", "loss", "model", "optimizer", "sharding", "splash"},
+    "compiling": {"config", "step"},
     "digest": set(),
-    "checkpoint": {"config", "digest", "exits", "params", "processes", "step", "stored"},
-    "stored": {"config"},
+    "bucket": {"config", "data.files"},
+    "lease": {"config", "data.files", "exits"},
+    "checkpoint": {
+        "bucket", "config", "data.files", "digest", "exits", "params", "processes", "step", "stopping", "stored",
+    },
+    "stored": {"bucket", "config"},
     "exits": set(),
     "stopping": {"exits"},
     "processes": {"config", "data.mixture", "data.quarantine", "exits", "sharding"},
     "replay": {"config", "digest", "exits", "metrics", "processes", "rewind", "run_data", "step"},
     "rewind": {"checkpoint", "config", "metrics", "processes", "run_dir"},
-    "run_dir": {"atomic", "config", "hf.files"},
+    "run_dir": {"atomic", "bucket", "config", "hf.files", "lease"},
     "metrics": set(),
     "run_data": {
         "atomic", "config", "data.catalog", "data.changes", "data.estimates", "data.ledger", "data.mixture", "data.states",
         "data.tokenizer", "data.weights", "run_dir",
     },
-    "summary": {"checkpoint", "config", "data.mixture", "metrics", "run_data"},
+    "summary": {"bucket", "checkpoint", "config", "data.mixture", "metrics", "run_data"},
     "data.files": {"config"},
     "data.lines": {"data.files"},
     "data.tables": {"data.files"},
@@ -50,7 +55,7 @@ MAY_IMPORT = {
     "data.catalog": {"atomic", "config", "data.files", "data.layouts", "data.listing", "data.readers"},
     "data.quarantine": {"atomic", "data.mixture", "data.readers"},
     "hf.card": {
-        "checkpoint", "config", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params", "run_data",
+        "bucket", "checkpoint", "config", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params", "run_data",
     },
     "hf.plot": set(),
     "hf.config": {"config"},
@@ -70,7 +75,7 @@ MAY_IMPORT = {
         "config", "data.catalog", "data.estimates", "data.forecast", "data.tokenizer", "data.weights",
     },
     "data.audit": {
-        "config", "data.blocks", "data.catalog", "data.estimates", "data.loader", "data.mixture", "data.states",
+        "bucket", "config", "data.blocks", "data.catalog", "data.estimates", "data.loader", "data.mixture", "data.states",
         "data.streams", "data.tokenizer", "data.weights",
     },
     "data.changes": {"data.catalog", "data.mixture", "data.weights"},
@@ -90,7 +95,7 @@ MAY_IMPORT = {
     "plan.book": {"config", "plan.measure", "plan.report", "plan.slices"},
     "plan.remat": {"config", "plan.book", "plan.slices"},
     "plan.search": {"config", "plan.book", "plan.remat", "plan.slices"},
-    "plan.calibrate": {"atomic", "config", "metrics", "model_flops", "plan.slices"},
+    "plan.calibrate": {"atomic", "bucket", "config", "metrics", "model_flops", "plan.slices"},
 }
 # fmt: on
 

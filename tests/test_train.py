@@ -109,7 +109,11 @@ def test_init_from_takes_parameters_but_not_the_past(undisturbed, tmp_path):
 
 def test_losses_that_are_not_finite_stop_the_run_and_spare_the_checkpoints(tmp_path, monkeypatch):
     config = tiny(
-        tmp_path / "run", "optimizer.learning_rate=1e30", "train.max_skipped_in_a_row=3", "optimizer.warmup=0 steps"
+        tmp_path / "run",
+        "optimizer.learning_rate=1e30",
+        "train.max_skipped_in_a_row=3",
+        "optimizer.warmup=0 steps",
+        "checkpoint.every_steps=2",
     )
     with pytest.raises(TrainingStopped, match=r"not finite in step \d+, the last of 3 in a row"):
         train(config, Console(file=io.StringIO()))

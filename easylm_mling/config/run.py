@@ -160,8 +160,12 @@ class CheckpointConfig:
     keep_every_steps: int = 0
     # So many saves in a row that fail (a full disk, say) end the training; fewer are told and counted.
     max_failed: int = 3
+    # A save that has not ended in so long, or a bucket that was out of reach for so long, ends the process with exit code 85.
+    # 0: never.
+    stuck_minutes: float = 15.0
 
     def __post_init__(self):
+        check(0 <= self.stuck_minutes < math.inf, f"checkpoint.stuck_minutes={self.stuck_minutes} must be zero or more")
         check(self.every_steps > 0, f"checkpoint.every_steps={self.every_steps} must be positive")
         check(self.keep_last > 0, f"checkpoint.keep_last={self.keep_last} must be positive")
         check(self.max_failed > 0, f"checkpoint.max_failed={self.max_failed} must be positive")

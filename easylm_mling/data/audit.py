@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from easylm_mling.bucket import small_files
 from easylm_mling.config import ConfigError, RunConfig, StageConfig, from_tree, load
 from easylm_mling.data.blocks import EpochOrder, windows
 from easylm_mling.data.catalog import Catalog, build_catalog
@@ -33,7 +34,7 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
 
     Raises ConfigError if the step is not of the run's past, or the files are not what they were.
     """
-    run = Path(run_dir)
+    run = small_files(run_dir)
     config, before, fingerprints = _state_before(run, step)
     if row is not None and not 0 <= row < config.train.batch_size:
         raise ConfigError(f"--row {row}: a batch has rows 0 to {config.train.batch_size - 1}")

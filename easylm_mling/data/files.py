@@ -57,7 +57,7 @@ def attempt(name: str, retry: Retry, call: Callable[[], Result]) -> Result:
     for number in range(1, retry.retries + 2):
         try:
             return call()
-        except (OSError, *_transport_errors()) as error:
+        except (OSError, *transport_errors()) as error:
             if isinstance(error, FileNotFoundError) and _is_really_missing(error):
                 raise
             if isinstance(error, _FINAL) or number > retry.retries:
@@ -196,7 +196,7 @@ class _Local(io.FileIO):
         return os.fstat(self.fileno()).st_size
 
 
-def _transport_errors() -> list[type[BaseException]]:
+def transport_errors() -> list[type[BaseException]]:
     return [getattr(sys.modules[module], name) for module, name in _TRANSPORT_ERRORS if module in sys.modules]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import orjson
 
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, ModelConfig, RunConfig, from_tree
 from easylm_mling.data.catalog import Catalog
@@ -48,7 +49,8 @@ def write_card(
 ):
     """README.md (Markdown with YAML front matter) for the model at `step`, to be known as `name` (a hub name or a
     folder's), and beside it a picture of the losses, if there are any and matplotlib is installed."""
-    info, records = load_info(checkpoint_dir, step), Path(checkpoint_dir) / "catalog.json"
+    info, run = load_info(checkpoint_dir, step), small_files(checkpoint_dir)
+    records = run / "catalog.json"
     config = from_tree(RunConfig, info["config"]) if records.is_file() else None
     base = _base(info, config)
     catalog = Catalog.load(records) if config else None
@@ -56,12 +58,14 @@ def write_card(
     codes = _codes(languages, by_source)
     parts = [_front_matter(base, model, codes), _summary(base, model, step, info, name, codes)]
     if config is not None and catalog is not None:
-        evaluations, training = (_up_to(checkpoint_dir, kind, step) for kind in ("eval", "train"))
+        evaluations, training = (_up_to(run, kind, step) for kind in ("eval", "train"))
         drawn = plot_losses(folder / LOSSES, list(by_source), evaluations, training)
         parts += [
-            _data(config, catalog, checkpoint_dir, step) if catalog.fingerprint == info["data"] else _DATA_CHANGED,
+            _data(config, catalog, run, load_data_state(checkpoint_dir, step))
+            if catalog.fingerprint == info["data"]
+            else _DATA_CHANGED,
             _losses(list(by_source), evaluations, drawn),
-            _scores(checkpoint_dir, step),
+            _scores(run, step),
             _recipe(config, step, training),
         ]
     text = "\n".join([*filter(None, parts), _usage(name, dtype, model), _limits(base, model)])
@@ -98,8 +102,8 @@ def _summary(base: Base, model: ModelConfig, step: int, info: dict, name: str, c
     return f"# {name.split('/')[-1]}\n\nA {size}, {trained} with easylm_mling.{spoken}\n"
 
 
-def _data(config: RunConfig, catalog: Catalog, checkpoint_dir: str | Path, step: int) -> str:
-    consumed = load_ledger(config, checkpoint_dir).sources(DataState(**load_data_state(checkpoint_dir, step)))
+def _data(config: RunConfig, catalog: Catalog, run: Path, state: dict) -> str:
+    consumed = load_ledger(config, run).sources(DataState(**state))
     total = max(1, sum(source["tokens"] for source in consumed.values()))
     heads = ("corpus", "languages", "size of its files", "sampled", "documents", "tokens consumed", "share", "epochs")
     rows = []
@@ -133,10 +137,10 @@ def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
     return "\n".join(["## Losses", "", note, "", *table, "", *(picture if drawn else [])])
 
 
-def _scores(run_dir: str | Path, step: int) -> str:
+def _scores(run: Path, step: int) -> str:
     """The files that lm-evaluation-harness wrote (its --output_path), of those put into RUN/evaluations/STEP."""
     rows = []
-    for file in sorted((Path(run_dir) / "evaluations" / str(step)).glob("**/*.json")):
+    for file in sorted((run / "evaluations" / str(step)).glob("**/*.json")):
         found = read_json(file)
         shots, versions = found.get("n-shot", {}), found.get("versions", {})
         for task, measures in found.get("results", {}).items():
@@ -240,8 +244,8 @@ def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) ->
     return sorted({*languages, *(match[1] or match[2] for match in found if match)})
 
 
-def _up_to(run_dir: str | Path, kind: str, step: int) -> list[dict]:
-    file = Path(run_dir) / "metrics.jsonl"
+def _up_to(run: Path, kind: str, step: int) -> list[dict]:
+    file = run / "metrics.jsonl"
     return [e for e in read_metrics(file, kind) if e["step"] <= step] if file.is_file() else []
 
 

@@ -15,6 +15,7 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.atomic import appears_whole
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_info, step_directory
 from easylm_mling.config import ConfigError, ModelConfig, from_tree
 from easylm_mling.digest import Pieces, leaf_name
@@ -60,13 +61,13 @@ def export_hf(
     if max_shard_bytes <= 0:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
     where = step_directory(checkpoint_dir, step)
-    check_inside(Path(checkpoint_dir) / TOKENIZER_FOLDER)
+    check_inside(small_files(checkpoint_dir) / TOKENIZER_FOLDER)
     model = stored_model(checkpoint_dir, int(where.name))
     target = DTYPES[_TAGS[dtype]]
     read = open_parameters(where, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with appears_whole(hf_dir) as partial:
-        tokenizer_files = copy_tokenizer(Path(checkpoint_dir) / TOKENIZER_FOLDER, partial)
+        tokenizer_files = copy_tokenizer(small_files(checkpoint_dir) / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))
         write_card(partial, checkpoint_dir, model, int(where.name), dtype, name or Path(hf_dir).name, languages)

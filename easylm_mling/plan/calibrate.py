@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from easylm_mling.atomic import write_whole
+from easylm_mling.bucket import Bucket, is_bucket, small_files
 from easylm_mling.config import ConfigError, RunConfig, load
 from easylm_mling.metrics import read_metrics
 from easylm_mling.model_flops import model_flops
@@ -23,7 +24,7 @@ def calibrate(run_dir: str, make_plan: Callable[[RunConfig], dict]) -> tuple[flo
 
     A run without a plan is planned with `make_plan`. Raises ConfigError where there is too little to compare.
     """
-    run = Path(run_dir)
+    run = small_files(run_dir)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
     measured = measured_step(run / "metrics.jsonl")
@@ -37,7 +38,11 @@ def calibrate(run_dir: str, make_plan: Callable[[RunConfig], dict]) -> tuple[flo
     predicted = plan["step"]["seconds"] / plan["step"]["factor"]
     factor = measured / predicted
     found = {"slice": plan["slice"], "measured_seconds": measured, "predicted_seconds": predicted, "factor": factor}
-    write_whole(run / CALIBRATION_FILE, json.dumps(found, indent=1).encode())
+    kept = json.dumps(found, indent=1).encode()
+    if is_bucket(run_dir):
+        Bucket(run_dir).write_all({CALIBRATION_FILE: kept})
+    else:
+        write_whole(run / CALIBRATION_FILE, kept)
     hidden = plan["step"]["hidden"]
     if measured < hidden:
         where = "faster than the compute alone was predicted: the compiler's cycles were too many"

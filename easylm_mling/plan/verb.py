@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from easylm_mling.atomic import write_whole
+from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError, RunConfig, to_tree, to_yaml
 from easylm_mling.plan.book import Book, fits, step_seconds
 from easylm_mling.plan.calibrate import PLAN_FILE, calibrate
@@ -82,8 +83,12 @@ def _measured(config: RunConfig, book: Book, console: Console) -> dict:
 
 def _keep(config: RunConfig, found: dict):
     """Beside the run to come, where `train` shows it next to what it measures."""
+    content = json.dumps(found, indent=1).encode()
+    if is_bucket(config.run_dir):
+        Bucket(config.run_dir).write_all({PLAN_FILE: content})
+        return
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(config.run_dir) / PLAN_FILE, json.dumps(found, indent=1).encode())
+    write_whole(Path(config.run_dir) / PLAN_FILE, content)
 
 
 def _tell_misfit(config: RunConfig, found: dict, book: Book, console: Console):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -100,7 +101,7 @@ def test_a_spike_teaches_nothing_however_the_run_was_stopped(tmp_path, monkeypat
 
 def erring(monkeypatch, at):
     """After step `at` one bit of one parameter is another."""
-    jit_train_step = easylm_mling.train.jit_train_step
+    compile_ahead = easylm_mling.train.compile_ahead
 
     def flip(state):
         bits = np.array(state.params["norm"]).view(np.uint32)
@@ -108,16 +109,16 @@ def erring(monkeypatch, at):
         norm = jax.device_put(bits.view(np.float32), state.params["norm"].sharding)
         return state._replace(params=state.params | {"norm": norm})
 
-    def jit(*given):
-        step = jit_train_step(*given)
+    def ahead(*given):
+        program = compile_ahead(*given)
 
         def with_flip(state, batch):
-            state, metrics = step(state, batch)
+            state, metrics = program.result()(state, batch)
             return (flip(state) if int(state.step) == at else state), metrics
 
-        return with_flip
+        return SimpleNamespace(result=lambda: with_flip)
 
-    monkeypatch.setattr(easylm_mling.train, "jit_train_step", jit)
+    monkeypatch.setattr(easylm_mling.train, "compile_ahead", ahead)
 
 
 def test_a_bit_that_flips_in_memory_is_found_by_a_replay(tmp_path, monkeypatch):

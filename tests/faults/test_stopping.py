@@ -11,7 +11,7 @@ from processes import ROOT
 WATCHED = """
 import time
 from easylm_mling.stopping import Watchdog
-with Watchdog({limit}) as watchdog:
+with Watchdog({limit}, "no step was finished in 0.025 minutes") as watchdog:
     for _ in range({beats}):
         time.sleep(0.2)
         watchdog.beat()

@@ -155,6 +155,7 @@ try:
     export_hf(sys.argv[1], sys.argv[2])
 except BaseException as error:
     code = tell(error) or "traceback: " + repr(error)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 print("RESULT", json.dumps([code, ran, grown]))
 """
 

@@ -1,0 +1,156 @@
+"""A run directory in a bucket: the same bits as on a disk, whatever is killed, wiped, slow, flaky or gone (row 7 of the table)."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from gcs_server import BUCKET, WAYS_TO_FAIL, Proxy, bucket, environment
+from processes import assert_same_bits, ends, outcome, printed, run, start, train_here, wait_for_step
+
+from easylm_mling.bucket import Bucket, Mirror, local_folder, small_files
+from easylm_mling.config import ConfigError
+from easylm_mling.metrics import read_events, read_metrics
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_here(run_dir)
+    return outcome(run_dir)
+
+
+@pytest.fixture
+def proxy(tmp_path_factory, monkeypatch):
+    with bucket() as url:
+        proxy = Proxy(url)
+        for name, value in environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield proxy
+
+
+def test_a_run_in_a_bucket_has_the_same_bits(undisturbed, proxy):
+    """Stopped, its machine's disk wiped, and gone on elsewhere; all that a run writes is in the bucket."""
+    run_dir = f"gs://{BUCKET}/a folder/run"
+    train_here(run_dir, "train.stop_at_step=5")
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    assert "resumed from the checkpoint of step 5" in train_here(run_dir)
+    assert_same_bits(outcome(run_dir), undisturbed)
+    names = Bucket(run_dir).names()
+    assert {"config.yaml", "catalog.json", "estimates.json", "ledger.json", "metrics.jsonl", "data_states/5.npz",
+            "tokenizer/tokenizer.model"} < set(names)  # fmt: skip
+    assert {n.split("/")[1] for n in names if n.startswith("checkpoints/")} == {"8", "10"}
+    assert "lease" not in names
+    with pytest.raises(ConfigError, match="belongs to a run with another config: optimizer.learning_rate was"):
+        train_here(run_dir, "optimizer.learning_rate=1")
+    Bucket(f"gs://{BUCKET}/other").write_all({"mine": b""})
+    with pytest.raises(ConfigError, match=f"run_dir=gs://{BUCKET}/other is not empty and holds no run"):
+        train_here(f"gs://{BUCKET}/other")
+
+
+def test_a_bucket_that_is_not_there_is_told_at_once(proxy):
+    with pytest.raises(ConfigError, match=r"run_dir=gs://nobody/run: cannot be (read|written) \(.*\); see that "):
+        train_here("gs://nobody/run")
+    with pytest.raises(ConfigError, match="name a bucket and a folder in it"):
+        train_here("gs://nobody")
+
+
+def test_a_damaged_step_in_a_bucket_is_set_aside(undisturbed, proxy):
+    run_dir = f"gs://{BUCKET}/run"
+    train_here(run_dir, "train.stop_at_step=8")
+    there = Bucket(run_dir)
+    contents = there.read_all([n for n in there.names() if n.startswith("checkpoints/8/params/")])
+    name = max(contents, key=lambda n: len(contents[n]))
+    flipped = bytearray(contents[name])
+    flipped[len(flipped) // 2] ^= 4
+    there.write_all({name: bytes(flipped)})
+    assert "the checkpoint of step 8 is damaged and set aside" in train_here(run_dir)
+    assert f"set-aside/checkpoint-8-damaged/{name.removeprefix('checkpoints/8/')}" in there.names()
+    assert_same_bits(outcome(run_dir), undisturbed)
+
+
+def test_only_what_has_changed_is_pushed_and_logs_grow(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr("easylm_mling.bucket._WHOLE", 10)
+    there, folder = Bucket(f"gs://{BUCKET}/run"), tmp_path / "mirror"
+    mirror = Mirror(there, folder)
+    assert mirror.pull() == []
+    (folder / "config.yaml").write_text("a: 1")
+    (folder / "states").mkdir()
+    (folder / "states" / "1.npz").write_bytes(b"1")
+    with open(folder / "metrics.jsonl", "a") as log:
+        for line in range(6):
+            log.write(f'{{"line": {line}}}\n{{"cut sh')
+            log.flush()
+            mirror.push()
+            log.write('ort": 1}\n')
+            log.flush()
+    assert there.read("metrics.jsonl") == (folder / "metrics.jsonl").read_bytes().rpartition(b'{"cut')[0]
+    asked = proxy.asked
+    mirror.push()
+    assert proxy.asked > asked
+    asked = proxy.asked
+    mirror.push()
+    assert proxy.asked == asked
+    assert there.read("metrics.jsonl") == (folder / "metrics.jsonl").read_bytes()
+    (folder / "states" / "1.npz").unlink()
+    mirror.push()
+    assert there.names() == ["config.yaml", "metrics.jsonl"]
+    assert small_files(there.url).joinpath("metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    there.write_all({"a//b": b""})
+    with pytest.raises(ConfigError, match="strange name"):
+        mirror.pull()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_again_and_again_in_a_bucket(proxy, tmp_path, count):
+    """kill -9 at random moments, and in between the disk is wiped: the bits of a run on a disk."""
+    run(tmp_path / "undisturbed", count, "checkpoint.every_steps=2")
+    url, rng, codes, killed = f"gs://{BUCKET}/run", random.Random(count), [], 0
+    while codes != [0] * count:
+        processes = start(tmp_path / "run", count, "checkpoint.every_steps=2", f"run_dir={url}", "--wait-seconds=60")
+        if killed < 5:
+            done = [x["step"] for x in read_metrics(small_files(url) / "metrics.jsonl", "train")] if killed else []
+            wait_for_step(processes, local_folder(url, 0), max(done, default=0) + 1)
+            time.sleep(rng.uniform(0, 1.5))
+            rng.choice(processes).kill()
+        codes = ends(tmp_path / "run", processes, 240)
+        killed += -signal.SIGKILL in codes
+        assert set(codes) <= {0, 85, -signal.SIGKILL, -signal.SIGABRT}, printed(tmp_path / "run")
+        if killed % 2:
+            shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    assert_same_bits(outcome(url), outcome(tmp_path / "undisturbed"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ways", [WAYS_TO_FAIL[:2], WAYS_TO_FAIL])
+def test_slow_and_flaky_storage_costs_time_only(undisturbed, proxy, ways):
+    """One request of ten fails. Where an answer is lost a save may fail, which is told; another comes."""
+    run_dir = f"gs://{BUCKET}/run"
+    proxy.ways, proxy.seconds, proxy.fail_every = ways, 0.02, 10
+    train_here(run_dir, "train.stop_at_step=5", "checkpoint.max_failed=9")
+    train_here(run_dir, "checkpoint.max_failed=9")
+    assert proxy.failed > 50
+    failed = read_events(small_files(run_dir) / "metrics.jsonl", "save_failed")
+    assert len(failed) == 0 or ways is WAYS_TO_FAIL
+    proxy.fail_every = 0
+    assert_same_bits(outcome(run_dir), undisturbed)
+
+
+@pytest.mark.faults
+def test_storage_that_is_gone_stops_the_run_clearly_and_in_time(undisturbed, proxy, tmp_path):
+    url = f"gs://{BUCKET}/run"
+    settings = ("checkpoint.every_steps=1", f"run_dir={url}", "checkpoint.stuck_minutes=0.25")
+    processes = start(tmp_path / "run", 1, *settings)
+    wait_for_step(processes, local_folder(url, 0), 3)
+    proxy.gone, since = True, time.monotonic()
+    assert ends(tmp_path / "run", processes, 120) == [85]
+    assert time.monotonic() - since < 60
+    assert "(checkpoint.stuck_minutes)" in printed(tmp_path / "run")
+    proxy.gone = False
+    run(tmp_path / "run", 1, *settings)
+    run(tmp_path / "undisturbed", 1)
+    assert_same_bits(outcome(url), outcome(tmp_path / "undisturbed"))
