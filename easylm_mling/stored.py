@@ -1,5 +1,6 @@
 """Stored parameters one by one, with what they may cost to read bounded by their shape."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def open_store(where: Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore
         spec = {"driver": "zarr3", "kvstore": base | {"path": f"{name}/"}}
         store = ts.open(spec, open=True, read=True).result()
     except ValueError as error:
-        why = " ".join(str(error).split())[:200]
+        # Without the specification that tensorstore adds to its reasons.
+        why = " ".join(re.split(r" \[[a-z_ ]+=", str(error))[0].split())[-300:]
         raise ConfigError(f"{where}: parameter {name} cannot be read ({why}); use another step") from None
     found, wanted = (store.shape, store.dtype.name), (tuple(shape), "float32")
     if found != wanted:

@@ -50,18 +50,14 @@ REFUSED = {
     "data.block_bytes": 20_000,
     "data.sources.skypile.weight": 21,
     "data.sources.skypile.holdout_fraction": 0.1,
-    "data.weighting.by": "tokens",
 }
 
 
 def test_what_changes_the_meaning_of_a_run_is_refused_by_name(halfway, capsys):
     before = sorted(p.name for p in halfway.rglob("*"))
     for key, value in REFUSED.items():
-        unweighted = [
-            f"data.sources.{s}.weight=null" for s in ("cc100-ja", "skypile", "llama2ko-ko", "llama2ko-en", "glot500")
-        ]
         with pytest.raises(ConfigError, match=f"belongs to a run with another config: .*{key} was .*, now {value}"):
-            train_here(halfway, f"{key}={value}", *(unweighted if key == "data.weighting.by" else ()))
+            train_here(halfway, f"{key}={value}")
     assert sorted(p.name for p in halfway.rglob("*")) == before
 
 
@@ -97,7 +93,7 @@ def shards(tmp_path):
 
 
 def shorter(path):
-    os.truncate(path, path.stat().st_size - 40)
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def gone(path):
