@@ -29,7 +29,7 @@ from easylm_mling.data.files import filesystem_of, one_line
 
 CONFIG = "config.yaml"
 # What is no small file of a run: lies in the bucket only.
-_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease")
+_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "launch/", "logs/")
 _PUSH_SECONDS = 30.0
 # Seconds until a request without an answer is given up, its retries included.
 _PATIENCE = 120.0

@@ -13,6 +13,8 @@ import time
 import pytest
 from processes import assert_same_bits, ends, outcome, printed, run, start
 
+from easylm_mling.metrics import TIMINGS
+
 MOMENTS = int(os.environ.get("EASYLM_MLING_KILLS", 3))
 SETTINGS = (
     "checkpoint.every_steps=2",
@@ -79,5 +81,5 @@ def assert_every_line_was_the_same(run_dir):
         except json.JSONDecodeError:
             continue  # a kill cut it short
         if line["kind"] in ("train", "eval"):
-            what = {k: v for k, v in line.items() if k not in ("time", "tokens_per_second")}
+            what = {k: v for k, v in line.items() if k not in TIMINGS}
             assert first.setdefault((line["kind"], line["step"]), what) == what
