@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 
@@ -27,10 +28,11 @@ def open_store(where: Path, name: str, shape: tuple[int, ...]) -> ts.TensorStore
     found, wanted = (store.shape, store.dtype.name), (tuple(shape), "float32")
     if found != wanted:
         raise ConfigError(f"{where}: parameter {name} is {found}, not {wanted}; use another step")
-    layout = store.chunk_layout
+    layout: Any = store.chunk_layout
+    codec: Any = store.codec
     chunks = [*zip(layout.read_chunk.shape, shape, strict=True), *zip(layout.write_chunk.shape, shape, strict=True)]
     plain = {"bytes", "sharding_indexed", "crc32c"}
-    if any(chunk > size for chunk, size in chunks) or not set(_codecs(store.codec.to_json())) <= plain:
+    if any(chunk > size for chunk, size in chunks) or not set(_codecs(codec.to_json())) <= plain:
         raise ConfigError(
             f"{where}: parameter {name} is packed, or cut in other chunks than are ever saved; do not trust it"
         )
