@@ -34,6 +34,7 @@ from easylm_mling.processes import (
     own_quarantine,
     several,
 )
+from easylm_mling.replay import Replay
 from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
@@ -69,6 +70,7 @@ class Run(NamedTuple):
     stop: Stop
     watchdog: Watchdog
     rewinds: int
+    replay: Replay
 
 
 def train(
@@ -136,7 +138,7 @@ def carry_out(
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
                 config, mesh, program, data, loader, checkpoints, evaluate, together, watch, console, stop, watchdog,
-                count_rewinds(run),
+                count_rewinds(run), Replay(config, mesh, data, watch.log),
             )  # fmt: skip
             watch.begin(int(state.step))
             if int(state.step) == 0:
@@ -226,6 +228,7 @@ def run_steps(
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer
+        run.replay.check(step, state)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             evaluate_and_tell(run, state)
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
