@@ -168,9 +168,11 @@ class Mirror:
             files = {
                 f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if _is_mirrored(f)
             }
-            config = files.pop(CONFIG, None)
+            if CONFIG not in files:
+                raise OSError(f"{self.folder}: something has removed this run's files; leave them while it is trained")
+            config = files.pop(CONFIG)
             self._send(files)
-            self._send({CONFIG: config} if config else {})
+            self._send({CONFIG: config})
             gone = self._pushed.keys() - files.keys() - {CONFIG}
             self.bucket.write_all(dict.fromkeys(gone))
             for name in gone:
