@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Neither the demo nor the tests may take a GPU or TPU that happens to be there.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-faults lint format sample-data clean-demo
+.PHONY: demo test test-faults test-tpu lint format sample-data clean-demo
 
 demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
@@ -22,6 +22,10 @@ test: .venv/test.stamp
 
 test-faults: .venv/test.stamp
 	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/test_processes.py
+
+# Compiles real steps for real slices with the TPU's compiler, which needs no TPU.
+test-tpu: .venv/tpu.stamp
+	$(BIN)/python -m pytest -m tpu_compiler tests/test_plan.py
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check --fix .
@@ -43,4 +47,8 @@ clean-demo:
 
 .venv/test.stamp: .venv/run.stamp requirements-test.lock
 	$(BIN)/python -m pip install --quiet -r requirements-test.lock
+	touch $@
+
+.venv/tpu.stamp: .venv/test.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[tpu]'
 	touch $@

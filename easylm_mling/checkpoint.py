@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
@@ -146,8 +147,7 @@ class Checkpoints:
         Returns why it cannot begin, "" if it does. Call `finish` before.
         """
         step = int(state.step)
-        training = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
-        arrays = {"params": state.params, "training": training, "data": data}
+        arrays = {"params": state.params, "training": _training(state), "data": data}
         parts = {**arrays, "info": _packed({**info, "digests": digests(arrays)})}
         if self._first:
             parts["record"] = self._first
@@ -222,11 +222,14 @@ class Checkpoints:
 
         Raises Damaged, in every process, if it cannot be read or is not what was saved.
         """
-        abstract = {k: getattr(state, k) for k in ("optimizer", "step", "skipped", "skipped_in_a_row")}
-        wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
+        abstract = _training(state)
         got: Any = None
-        wrong = ""
+        wrong, new = "", {}
         try:
+            stored = self._orbax.checkpointables_metadata(step).metadata["training"]
+            # Checkpoints had no spike guard once; its window then begins empty.
+            new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
+            wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
             got = self._orbax.load_checkpointables(step, wanted)
             info = _unpacked(got["info"])
         except (KeyError, ValueError, FileNotFoundError) as error:
@@ -240,7 +243,7 @@ class Checkpoints:
         # Checkpoints had no digests once.
         if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data, "info": None})):
             raise Damaged(f"{leaf} is not what was saved")
-        return TrainState(params=got["params"], **got["training"]), data, info
+        return TrainState(params=got["params"], **got["training"], **(_zeros(new) if new else {})), data, info
 
     def restore_newest(self, state: TrainState) -> Restored | None:
         """The newest step that is what was saved; damaged newer ones are then set aside. None if there are no steps.
@@ -376,6 +379,16 @@ def check_same_shapes(directory: str | Path, abstract: dict):
                 f"{where}: parameter {name} has shape {found.get(name)}, the model needs {tuple(leaf.shape)}; "
                 "use the model config that the checkpoint was made with"
             )
+
+
+def _training(state: TrainState) -> dict:
+    """What is stored as `training`: all but the parameters."""
+    return {name: value for name, value in state._asdict().items() if name != "params"}
+
+
+def _zeros(abstract: dict) -> dict:
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=where)()
 
 
 def _packed(info: dict) -> dict:

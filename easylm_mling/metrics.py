@@ -59,6 +59,7 @@ def step_metrics(metrics: dict, names: list[str]) -> dict:
         "learning_rate": float(metrics["learning_rate"]),
         "gradient_norm": finite(float(metrics["gradient_norm"])),
         "skipped": int(metrics["skipped"]),
+        "spikes": int(metrics["spikes"]),
     }
 
 

@@ -78,10 +78,10 @@ class RunData:
         stages = to_tree(self.config.data)["stages"]
         keep_state(self.run.states_dir, step, KeptState(state, {"stages": stages, **self.fingerprints}))
 
-    def write_ledger(self, step: int, state: DataState):
-        """RUN/ledger.json, whole or not at all."""
+    def write_ledger(self, step: int, state: DataState, skipped: dict[str, int]):
+        """RUN/ledger.json, whole or not at all. `skipped`: how many of the steps taught nothing, by the guard that said so."""
         if self.run.writes:
-            whole = {"step": step, **self.ledger.whole(state)}
+            whole = {"step": step, "skipped_steps": skipped, **self.ledger.whole(state)}
             write_whole(self.run.ledger_file, orjson.dumps(whole, option=orjson.OPT_INDENT_2))
 
     def _check_stages(self, info: dict):

@@ -48,6 +48,8 @@ FREE_KEYS = (
     "train.stop_at_step",
     "train.log_every_steps",
     "train.max_skipped_in_a_row",
+    # What is skipped from here on: a remedy, as a rewind is. Every checkpoint keeps the config that it was made with.
+    "train.spike_sigmas",
     "train.stuck_minutes",
     "train.rewind",
     "train.skip_batches",

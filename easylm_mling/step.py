@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from easylm_mling.compiler_flags import compiler_flags
 from easylm_mling.config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from easylm_mling.guard import LEARNT, SPIKE, Recent, judge, nothing_recent
 from easylm_mling.loss import cross_entropy
 from easylm_mling.model import Gemma, Remat
 from easylm_mling.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
@@ -31,8 +32,10 @@ class TrainState(NamedTuple):
     step: Any  # int32: batches consumed
     params: dict  # float32, as in the parameter table
     optimizer: Any  # optax state; moments are float32
-    skipped: Any  # int32: steps that changed nothing because something was not finite
+    skipped: Any  # int32: steps that changed nothing, as guard.py says
     skipped_in_a_row: Any  # int32
+    spikes: Any  # int32: those of them that were finite
+    recent: Recent
 
 
 def model_graph(m: ModelConfig) -> nnx.GraphDef:
@@ -48,7 +51,7 @@ def init_params(m: ModelConfig, seed: int) -> dict:
 def init_state(params: dict, config: RunConfig) -> TrainState:
     tx = make_optimizer(config.optimizer, decay_mask(config))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), zero, zero)
+    return TrainState(zero, params, tx.init(params), zero, zero, zero, nothing_recent())
 
 
 def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
@@ -63,7 +66,7 @@ def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, optimizer, whole, whole)
+    return TrainState(whole, params, optimizer, whole, whole, whole, Recent(whole, whole))
 
 
 def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:
@@ -114,10 +117,10 @@ def train_step(
     sources: int,
     splash_block: int,
 ):
-    """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], and float32 scalars.
+    """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], the guard's `limits` [2], and scalars.
 
-    The batch is cut into `accumulation_steps` microbatches; a gradient or loss that is not finite leaves parameters and
-    moments untouched (chosen by `where`: a product with zero would keep the NaN) and is counted.
+    The batch is cut into `accumulation_steps` microbatches. A step that a guard rejects leaves parameters and moments
+    untouched (chosen by `where`: a product with zero would keep the NaN) and is counted.
     """
     A = train.accumulation_steps
     # Microbatch a takes every A-th row, so that each device works on the rows it already holds.
@@ -138,15 +141,17 @@ def train_step(
     direction, optimizer = tx.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
 
-    finite = jnp.isfinite(norm) & jnp.isfinite(jnp.sum(loss_sum))
-    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    missed = jnp.where(finite, 0, 1)
+    verdict, limits, recent = judge(state.recent, jnp.sum(loss_sum) / total, norm, train.spike_sigmas)
+    learnt = verdict == LEARNT
+    keep = lambda new, old: jnp.where(learnt, new, old)  # noqa: E731
     new_state = TrainState(
         step=state.step + 1,
         params=jax.tree.map(keep, params, state.params),
         optimizer=jax.tree.map(keep, optimizer, state.optimizer),
-        skipped=state.skipped + missed,
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        skipped=state.skipped + jnp.where(learnt, 0, 1),
+        skipped_in_a_row=jnp.where(learnt, 0, state.skipped_in_a_row + 1),
+        spikes=state.spikes + (verdict == SPIKE),
+        recent=recent,
     )
     return new_state, {
         "loss_sum": loss_sum,
@@ -155,6 +160,9 @@ def train_step(
         "learning_rate": rate,
         "skipped": new_state.skipped,
         "skipped_in_a_row": new_state.skipped_in_a_row,
+        "spikes": new_state.spikes,
+        "verdict": verdict,
+        "limits": limits,
     }
 
 

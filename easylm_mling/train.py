@@ -1,6 +1,7 @@
 """The training loop, in order: restore, next batch, step, log, evaluate, save, stop."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,13 @@ from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
+from easylm_mling.compiling import compile_ahead, keep_programs
 from easylm_mling.config import RunConfig, load, to_tree
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.exits import DONE, PREEMPTED, TrainingStopped
+from easylm_mling.guard import NOT_FINITE, SPIKE
 from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
 from easylm_mling.plan.book import Book
 from easylm_mling.plan.calibrate import beside
@@ -42,7 +45,6 @@ from easylm_mling.step import (
     abstract_state,
     init_params,
     init_state,
-    jit_train_step,
     state_shardings,
 )
 from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
@@ -57,6 +59,7 @@ class Run(NamedTuple):
 
     config: RunConfig
     mesh: Mesh
+    program: Future  # of train_step
     data: RunData
     loader: Loader
     checkpoints: Checkpoints
@@ -86,6 +89,7 @@ def train(
     tokenizer = Tokenizer(config.data.tokenizer)
     tokenizer.check_model(config.model)
     select_devices(config)
+    keep_programs()
     console = console or make_console(quiet=not is_first())
     with first_goes_first(config):
         config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
@@ -101,6 +105,7 @@ def train(
         MetricsLog(run.metrics_file if is_first() else Path("/dev/null")) as log,
         Stop(console, max_hours) as stop,
     ):
+        program = compile_ahead(config, mesh)
         rewind(config.train, checkpoints, run, log, console)
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
         evaluate = Validation(config, data.catalog, tokenizer, mesh)
@@ -115,14 +120,16 @@ def train(
         ):
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
-                config, mesh, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
+                config, mesh, program, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
                 count_rewinds(run),
             )  # fmt: skip
             if skip:
                 data_state = skip_batches(parts, int(state.step), skip)
             state, data_state, wish, ended = run_steps(parts, state, data_state)
             if data_state is not None:
-                data.write_ledger(int(state.step), data_state)
+                spikes = int(state.spikes)
+                skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
+                data.write_ledger(int(state.step), data_state, skipped)
 
     if is_first():
         tell_speed(config, run.path, mesh, console)
@@ -190,7 +197,7 @@ def run_steps(
     Returns the last states, the wish, and whether the data ended.
     """
     config = run.config
-    train_step = jit_train_step(config, run.mesh)
+    train_step = run.program.result()
     start = saved = int(state.step)
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
@@ -211,7 +218,7 @@ def run_steps(
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             run.log.write("eval", step, **run.evaluate(state.params))
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
-            # The record of a step comes before its checkpoint, should anything be killed in between.
+            # Its line comes first: a kill right behind the save would lose it for good.
             wish, data_state = report(run, data_state, *waiting)
             waiting = None
             save(run, state, data_state, last=step == end or wish != GO_ON)
@@ -284,17 +291,36 @@ def report(run: Run, before: DataState | None, step: int, metrics: dict, answer:
         run.log.write("train", step, tokens=tokens, tokens_per_second=rate and round(rate, 1), **values)
     ends = [order.epochs for order in run.loader.orders]
     news = run.data.ledger.news(before, said.state, ends, run.loader.holders)
+    if skipped := skip_news(metrics, values, config.train.spike_sigmas):
+        news.append(skipped)
     if news:
         run.log.write("news", step, news=news)
     for line in news:
         run.console.print(f"step {step}: {line}", highlight=False, soft_wrap=True)
     if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
+        spiked = int(metrics["verdict"]) == SPIKE
+        what = "spiked" if spiked else "was not finite"
+        way = (
+            "raise train.spike_sigmas, go back behind them with train.rewind=STEP train.skip_batches=N"
+            if spiked
+            else ("lower optimizer.learning_rate")
+        )
         raise TrainingStopped(
-            f"the loss or gradient was not finite in {config.train.max_skipped_in_a_row} steps in a row, up to step {step}; "
-            "parameters are unchanged since. Lower optimizer.learning_rate or look at the data, then run again: it resumes "
-            "from the newest checkpoint"
+            f"the loss or gradient {what} in step {step}, the last of {config.train.max_skipped_in_a_row} in a row that were "
+            f"skipped; parameters are unchanged since. Look at the data, {way}, then run again: it resumes from the newest "
+            "checkpoint"
         )
     return said
+
+
+def skip_news(metrics: dict, values: dict, sigmas: float) -> str:
+    """Why the step changed nothing, "" if it did."""
+    verdict = int(metrics["verdict"])
+    if verdict == SPIKE:
+        found = zip(("loss", "gradient_norm"), map(float, metrics["limits"]), strict=True)
+        over = [f"{name} {values[name]:.4g} is over {limit:.4g}" for name, limit in found if values[name] > limit]
+        return f"skipped, a spike: {' and '.join(over)}, {sigmas:g} deviations above the mean of the last steps"
+    return "skipped: the loss or gradient is not finite" if verdict == NOT_FINITE else ""
 
 
 def select_devices(config: RunConfig):

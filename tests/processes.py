@@ -53,6 +53,8 @@ def start(
     # Of several processes only the first finds its programs in JAX's cache: the others compile, so this must be quick.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": quick}
+    # The next start finds all of this one's programs, the small ones too.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # One process, too, joins with itself: on the CPU the sums of its own collectives have another order than gloo's.
     place = [f"--coordinator=localhost:{port or free_port()}", f"--processes={processes}"]
     flags = [o for o in overrides if o.startswith("--")]

@@ -38,7 +38,10 @@ class TrainConfig:
     log_every_steps: int = 1
     # End this process (with a checkpoint) once the run has reached this step. 0: go on to the budget.
     stop_at_step: int = 0
-    # A step whose loss or gradient is not finite changes nothing; this many in a row stop the run.
+    # A step whose loss or gradient norm is over so many standard deviations above the mean of the last 128 steps changes
+    # nothing (guard.py). 0: never. 6 is what others use; none has it on by default, and what is skipped is not learnt.
+    spike_sigmas: float = 0.0
+    # Nor does a step whose loss or gradient is not finite. This many of either kind in a row stop the run.
     max_skipped_in_a_row: int = 5
     # A process that finishes no step (or the first one's compilation, or a save) in so long ends with exit code 85. 0: never.
     stuck_minutes: float = 30.0
@@ -77,6 +80,10 @@ class TrainConfig:
         )
         check(self.z_loss >= 0, f"train.z_loss={self.z_loss} must be zero or more")
         check(self.stop_at_step >= 0, f"train.stop_at_step={self.stop_at_step} must be zero or more")
+        check(
+            self.spike_sigmas == 0 or 2 <= self.spike_sigmas < math.inf,
+            f"train.spike_sigmas={self.spike_sigmas} must be 0 (no guard) or at least 2; 6 is usual",
+        )
         check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")
         check(self.rewind >= 0, f"train.rewind={self.rewind} must be zero or more")
         check(
