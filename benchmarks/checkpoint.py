@@ -103,7 +103,7 @@ def big_state(size: int) -> TrainState:
         return {"layers": {name: made(key) for name, key in zip(names, keys, strict=True)}}
 
     zero = jnp.int32(0)
-    return TrainState(tree(0), {"first": tree(1), "second": tree(2)}, zero, zero, zero)
+    return TrainState(zero, tree(0), {"first": tree(1), "second": tree(2)}, zero, zero, zero, zero)
 
 
 def abstract(state: TrainState):
