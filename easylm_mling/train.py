@@ -218,7 +218,7 @@ def run_steps(
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             run.log.write("eval", step, **run.evaluate(state.params))
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
-            # Its line comes first: a kill right behind the save would lose it for good.
+            # The record of a step comes before its checkpoint, should anything be killed in between.
             wish, data_state = report(run, data_state, *waiting)
             waiting = None
             save(run, state, data_state, last=step == end or wish != GO_ON)
