@@ -1,6 +1,5 @@
 """What a run tells while it runs: metrics.jsonl, which is the record, and the progress line."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -9,25 +8,23 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from easylm_mling.records import Records, read_records
+
 
 class MetricsLog:
     """Appends one JSON object a line. A line is flushed at once: after a kill at most the last one is cut short."""
 
     def __init__(self, path: Path):
-        cut_short = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._file = open(path, "a", encoding="utf-8")
-        if cut_short:
-            self._file.write("\n")
+        self._records = Records(path)
 
     def write(self, kind: str, step: int, **values):
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
+        self._records.append({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        self._records.close()
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
@@ -38,16 +35,7 @@ def read_metrics(path: Path, kind: str) -> list[dict]:
 
 def read_events(path: Path, kind: str) -> list[dict]:
     """All lines of one kind in the order they were written."""
-    found = []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a kill cut short
-            if entry["kind"] == kind:
-                found.append(entry)
-    return found
+    return [entry for entry in read_records(path) if entry["kind"] == kind]
 
 
 def step_metrics(metrics: dict, names: list[str]) -> dict:

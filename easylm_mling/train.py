@@ -252,10 +252,10 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
-    run.data.keep(step, data_state)
     run.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     lost = checkpoints.finish()
-    unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
+    info |= {"rewinds": run.rewinds}
+    unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
     for problem in filter(None, (lost, unsaved)):
         run.log.write("save_failed", step, problem=problem, in_a_row=checkpoints.failed_in_a_row)
         run.console.print(f"step {step}: a checkpoint could not be saved: {problem}", highlight=False, soft_wrap=True)

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "processes": {"config", "data.mixture", "data.quarantine", "exits", "sharding"},
     "rewind": {"checkpoint", "config", "metrics", "processes", "run_dir"},
     "run_dir": {"atomic", "bucket", "config", "hf.files", "lease"},
-    "metrics": set(),
+    "metrics": {"records"},
+    "records": set(),
     "run_data": {
         "atomic", "config", "data.catalog", "data.changes", "data.estimates", "data.ledger", "data.mixture", "data.states",
         "data.tokenizer", "data.weights", "run_dir",

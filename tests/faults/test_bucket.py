@@ -18,7 +18,7 @@ from easylm_mling.data.audit import audit
 from easylm_mling.generate import load_model
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.metrics import read_events, read_metrics
+from easylm_mling.metrics import read_events
 from easylm_mling.summary import print_summary
 
 
@@ -135,11 +135,9 @@ def test_killed_again_and_again_in_a_bucket(proxy, tmp_path, count):
     url, rng, codes, killed = f"gs://{BUCKET}/run", random.Random(count), [], 0
     while codes != [0] * count:
         processes = start(tmp_path / "run", count, "checkpoint.every_steps=2", f"run_dir={url}", "--wait-seconds=60")
-        if killed < 5:
-            record = small_files(url) / "metrics.jsonl"
-            done = [x["step"] for x in read_metrics(record, "train")] if record.exists() else []
-            wait_for_step(processes, local_folder(url, 0), max(done, default=0) + 1)
-            time.sleep(rng.uniform(0, 1.5))
+        if killed < 4:
+            wait_for_step(processes, local_folder(url, 0), 2 * killed + 2)
+            time.sleep(rng.uniform(0, 0.5))
             rng.choice(processes).kill()
         codes = ends(tmp_path / "run", processes)
         killed += -signal.SIGKILL in codes
