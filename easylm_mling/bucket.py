@@ -202,7 +202,9 @@ class Mirror:
             if log:  # up to the last whole line
                 content = content[: content.rfind(b"\n") + 1]
             states[name] = now._replace(sent=len(content))
-            grown = log and before and before.inode == now.inode and before.sent >= _WHOLE
+            # Both are only ever added to; TensorBoard's files have no lines.
+            grows = log or "tfevents" in name
+            grown = grows and before and before.inode == now.inode and before.sent >= _WHOLE
             if not (grown and before and self._append(name, content, before.sent)):
                 whole[name] = content
         self.bucket.write_all(whole)
