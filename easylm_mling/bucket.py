@@ -28,8 +28,8 @@ from easylm_mling.config import ConfigError
 from easylm_mling.data.files import filesystem_of, one_line
 
 CONFIG = "config.yaml"
-# What is no small file of a run: lies in the bucket only.
-_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease")
+# What is no small file of a run lies in the bucket only; and wandb brings its own away.
+_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "wandb/")
 _PUSH_SECONDS = 30.0
 # Seconds until a request without an answer is given up, its retries included.
 _PATIENCE = 120.0
@@ -165,9 +165,8 @@ class Mirror:
     def push(self):
         """Bring to the bucket whatever has changed since the last time, config.yaml last, and then remove what is gone."""
         with self._lock:
-            files = {
-                f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if _is_mirrored(f)
-            }
+            found = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+            files = {name: f for name, f in found.items() if not name.startswith(_NOT_MIRRORED) and not _is_draft(f)}
             if CONFIG not in files:
                 raise OSError(f"{self.folder}: something has removed this run's files; leave them while it is trained")
             config = files.pop(CONFIG)
@@ -239,8 +238,9 @@ def local_folder(url: str, process: int) -> Path:
     return cache / "runs" / name
 
 
-def _is_mirrored(file: Path) -> bool:
-    return file.is_file() and file.suffix != ".tmp" and not any(p.startswith(".") for p in file.parts[-2:])
+def _is_draft(file: Path) -> bool:
+    """What atomic.py has not renamed yet."""
+    return file.suffix == ".tmp" or any(p.startswith(".") and p.endswith(".partial") for p in file.parts)
 
 
 def _state_of(file: Path, sent: int) -> _Pushed:
