@@ -69,6 +69,7 @@ def test_a_bucket_that_is_not_there_is_told_at_once(proxy):
         train_here("gs://nobody")
 
 
+@pytest.mark.faults
 def test_a_damaged_step_in_a_bucket_is_set_aside(undisturbed, proxy):
     run_dir = f"gs://{BUCKET}/run"
     train_here(run_dir, "train.stop_at_step=8")
@@ -115,6 +116,7 @@ def test_only_what_has_changed_is_pushed_and_logs_grow(proxy, tmp_path, monkeypa
         mirror.pull()
 
 
+@pytest.mark.faults
 def test_models_come_from_and_go_to_a_bucket(proxy, hf_source, tmp_path):
     imported = f"gs://{BUCKET}/imported"
     import_hf(hf_source, imported)
