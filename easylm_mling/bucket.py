@@ -35,6 +35,8 @@ _PUSH_SECONDS = 30.0
 _PATIENCE = 120.0
 # A log of more bytes is not pushed whole but grows by what was added.
 _WHOLE = 4_000_000
+# Ends the name of what was added last, until it is.
+_ADDED = ".added"
 
 
 def is_bucket(name: str | Path) -> bool:
@@ -91,9 +93,9 @@ class Bucket:
         """Whether the object, of `size` bytes before, now has `added` at its end (the bucket joins the two)."""
         files, path = self._gcsfs()
         with _as_os_error(self.url):
-            files.pipe_file(f"{path}/{name}.added", added)
-            files.merge(f"{path}/{name}", [f"{path}/{name}", f"{path}/{name}.added"])
-            files.rm_file(f"{path}/{name}.added")
+            files.pipe_file(f"{path}/{name}{_ADDED}", added)
+            files.merge(f"{path}/{name}", [f"{path}/{name}", f"{path}/{name}{_ADDED}"])
+            files.rm_file(f"{path}/{name}{_ADDED}")
             # A request whose answer was lost may have been done twice.
             return files.info(f"{path}/{name}")["size"] == size + len(added)
 
@@ -147,13 +149,16 @@ class Mirror:
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._push_now_and_then, name="easylm-mirror", daemon=True)
 
-    def pull(self) -> list[str]:
-        """Make the folder what the bucket holds, and return all names there. Without a config.yaml it holds no run yet."""
+    def pull(self, to_train: bool = False) -> list[str]:
+        """Make the folder what the bucket holds, and return all names there.
+
+        Without a config.yaml it holds no run yet; what a first push that was killed has left is then nothing `to_train` with.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         names = self.bucket.names()
-        wanted = [n for n in names if not n.startswith(_NOT_MIRRORED) and not n.endswith("/")]
-        if CONFIG not in names:
+        wanted = [n for n in names if not n.startswith(_NOT_MIRRORED) and not n.endswith(("/", _ADDED))]
+        if to_train and CONFIG not in names:
             wanted = [n for n in wanted if n == "plan.json"]
         for name, content in self.bucket.read_all(wanted).items():
             file = self.folder / name

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from gcs_server import BUCKET, WAYS_TO_FAIL, Proxy, bucket, environment
-from processes import assert_same_bits, ends, outcome, printed, run, start, train_here, wait_for_step
+from processes import ROOT, assert_same_bits, ends, outcome, printed, run, start, train_here, wait_for_step
 from rich.console import Console
 
 from easylm_mling.bucket import Bucket, Mirror, local_folder, small_files
@@ -17,6 +17,7 @@ from easylm_mling.config import ConfigError
 from easylm_mling.data.audit import audit
 from easylm_mling.generate import load_model
 from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf.files import copy_tokenizer
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.metrics import read_events
 from easylm_mling.summary import print_summary
@@ -88,7 +89,7 @@ def test_only_what_has_changed_is_pushed_and_logs_grow(proxy, tmp_path, monkeypa
     monkeypatch.setattr("easylm_mling.bucket._WHOLE", 10)
     there, folder = Bucket(f"gs://{BUCKET}/run"), tmp_path / "mirror"
     mirror = Mirror(there, folder)
-    assert mirror.pull() == []
+    assert mirror.pull(to_train=True) == []
     (folder / "config.yaml").write_text("a: 1")
     (folder / "states").mkdir()
     (folder / "states" / "1.npz").write_bytes(b"1")
@@ -119,13 +120,14 @@ def test_only_what_has_changed_is_pushed_and_logs_grow(proxy, tmp_path, monkeypa
 @pytest.mark.faults
 def test_models_come_from_and_go_to_a_bucket(proxy, hf_source, tmp_path):
     imported = f"gs://{BUCKET}/imported"
+    copy_tokenizer(ROOT / "data/sample/tokenizer", hf_source)
     import_hf(hf_source, imported)
     with pytest.raises(ConfigError, match="already holds something"):
         import_hf(hf_source, imported)
     export_hf(imported, tmp_path / "exported")
     import_hf(hf_source, tmp_path / "imported")
     export_hf(tmp_path / "imported", tmp_path / "beside")
-    for file in ("model.safetensors", "config.json"):
+    for file in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (tmp_path / "exported" / file).read_bytes() == (tmp_path / "beside" / file).read_bytes()
 
 
