@@ -73,8 +73,8 @@ def throughput(folder: Path, gigabytes: float, rounds: int):
     found: dict[str, list[float]] = {}
     for n in range(rounds):
         with Checkpoints(folder / "run", keep_last=1) as checkpoints:
-            now = state._replace(step=jnp.int32(n + 1))
-            timed(found, "blocked", lambda: checkpoints.save(now, {}, {}))  # noqa: B023
+            now = state._replace(step=state.step + n + 1)
+            timed(found, "blocked", lambda: checkpoints.save(now, {"lanes": np.zeros(1)}, {}))  # noqa: B023
             timed(found, "save", checkpoints.finish, found["blocked"][-1])
             timed(found, "raw write", lambda: write(folder / "raw", raw))
             drop(folder)
@@ -94,7 +94,7 @@ def big_state(size: int) -> TrainState:
     """`size` bytes of parameters and two moments, on 8 devices, in stacks of layers."""
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
     layers, each = 8, NamedSharding(mesh, PartitionSpec(None, "fsdp"))
-    rows = max(len(jax.devices()), size // 12 // 4 // layers // 1024 // 4 // 8 * 8)
+    rows = max(8, size // 12 // 4 // layers // 1024 // 8 * 8)
 
     def tree(seed):
         names = ("q", "k", "v", "o")
@@ -102,7 +102,7 @@ def big_state(size: int) -> TrainState:
         made = jax.jit(lambda key: jax.random.normal(key, (layers, rows, 1024)), out_shardings=each)
         return {"layers": {name: made(key) for name, key in zip(names, keys, strict=True)}}
 
-    zero = jnp.int32(0)
+    zero = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
     return TrainState(zero, tree(0), {"first": tree(1), "second": tree(2)}, zero, zero, zero, zero)
 
 

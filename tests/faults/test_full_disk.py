@@ -45,10 +45,10 @@ def test_a_disk_that_fills_in_the_middle_of_saves_costs_nothing(tmp_path, count)
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a tmpfs")
     try:
-        settings = ("checkpoint.every_steps=1", "checkpoint.max_failed=9", "checkpoint.stuck_minutes=2")
+        settings = ("checkpoint.every_steps=1", "checkpoint.max_failed=9", "checkpoint.stuck_minutes=0.7")
         filler = Filler(small, 2)
-        processes = start(small / "run", count, *settings)
-        assert ends(small / "run", processes) == [0] * count, printed(small / "run")
+        processes = start(tmp_path / "run", count, *settings, f"run_dir={small / 'run'}")
+        assert ends(tmp_path / "run", processes) == [0] * count, printed(tmp_path / "run")
         assert filler.times == 0
         assert len(read_events(small / "run" / "metrics.jsonl", "save_failed")) >= 2
         shutil.copytree(small / "run", tmp_path / "copy")
