@@ -28,8 +28,8 @@ from easylm_mling.config import ConfigError
 from easylm_mling.data.files import filesystem_of, one_line
 
 CONFIG = "config.yaml"
-# What is no small file of a run lies in the bucket only; and wandb brings its own away.
-_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "wandb/")
+# What is no small file of a run lies in the bucket only; the launcher's are not the run's, and wandb brings its own away.
+_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "launch/", "logs/", "wandb/")
 _PUSH_SECONDS = 30.0
 # Seconds until a request without an answer is given up, its retries included.
 _PATIENCE = 120.0

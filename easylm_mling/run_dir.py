@@ -5,12 +5,15 @@ RUN/config.yaml      the resolved config, written once
    /estimates.json   tokens per byte of every language, by a sample
    /tokenizer/       the tokenizer's files, to be exported with the model
    /metrics.jsonl    one line a logged step and one an evaluation, appended; after a resume the last line of a step counts
+   /events.jsonl     what happened to the run and when, appended; see events.py
+   /tensorboard/, /wandb/, /profile/, /report.html   if asked for; see sinks.py, profile.py and report/
    /quarantine.jsonl bad records; quarantine-of-process-N.jsonl those met by process N of several
    /plan.json        what `plan --keep` said of this run before it began; calibration.json: how it compared (plan/calibrate.py)
    /ledger.json      what was consumed of every source and language, written when a process ends
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/states.py
    /checkpoints/     see checkpoint.py; set-aside/ those that were damaged or rewound
    /rewinds.jsonl    see rewind.py
+   /launch/, logs/   of tpu_scripts: its state, and what every worker printed
    /lease            which process trains the run, locked while it does
 
 After `--accept-data-change`, NAME-to-step-N is what config.yaml, catalog.json and tokenizer/ were up to step N.
@@ -39,6 +42,8 @@ FREE_KEYS = (
     "mesh.",
     "checkpoint.",
     "eval.",
+    "log.",
+    "profile.",
     # Only those that have not begun; run_data.py sees to it.
     "data.stages",
     "data.max_bad_fraction",
@@ -65,6 +70,8 @@ FREE_KEYS = (
 
 # What --accept-data-change lets change besides.
 DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
+# What may lie in a directory that no run has begun in.
+NOT_OF_A_RUN = {"plan.json", "lease", "launch", "logs"}
 REASONS = {
     "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
     "data.lanes": "every lane reads its own blocks",
@@ -92,6 +99,7 @@ class RunDirectory:
         self.ledger_file = self.path / "ledger.json"
         self.states_dir = self.path / "data_states"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.events_file = self.path / "events.jsonl"
         self.rewinds_file = self.path / "rewinds.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER
@@ -118,7 +126,7 @@ class RunDirectory:
         if self.config_file.is_file():
             self._check_same_run(config, accept_data_change)
         # In a bucket, a first push that was killed leaves files, and the lease.
-        elif set(there) - {"plan.json", "lease"} and not (self.mirror and "lease" in there):
+        elif {n.split("/")[0] for n in there} - NOT_OF_A_RUN and not (self.mirror and "lease" in there):
             raise ConfigError(f"run_dir={self.name} is not empty and holds no run; name a new directory")
 
     def take_lease(self):

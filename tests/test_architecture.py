@@ -34,15 +34,24 @@ MAY_IMPORT = {
     "exits": set(),
     "stopping": {"exits"},
     "processes": {"config", "data.mixture", "data.quarantine", "exits", "sharding"},
-    "rewind": {"checkpoint", "config", "metrics", "processes", "run_dir"},
+    "rewind": {"checkpoint", "config", "events", "metrics", "processes", "run_dir"},
     "run_dir": {"atomic", "bucket", "config", "hf.files", "lease"},
-    "metrics": {"records"},
     "records": set(),
+    "sinks": {"config"},
+    "metrics": {"records", "sinks"},
+    "events": {"records"},
+    "console": set(),
+    "profile": {"config"},
+    "speed": {"config", "model_flops", "plan.slices"},
+    "watch": {
+        "checkpoint", "config", "console", "events", "metrics", "plan.calibrate", "processes", "profile", "run_dir", "sinks",
+        "speed", "step",
+    },
     "run_data": {
         "atomic", "config", "data.catalog", "data.changes", "data.estimates", "data.ledger", "data.mixture", "data.states",
         "data.tokenizer", "data.weights", "run_dir",
     },
-    "summary": {"bucket", "checkpoint", "config", "data.mixture", "metrics", "run_data"},
+    "summary": {"bucket", "checkpoint", "config", "console", "data.mixture", "metrics", "run_data"},
     "data.files": {"config"},
     "data.lines": {"data.files"},
     "data.tables": {"data.files"},
@@ -52,7 +61,8 @@ MAY_IMPORT = {
     "data.catalog": {"atomic", "config", "data.files", "data.layouts", "data.listing", "data.readers"},
     "data.quarantine": {"atomic", "data.mixture", "data.readers"},
     "hf.card": {
-        "bucket", "checkpoint", "config", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params", "run_data",
+        "bucket", "checkpoint", "config", "console", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics",
+        "params", "run_data",
     },
     "hf.plot": set(),
     "hf.config": {"config"},
@@ -88,7 +98,7 @@ MAY_IMPORT = {
         "atomic", "config", "plan.buffers", "plan.compiled", "plan.hlo", "plan.schedule", "plan.slices",
     },
     "plan.predict": {"config", "model_flops", "params", "plan.slices"},
-    "plan.report": {"config", "metrics", "plan.slices"},
+    "plan.report": {"config", "console", "plan.slices"},
     "plan.book": {"config", "plan.measure", "plan.report", "plan.slices"},
     "plan.remat": {"config", "plan.book", "plan.slices"},
     "plan.search": {"config", "plan.book", "plan.remat", "plan.slices"},
@@ -138,3 +148,31 @@ def test_hugging_face_names_stay_in_the_table_and_in_hf():
 def test_only_the_checkpoint_module_knows_orbax():
     for name, found in modules().items():
         assert name == "checkpoint" or not any(i.startswith("orbax") for i in found), name
+
+
+# The same for what runs on a laptop, which knows nothing of the package.
+LAUNCHER_MAY_IMPORT = {
+    "run_file": set(),
+    "gcloud": set(),
+    "bucket": {"gcloud", "run_file"},
+    "pack": {"run_file"},
+    "machine": {"bucket", "gcloud", "run_file"},
+    "workers": {"gcloud", "run_file"},
+    "decide": {"machine", "workers"},
+    "records": {"bucket"},
+    "logs": {"bucket"},
+    "rehearse": {"bucket", "gcloud", "run_file"},
+    "status": {"bucket", "logs", "machine", "records", "run_file"},
+    "drive": {"bucket", "decide", "machine", "pack", "records", "run_file", "workers"},
+}
+
+
+def test_the_launcher_is_a_house_of_its_own():
+    folder = PACKAGE.parent / "tpu_scripts" / "launcher"
+    assert {f.stem for f in folder.glob("*.py")} == {"__init__", *LAUNCHER_MAY_IMPORT}
+    for name, allowed in LAUNCHER_MAY_IMPORT.items():
+        inside = set()
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                inside |= {node.module} if node.module else {alias.name for alias in node.names}
+        assert inside <= allowed, f"{name} imports {inside - allowed}"
