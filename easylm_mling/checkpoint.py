@@ -143,17 +143,20 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(c.step for c in self._orbax.checkpoints)
 
-    def save(self, state: TrainState, data: dict[str, np.ndarray], info: dict) -> str:
+    def save(
+        self, state: TrainState, data: dict[str, np.ndarray], info: dict, prepare: Callable[[], None] = lambda: None
+    ) -> str:
         """Start to save `state` as its step; returns once the device arrays are copied.
 
-        Returns why it cannot begin, "" if it does. Call `finish` before.
+        Returns why it cannot begin, "" if it does: there is no room, or `prepare`, which the first process calls before, raised
+        an OSError. Call `finish` before.
         """
         step = int(state.step)
         arrays = {"params": state.params, "training": _training(state), "data": data}
         parts = {**arrays, "info": _packed({**info, "digests": digests(arrays)})}
         if self._first:
             parts["record"] = self._first
-        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))):
+        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), prepare):
             self.failed_in_a_row += 1
         else:
             self._begun = True
@@ -206,11 +209,19 @@ class Checkpoints:
             time.sleep(0.2)
         everywhere(True)
 
-    def _no_room(self, needed: int) -> str:
+    def _no_room(self, needed: int, prepare: Callable[[], None]) -> str:
         """The first process looks, for all, as the others must not begin a save that it does not."""
-        if self._bucket:
-            return ""
-        free = first_says(shutil.disk_usage(self.path).free if is_first() and self.path.is_dir() else 1 << 62)
+        free, problem = 1 << 62, ""
+        if is_first():
+            try:
+                prepare()
+                if not self._bucket and self.path.is_dir():
+                    free = shutil.disk_usage(self.path).free
+            except OSError as error:
+                free, problem = -1, one_line(error)
+        free = first_says(free)
+        if free < 0:
+            return problem or "the first process could not write what goes with it"
         if free >= needed * 1.02:
             return ""
         return f"{self.path}: a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"

@@ -241,7 +241,7 @@ class RunDirectory:
 
 def _pulled(mirror: Mirror) -> list[str]:
     try:
-        return mirror.pull()
+        return mirror.pull(to_train=True)
     except OSError as error:
         raise ConfigError(
             f"run_dir={mirror.bucket.url}: cannot be read ({error}); see that the bucket exists, and that your credentials allow "

@@ -273,11 +273,11 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
-    run.data.keep(step, data_state)
     run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
+    info |= {"rewinds": run.rewinds}
     with run.watch.speed.pausing() as pause:
         lost = checkpoints.finish()
-        unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
+        unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
     for problem in filter(None, (lost, unsaved)):
         run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
     if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:

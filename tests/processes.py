@@ -85,7 +85,7 @@ def output_of(run_dir: Path, process: int) -> Path:
     return run_dir.with_name(f"{run_dir.name}-process-{process}.txt")
 
 
-def ends(run_dir: Path, processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+def ends(run_dir: Path, processes: list[subprocess.Popen], seconds: float = 300) -> list[int]:
     """The exit codes; whatever has not ended in time is killed, and that is an error with all that was printed."""
     until = time.monotonic() + seconds
     try:

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from easylm_mling.bucket import small_files
 from easylm_mling.config import ConfigError, RunConfig, load
 from easylm_mling.events import ENDS, Goodput, read_event_log
 from easylm_mling.records import read_records
@@ -65,7 +66,7 @@ class Findings:
 
 def collect(run_dir: str | Path) -> Findings:
     """Raises ConfigError where there is no run."""
-    run = Path(run_dir)
+    run = small_files(run_dir)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
     found = Findings(load([str(run / "config.yaml")]), (run / "config.yaml").read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from easylm_mling.atomic import write_whole
+from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.console import duration_text, tokens_text
 from easylm_mling.events import KINDS
 from easylm_mling.model_flops import model_flops
@@ -26,11 +27,14 @@ _SPENT = {
 }  # fmt: skip
 
 
-def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> str:
     """Write the page about the run, by default to RUN/report.html; raises ConfigError where there is no run."""
-    target = Path(output) if output else Path(run_dir) / "report.html"
-    write_whole(target, page(collect(run_dir)).encode())
-    return target
+    written = page(collect(run_dir)).encode()
+    if is_bucket(run_dir) and not output:
+        Bucket(str(run_dir)).write_all({"report.html": written})
+    else:
+        write_whole(output or Path(run_dir) / "report.html", written)
+    return str(output or f"{run_dir}/report.html")
 
 
 def page(found: Findings) -> str:

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was saved is noticed, set aside and told; the run goes on from the one before, to the bit."""
+"""A checkpoint that is not what was saved is noticed, set aside and told (row 5); the run goes on from the one before, to the bit."""
 
 import os
 import shutil
