@@ -14,6 +14,7 @@ demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling export-hf $(DEMO) $(DEMO)-hf
 	$(BIN)/easylm-mling sample $(DEMO)-hf --temperature 0.7 --top-k 20 --prompt "오늘 아침에" --prompt "今日は" --prompt "今天" --prompt "In the morning"
 	$(BIN)/easylm-mling summary $(DEMO)
+	$(BIN)/easylm-mling report $(DEMO)
 
 test: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -210,6 +210,8 @@ def run_steps(
     """
     config = run.config
     start = saved = int(state.step)
+    with run.watch.compiling(start + 1):
+        train_step = run.program.result()
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
     wish = GO_ON
@@ -220,10 +222,9 @@ def run_steps(
         if item is None:
             break
         batch, consumed = item
-        with run.watch.launching(step):
-            train_step = run.program.result()
-            state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
-            metrics |= run.watch.norms(step, state.params)
+        run.watch.launching(step)
+        state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
+        metrics |= run.watch.norms(step, state.params)
         answer = run.gathering.start(run.stop.wish(), consumed)
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
@@ -273,20 +274,20 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
-    run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     info |= {"rewinds": run.rewinds}
+    run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     with run.watch.speed.pausing() as pause:
         lost = checkpoints.finish()
         unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
     for problem in filter(None, (lost, unsaved)):
         run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
+    if not unsaved:
+        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
     if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
         raise TrainingStopped(
             f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
             "the disk, then run again: it resumes from the newest checkpoint"
         )
-    if not unsaved:
-        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:

@@ -56,6 +56,12 @@ MAY_IMPORT = {
         "atomic", "config", "data.catalog", "data.changes", "data.estimates", "data.ledger", "data.mixture", "data.states",
         "data.tokenizer", "data.weights", "run_dir",
     },
+    "report.curve": set(),
+    "report.collect": {"bucket", "config", "events", "records", "report.curve"},
+    "report.svg": {"console", "report.curve"},
+    "report.page": {
+        "atomic", "bucket", "console", "events", "model_flops", "params", "report.collect", "report.svg",
+    },
     "summary": {"bucket", "checkpoint", "config", "console", "data.mixture", "metrics", "run_data"},
     "data.files": {"config"},
     "data.lines": {"data.files"},
@@ -66,8 +72,8 @@ MAY_IMPORT = {
     "data.catalog": {"atomic", "config", "data.files", "data.layouts", "data.listing", "data.readers"},
     "data.quarantine": {"atomic", "data.mixture", "data.readers"},
     "hf.card": {
-        "bucket", "checkpoint", "config", "console", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics",
-        "params", "run_data",
+        "bucket", "checkpoint", "config", "console", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params",
+        "run_data",
     },
     "hf.plot": set(),
     "hf.config": {"config"},
