@@ -246,26 +246,27 @@ def ended(worker) -> str:
 
 def test_a_worker_starts_an_attempt_once_and_records_its_end(worker):
     assert worker("status") == "easylm-worker 3 pack= attempt=0 state=idle code=-"
-    command = 'echo x >> "$RUN_DIR-count"; sleep 0.3; exit 7'
+    command = 'echo x >> "$RUN_DIR-count"; until [ -e "$RUN_DIR-go" ]; do sleep 0.02; done; exit 7'
     assert "attempt=1 state=running" in worker("start", "1", command=command)
     assert "attempt=1 state=running" in worker("start", "1")
     assert "attempt=1 state=running" in worker("start", "2")  # one at a time
+    (worker.base.parent.parent / "run-go").touch()
     assert ended(worker).endswith("attempt=1 state=exited code=7")
     assert "attempt=1 state=exited code=7" in worker("start", "1")
-    assert len(Path(str(worker.base.parent.parent / "run-count")).read_text().split()) == 1
+    assert (worker.base.parent.parent / "run-count").read_text().split() == ["x"]
     assert "attempt=2" in worker("start", "2")
     assert ended(worker).endswith("attempt=2 state=exited code=7")
 
 
 def test_stopping_gives_the_trainer_time_and_then_none(worker):
-    worker("start", "1", command="trap 'sleep 0.3; exit 42' TERM; while :; do sleep 0.05; done")
-    wait_for(lambda: (worker.base / "trainer-pid").exists())
-    time.sleep(0.2)
-    assert worker("stop", "20").endswith("state=exited code=42")
-    (worker.base / "trainer-pid").unlink()
-    worker("start", "2", command="trap '' TERM; while :; do sleep 0.05; done")
-    wait_for(lambda: (worker.base / "trainer-pid").exists())
-    time.sleep(0.2)
+    ready = worker.base.parent.parent / "run-ready"
+    loop = 'touch "$RUN_DIR-ready"; while :; do sleep 0.05; done'
+    worker("start", "1", command=f"trap 'sleep 0.3; exit 42' TERM; {loop}")
+    wait_for(ready.exists)
+    assert worker("stop", "60").endswith("state=exited code=42")
+    ready.unlink()
+    worker("start", "2", command=f"trap '' TERM; {loop}")
+    wait_for(ready.exists)
     assert worker("stop", "1").endswith("attempt=2 state=exited code=137")
 
 
