@@ -72,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     summary = verbs.add_parser("summary", help="each source's tokens, share and held-out loss of a run")
     summary.add_argument("run_dir")
     summary.set_defaults(run=_summary)
+
+    report = verbs.add_parser("report", help="one HTML page about a run: losses, data, speed, restarts, checkpoints")
+    report.add_argument("run_dir")
+    report.add_argument("--output", metavar="FILE", help="default: RUN/report.html")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -174,7 +179,7 @@ def _plan(a) -> int:
     configs = {name: _config(a, name) for name in a.compare}
     if a.config and not configs:
         configs = {"": _config(a)}
-    from easylm_mling.metrics import make_console
+    from easylm_mling.console import make_console
     from easylm_mling.plan.verb import Wishes, plan
 
     return plan(configs, Wishes(a.price_per_chip_hour, a.json, a.keep, a.search, a.calibrate), make_console())
@@ -277,6 +282,13 @@ def _summary(a) -> int:
     from easylm_mling.summary import print_summary
 
     print_summary(a.run_dir)
+    return 0
+
+
+def _report(a) -> int:
+    from easylm_mling.report.page import write_report
+
+    print(f"written to {write_report(a.run_dir, a.output)}")
     return 0
 
 

@@ -8,12 +8,13 @@ from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, TrainConfig
+from easylm_mling.events import EventLog
 from easylm_mling.metrics import MetricsLog, read_events
 from easylm_mling.processes import first_says, is_first
 from easylm_mling.run_dir import RunDirectory
 
 
-def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, log: MetricsLog, console: Console):
+def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, events: EventLog, console: Console):
     """Do what `train.rewind` asks for, unless it is what the run did last: set newer steps aside, and write it down.
 
     Raises ConfigError if there is no such checkpoint.
@@ -32,8 +33,8 @@ def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, log:
     checkpoints.set_aside([step for step in steps if step > to], "rewound")
     if is_first():
         with MetricsLog(run.rewinds_file) as past:
-            for record in (past, log):
-                record.write("rewind", to, skip_batches=skip, from_step=steps[-1])
+            past.write("rewind", to, skip_batches=skip, from_step=steps[-1])
+        events.write("rewound", to, skip_batches=skip, from_step=steps[-1])
     console.print(f"rewound to step {to} from {steps[-1]}, leaving out {skip} batches", highlight=False, soft_wrap=True)
 
 

@@ -5,6 +5,8 @@ RUN/config.yaml      the resolved config, written once
    /estimates.json   tokens per byte of every language, by a sample
    /tokenizer/       the tokenizer's files, to be exported with the model
    /metrics.jsonl    one line a logged step and one an evaluation, appended; after a resume the last line of a step counts
+   /events.jsonl     what happened to the run and when, appended; see events.py
+   /tensorboard/, /wandb/, /profile/, /report.html   if asked for; see sinks.py, profile.py and report/
    /quarantine.jsonl bad records; quarantine-of-process-N.jsonl those met by process N of several
    /plan.json        what `plan --keep` said of this run before it began; calibration.json: how it compared (plan/calibrate.py)
    /ledger.json      what was consumed of every source and language, written when a process ends
@@ -40,6 +42,8 @@ FREE_KEYS = (
     "mesh.",
     "checkpoint.",
     "eval.",
+    "log.",
+    "profile.",
     # Only those that have not begun; run_data.py sees to it.
     "data.stages",
     "data.max_bad_fraction",
@@ -95,6 +99,7 @@ class RunDirectory:
         self.ledger_file = self.path / "ledger.json"
         self.states_dir = self.path / "data_states"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.events_file = self.path / "events.jsonl"
         self.rewinds_file = self.path / "rewinds.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER

@@ -209,13 +209,21 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
     )
 
 
-def jit_eval_step(config: RunConfig, mesh: Mesh):
+def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
+    """`eval_step` compiled for `mesh`; with `groups`, `source` in its batches says which of so many a row belongs to."""
     step = partial(
         eval_step,
         graph=model_graph(config.model),
         train=config.train,
-        sources=len(config.data.sources),
+        sources=groups or len(config.data.sources),
         splash_block=splash_block(config, mesh),
     )
     where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))
+
+
+def jit_parameter_norm(config: RunConfig, mesh: Mesh):
+    """The global norm of the parameters, float32: apart from the step, as it is wanted of logged steps only."""
+    return jax.jit(
+        optax.tree.norm, in_shardings=(parameter_shardings(config.model, mesh),), out_shardings=replicated(mesh)
+    )

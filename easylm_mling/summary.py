@@ -9,8 +9,9 @@ from rich.table import Table
 from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, RunConfig, from_tree
+from easylm_mling.console import make_console
 from easylm_mling.data.mixture import DataState
-from easylm_mling.metrics import make_console, read_metrics
+from easylm_mling.metrics import read_metrics
 from easylm_mling.run_data import load_ledger
 
 

@@ -1,10 +1,10 @@
 """The training loop, in order: restore, next batch, step, log, evaluate, save, stop."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,14 +16,13 @@ from rich.console import Console
 from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
 from easylm_mling.compiling import compile_ahead, keep_programs
 from easylm_mling.config import RunConfig, load, to_tree
+from easylm_mling.console import make_console, say, warn
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.exits import DONE, PREEMPTED, TrainingStopped
 from easylm_mling.guard import NOT_FINITE, SPIKE
-from easylm_mling.metrics import MetricsLog, ProgressLine, make_console, step_metrics
 from easylm_mling.plan.book import Book
-from easylm_mling.plan.calibrate import beside
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.processes import (
     Gathering,
@@ -39,6 +38,7 @@ from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
+from easylm_mling.sinks import check_sinks
 from easylm_mling.step import (
     TrainState,
     abstract_params,
@@ -50,8 +50,7 @@ from easylm_mling.step import (
 from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
 from easylm_mling.summary import summary_table
 from easylm_mling.validation import Validation
-
-SETTLED_STEPS = 20
+from easylm_mling.watch import Watch
 
 
 class Run(NamedTuple):
@@ -65,9 +64,8 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     evaluate: Validation
     gathering: Gathering
-    log: MetricsLog
+    watch: Watch
     console: Console
-    progress: ProgressLine
     stop: Stop
     watchdog: Watchdog
     rewinds: int
@@ -86,8 +84,10 @@ def train(
     Returns the exit code (exits.py). Raises ConfigError for anything wrong with the config or the data before a device
     is used.
     """
+    begun = time.monotonic()
     tokenizer = Tokenizer(config.data.tokenizer)
     tokenizer.check_model(config.model)
+    check_sinks(config.log)
     select_devices(config)
     keep_programs()
     console = console or make_console(quiet=not is_first())
@@ -95,34 +95,52 @@ def train(
         config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
     run = data.run
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
-    console.print(f"run {run.name}: {steps} on mesh {dict(mesh.shape)}", highlight=False, soft_wrap=True)
+    say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
 
+    with closing(run), jax.set_mesh(mesh), Watch(config, run, mesh, console, begun) as watch:
+        step, data_state, wish, data_ended = carry_out(config, mesh, data, tokenizer, watch, max_hours)
+        event, why, code = why_over(config, step, wish, data_ended)
+        watch.ended(event, step, why)
+        watch.tell_speed()
+        if is_first() and data_state is not None:
+            console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
+    if why:
+        say(console, why)
+    return code
+
+
+def carry_out(
+    config: RunConfig, mesh: Mesh, data: RunData, tokenizer: Tokenizer, watch: Watch, max_hours: float | None
+) -> tuple[int, DataState | None, int, str]:
+    """From the newest checkpoint, or a fresh state, to the end of this process.
+
+    Returns the last step and data state, the wish that ended it, and if the data ended, why.
+    """
+    run, console = data.run, watch.console
     with (
-        closing(run),
-        jax.set_mesh(mesh),
         Watchdog(config.train.stuck_minutes * 60, no_step(config)) as watchdog,
         open_checkpoints(config, run) as checkpoints,
-        MetricsLog(run.metrics_file if is_first() else Path("/dev/null")) as log,
         Stop(console, max_hours) as stop,
     ):
         program = compile_ahead(config, mesh)
-        rewind(config.train, checkpoints, run, log, console)
+        rewind(config.train, checkpoints, run, watch.events, console)
+        begun = time.monotonic()
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
+        if data_state is not None:
+            watch.events.write("restored", int(state.step), seconds=round(time.monotonic() - begun, 3))
         evaluate = Validation(config, data.catalog, tokenizer, mesh)
-        if int(state.step) == 0:
-            log.write("eval", 0, **evaluate(state.params))
         quarantine = own_quarantine(run.quarantine_file, list(config.data.sources), data_state)
-        with (
-            Loader(
-                config, data.catalog, tokenizer, data_state, own_lanes(config, mesh), quarantine, data.plan
-            ) as loader,
-            ProgressLine(console, config.total_steps, config.tokens_per_step, int(state.step)) as progress,
-        ):
+        with Loader(
+            config, data.catalog, tokenizer, data_state, own_lanes(config, mesh), quarantine, data.plan
+        ) as loader:
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
-                config, mesh, program, data, loader, checkpoints, evaluate, together, log, console, progress, stop, watchdog,
+                config, mesh, program, data, loader, checkpoints, evaluate, together, watch, console, stop, watchdog,
                 count_rewinds(run),
             )  # fmt: skip
+            watch.begin(int(state.step))
+            if int(state.step) == 0:
+                evaluate_and_tell(parts, state)
             if skip:
                 data_state = skip_batches(parts, int(state.step), skip)
             state, data_state, wish, ended = run_steps(parts, state, data_state)
@@ -130,16 +148,8 @@ def train(
                 spikes = int(state.spikes)
                 skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
                 data.write_ledger(int(state.step), data_state, skipped)
-
-    if is_first():
-        tell_speed(config, run.path, mesh, console)
-        if data_state is not None:
-            console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
-    data_ended = ended and (loader.ended or "another host's lanes have none left")
-    why, code = why_over(config, int(state.step), wish, data_ended)
-    if why:
-        console.print(why, highlight=False, soft_wrap=True)
-    return code
+    why_ended = (loader.ended or "another host's lanes have none left") if ended else ""
+    return int(state.step), data_state, wish, why_ended
 
 
 def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool):
@@ -177,16 +187,16 @@ def no_step(config: RunConfig) -> str:
     return f"no step was finished in {config.train.stuck_minutes:g} minutes (train.stuck_minutes)"
 
 
-def why_over(config: RunConfig, done: int, wish: int, data_ended: str | bool) -> tuple[str, int]:
-    """What to say at the end of a process, and its exit code."""
+def why_over(config: RunConfig, done: int, wish: int, data_ended: str) -> tuple[str, str, int]:
+    """The event that the end of a process is (events.py), what to say of it, and the exit code."""
     if done == config.total_steps:
-        return "", DONE
+        return "done", "", DONE
     if wish == SIGNALLED:
-        return f"stopped by a signal at step {done}, saved; the same command goes on from here", PREEMPTED
+        return "preempted", f"stopped by a signal at step {done}, saved; the same command goes on from here", PREEMPTED
     if data_ended:
-        return f"the data ended at step {done} of {config.total_steps}: {data_ended}", DONE
+        return "done", f"the data ended at step {done} of {config.total_steps}: {data_ended}", DONE
     reason = "after --max-hours" if wish == OUT_OF_TIME else "as train.stop_at_step says"
-    return f"stopped at step {done} of {config.total_steps}, {reason}", DONE
+    return "stopped", f"stopped at step {done} of {config.total_steps}, {reason}", DONE
 
 
 def run_steps(
@@ -197,26 +207,27 @@ def run_steps(
     Returns the last states, the wish, and whether the data ended.
     """
     config = run.config
-    train_step = run.program.result()
     start = saved = int(state.step)
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
     wish = GO_ON
     waiting = None  # a step's metrics are read while the next one runs, so that the device never waits for the host
     for step in range(start + 1, end + 1):
-        item = next_everywhere(run.loader)
+        with run.watch.speed.waiting():
+            item = next_everywhere(run.loader)
         if item is None:
             break
         batch, consumed = item
-        state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
+        with run.watch.launching(step):
+            train_step = run.program.result()
+            state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
+            metrics |= run.watch.norms(step, state.params)
         answer = run.gathering.start(run.stop.wish(), consumed)
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer
-        if step == start + SETTLED_STEPS and is_first():
-            tell_speed(config, run.data.run.path, run.mesh, run.console)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
-            run.log.write("eval", step, **run.evaluate(state.params))
+            evaluate_and_tell(run, state)
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
             # The record of a step comes before its checkpoint, should anything be killed in between.
             wish, data_state = report(run, data_state, *waiting)
@@ -229,7 +240,7 @@ def run_steps(
     if waiting:
         wish, data_state = report(run, data_state, *waiting)
     if item is None and (done := int(state.step)) > start:
-        run.log.write("eval", done, **run.evaluate(state.params))
+        evaluate_and_tell(run, state)
         if done > saved and data_state is not None:
             save(run, state, data_state, last=True)
     return state, data_state, wish, item is None
@@ -245,6 +256,13 @@ def next_everywhere(loader: Loader):
     return item
 
 
+def evaluate_and_tell(run: Run, state: TrainState):
+    step = int(state.step)  # waits until it is done
+    with run.watch.speed.pausing() as pause:
+        found = run.evaluate(state.params)
+    run.watch.evaluated(step, found, pause.seconds)
+
+
 def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """Start to save the step, with the whole run's data state.
 
@@ -253,17 +271,19 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
     run.data.keep(step, data_state)
-    run.log.write("languages", step, languages=run.data.ledger.languages(data_state))
-    lost = checkpoints.finish()
-    unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
+    run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
+    with run.watch.speed.pausing() as pause:
+        lost = checkpoints.finish()
+        unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
     for problem in filter(None, (lost, unsaved)):
-        run.log.write("save_failed", step, problem=problem, in_a_row=checkpoints.failed_in_a_row)
-        run.console.print(f"step {step}: a checkpoint could not be saved: {problem}", highlight=False, soft_wrap=True)
+        run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
     if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
         raise TrainingStopped(
             f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
             "the disk, then run again: it resumes from the newest checkpoint"
         )
+    if not unsaved:
+        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:
@@ -283,20 +303,15 @@ def skip_batches(run: Run, step: int, count: int) -> DataState:
 def report(run: Run, before: DataState | None, step: int, metrics: dict, answer: Callable[[], Said]) -> Said:
     """Log one finished step and return what was said at it; stop the run when too many in a row changed nothing."""
     config, said = run.config, answer()
-    values = step_metrics(metrics, list(config.data.sources))
-    rate = run.progress.update(step, values["loss"])
-    if step % config.train.log_every_steps == 0:
-        values["ledger"] = run.data.ledger.sources(said.state)
-        tokens = step * config.tokens_per_step
-        run.log.write("train", step, tokens=tokens, tokens_per_second=rate and round(rate, 1), **values)
+    values = run.watch.finished(step, metrics, lambda: run.data.ledger.sources(said.state))
     ends = [order.epochs for order in run.loader.orders]
     news = run.data.ledger.news(before, said.state, ends, run.loader.holders)
     if skipped := skip_news(metrics, values, config.train.spike_sigmas):
         news.append(skipped)
     if news:
-        run.log.write("news", step, news=news)
+        run.watch.log.write("news", step, news=news)
     for line in news:
-        run.console.print(f"step {step}: {line}", highlight=False, soft_wrap=True)
+        say(run.console, f"step {step}: {line}")
     if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
         spiked = int(metrics["verdict"]) == SPIKE
         what = "spiked" if spiked else "was not finite"
@@ -348,10 +363,10 @@ def restore_or_init(
     shardings = state_shardings(config, mesh)
     if found := checkpoints.restore_newest(abstract_state(config, mesh)):
         for step, wrong in found.damaged:
-            console.print(f"the checkpoint of step {step} is damaged and set aside: {wrong}", soft_wrap=True)
+            warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
         data_state, news = data.resume(found.step, DataState(**found.data), found.info)
         for line in (f"resumed from the checkpoint of step {found.step}", *news):
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
         return found.state, data_state, batches_to_skip(data.run, found.step, found.info)
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
@@ -360,11 +375,3 @@ def restore_or_init(
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
     fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
     return fresh(), None, 0
-
-
-def tell_speed(config: RunConfig, run: Path, mesh, console: Console):
-    """Step time, MFU and peak memory beside what `plan --keep` said of this run, where something is there to compare."""
-    device = mesh.local_devices[0]
-    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if line := beside(run, config, device.device_kind, mesh.size, memory):
-        console.print(line, highlight=False, soft_wrap=True)

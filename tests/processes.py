@@ -15,7 +15,7 @@ from rich.console import Console
 from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_params
 from easylm_mling.config import load
-from easylm_mling.metrics import read_metrics
+from easylm_mling.metrics import TIMINGS, read_metrics
 from easylm_mling.sharding import make_mesh
 from easylm_mling.step import abstract_params
 from easylm_mling.train import train
@@ -119,9 +119,8 @@ def wait_for_step(processes: list[subprocess.Popen], run_dir: Path, step: int):
 
 def outcome(run_dir: Path):
     """Everything that must not depend on how often a run was stopped, and on how many processes it ran."""
-    changing = ("time", "tokens_per_second")
     lines = [
-        {k: v for k, v in line.items() if k not in changing}
+        {k: v for k, v in line.items() if k not in TIMINGS}
         for kind in ("train", "eval", "news", "languages")
         for line in read_metrics(small_files(run_dir) / "metrics.jsonl", kind)
         if kind != "languages" or line["step"] == 10

@@ -164,7 +164,7 @@ def test_holdout_rows_may_be_none(corpora):
     config, catalog = corpora
     nothing = holdout_rows(config, catalog, tokenizer(), "web", 0)
     assert {k: v.shape for k, v in nothing.items()} == {
-        **dict.fromkeys(("tokens", "targets", "loss_mask", "segment_ids", "positions"), (0, T)),
+        **dict.fromkeys(("tokens", "targets", "loss_mask", "segment_ids", "positions", "language"), (0, T)),
         "source": (0,),
     }
 

@@ -18,7 +18,7 @@ from easylm_mling.__main__ import main
 from easylm_mling.checkpoint import load_data_state, load_info, load_params
 from easylm_mling.config import ConfigError, load
 from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import read_metrics
+from easylm_mling.metrics import TIMINGS, read_metrics
 from easylm_mling.sharding import make_mesh
 from easylm_mling.step import abstract_params
 from easylm_mling.train import train
@@ -42,8 +42,7 @@ def run(run_dir, *overrides) -> int:
 def outcome(run_dir):
     """Everything that must not depend on how often a run was stopped."""
     lines = [
-        {k: v for k, v in line.items() if k not in ("time", "tokens_per_second")}
-        for line in read_metrics(run_dir / "metrics.jsonl", "train")
+        {k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(run_dir / "metrics.jsonl", "train")
     ]
     config = tiny(run_dir)
     params = load_params(run_dir, abstract_params(config.model, make_mesh(config.mesh)))

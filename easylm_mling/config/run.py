@@ -1,6 +1,7 @@
-"""A whole run: model, data, training, optimizer, mesh, checkpoints, evaluation."""
+"""A whole run: model, data, training, optimizer, mesh, checkpoints, evaluation, what is told of it."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from easylm_mling.config.basics import Duration, check
@@ -180,6 +181,36 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where the lines of metrics.jsonl go besides (sinks.py): into RUN/tensorboard; to a project of Weights & Biases."""
+
+    tensorboard: bool = False
+    wandb: str = ""
+
+    def __post_init__(self):
+        check("/" not in self.wandb, f"log.wandb={self.wandb!r} must be a project's name; its owner is WANDB_ENTITY")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """`steps: 100:105` leaves a trace of these steps, as seen by the first process, in RUN/profile (for XProf)."""
+
+    steps: str = ""
+
+    def __post_init__(self):
+        wrong = f"profile.steps={self.steps} must be FIRST:LAST, such as 100:105"
+        check(not self.steps or re.fullmatch(r"\d{1,9}(:\d{1,9})?", self.steps) is not None, wrong)
+        check(not self.steps or 0 < self.window[0] <= self.window[1], wrong)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The first and the last step, (0, 0) if there are none."""
+        first, _, last = self.steps.partition(":")
+        # YAML reads 10:15 as ten minutes and fifteen seconds: 615.
+        return (int(first), int(last)) if last else divmod(int(first or 0), 60)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -191,6 +222,8 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     # A checkpoint directory (from `import-hf`, or another run) whose parameters this run starts from.
     init_from: str | None = None
 
@@ -203,6 +236,10 @@ class RunConfig:
         check(
             self.train.batch_size % self.lanes == 0,
             f"train.batch_size={self.train.batch_size} must be a multiple of data.lanes={self.lanes}",
+        )
+        check(
+            self.profile.window[1] <= self.total_steps,
+            f"profile.steps={self.profile.steps} goes beyond the run ({self.total_steps} steps)",
         )
         if self.optimizer.schedule == "wsd":
             check(

@@ -208,27 +208,37 @@ def open_orders(config: RunConfig, catalog: Catalog, plan: Plan) -> list[EpochOr
 def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:
     """Up to `rows` rows of the source's held-out documents, the same on every host and at every time.
 
-    In the order of epoch 0. The last row may be padded (pad id; targets, mask, segment and position 0). No rows if
+    Its first documents in the order of epoch 0, language by language. The last row may be padded (pad id; targets, mask,
+    segment and position 0). With `language`, int32 [rows, T]: of each token, its place in Source.languages. No rows if
     nothing is held out, or nothing in the first 20,000 windows. Reads about rows * T * 4 / holdout_fraction bytes.
     Raises ConfigError for a damaged file.
     """
     length = config.data.sequence_length
     order = EpochOrder(catalog.sources[source], config.data.seed, config.data.block_bytes)
-    parts, total = [np.zeros(0, np.int32)], 0
+    documents, languages, total = [], [], 0
     for window in islice(epoch_windows(order, 0, "holdout"), _HOLDOUT_WINDOWS if rows else 0):
-        if window.documents:
-            parts.append(join_documents(tokenizer, [text.decode() for text in window.documents]))
-            total += len(parts[-1])
+        for text, place in zip(window.documents, window.places.tolist(), strict=True):
+            if total <= rows * length:
+                documents.append(join_documents(tokenizer, [text.decode()]))
+                languages.append(int(order.source.unit_languages[place[0]]))
+                total += len(documents[-1])
         if total > rows * length:
             break
     count = min(rows, -(-total // length))
     index = np.arange(count)[:, None] * length + np.arange(length + 1)
-    stream = np.concatenate(parts)[: count * length + 1]
+    by_language = np.argsort(np.array(languages, np.int64), kind="stable").tolist()
+    stream = np.concatenate([np.zeros(0, np.int32), *(documents[i] for i in by_language)])[: count * length + 1]
+    lengths = [len(documents[i]) for i in by_language]
+    spoken = np.repeat(np.array(languages, np.int32)[by_language], lengths)[: count * length + 1]
     real = len(stream)
-    stream = np.pad(stream, (0, count * length + 1 - real), constant_values=tokenizer.pad_id)
+    stream, spoken = (
+        np.pad(x, (0, count * length + 1 - real), constant_values=fill)
+        for x, fill in ((stream, tokenizer.pad_id), (spoken, 0))
+    )
     batch = row_arrays(stream[index], tokenizer.bos_id)
     mask_padding(batch, real - np.arange(count) * length, tokenizer.pad_id)
-    return {**batch, "source": np.full(count, list(catalog.sources).index(source), np.int32)}
+    of_source = np.full(count, list(catalog.sources).index(source), np.int32)
+    return {**batch, "source": of_source, "language": spoken[index[:, :length]]}
 
 
 def to_device(batch: Batch, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:

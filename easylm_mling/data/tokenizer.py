@@ -1,6 +1,8 @@
 """Text to token ids and back, with the model's own SentencePiece file."""
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
@@ -53,6 +55,18 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._reference.decode([int(i) for i in ids])
+
+    @cached_property
+    def bytes_of_pieces(self) -> np.ndarray:
+        """float64 [vocabulary]: how many bytes of text each id stands for; control pieces none, unknown ones NaN."""
+        pieces = self._reference
+
+        def count(i: int) -> float:
+            if pieces.is_control(i) or pieces.is_byte(i):
+                return float(pieces.is_byte(i))
+            return math.nan if pieces.is_unknown(i) else len(pieces.id_to_piece(i).replace("▁", " ").encode())
+
+        return np.array([count(i) for i in range(self.vocab_size)])
 
     def check_model(self, model: ModelConfig):
         """Raise ConfigError unless the model has a row for every id, and the same special ids."""

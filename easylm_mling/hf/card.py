@@ -14,11 +14,12 @@ import orjson
 from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, ModelConfig, RunConfig, from_tree
+from easylm_mling.console import tokens_text
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.mixture import DataState
 from easylm_mling.hf.config import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
-from easylm_mling.metrics import read_metrics, tokens_text
+from easylm_mling.metrics import read_metrics
 from easylm_mling.params import parameter_count
 from easylm_mling.run_data import load_ledger
 

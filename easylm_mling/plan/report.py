@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easylm_mling.config import RunConfig
-from easylm_mling.metrics import tokens_text
+from easylm_mling.console import tokens_text
 from easylm_mling.plan.slices import GiB, find_slice
 
 _KINDS = {

@@ -10,8 +10,8 @@ from processes import TINY, assert_same_bits, outcome, train_here
 import easylm_mling.train
 from easylm_mling.checkpoint import load_data_state
 from easylm_mling.config import ConfigError, load
+from easylm_mling.events import read_event_log
 from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import read_events
 from easylm_mling.run_dir import RunDirectory
 
 
@@ -43,7 +43,8 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(undisturbed, tmp_path, mo
     monkeypatch.setattr(shutil, "disk_usage", full_twice)
     said = train_here(tmp_path / "run", "checkpoint.every_steps=2")
     assert "step 2: a checkpoint could not be saved" in said and "0 MB are free" in said
-    assert [x["in_a_row"] for x in read_events(tmp_path / "run" / "metrics.jsonl", "save_failed")] == [1, 2]
+    events = list(read_event_log(tmp_path / "run" / "events.jsonl"))
+    assert [x["in_a_row"] for x in events if x["event"] == "save_failed"] == [1, 2]
     assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
@@ -74,7 +75,7 @@ def test_a_rewind_is_done_once_and_survives_a_kill(undisturbed, tmp_path, monkey
             assert "rewound to step 4 from 10, leaving out 2 batches" in train_here(run_dir, *asked)
         aside = sorted(p.name for p in (run_dir / "set-aside").iterdir())
         assert aside == ["checkpoint-10-rewound", "checkpoint-6-rewound", "checkpoint-8-rewound"]
-        assert len(read_events(run_dir / "metrics.jsonl", "rewind")) == 1
+        assert [x["event"] for x in read_event_log(run_dir / "events.jsonl")].count("rewound") == 1
         ends.append(outcome(run_dir))
     assert_same_bits(*ends)
     assert load_data_state(tmp_path / "at once")["lanes"][..., 6].sum() == 12 * 256

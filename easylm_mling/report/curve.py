@@ -1,0 +1,55 @@
+"""A curve of any length in bounded memory."""
+
+from dataclasses import dataclass, field
+
+Point = tuple[float, float]
+
+
+@dataclass
+class _Part:
+    """What is kept of `count` neighbouring points: the lowest and the highest, in the order of x."""
+
+    count: int
+    points: list[Point]
+
+    def join(self, other: "_Part") -> "_Part":
+        every = self.points + other.points
+        low, high = min(every, key=lambda p: p[1]), max(every, key=lambda p: p[1])
+        return _Part(self.count + other.count, [low] if low == high else sorted((low, high)))
+
+
+@dataclass
+class Curve:
+    """Takes points in the order of x and keeps at most `limit`, such that no peak and no valley is lost."""
+
+    limit: int = 2000
+    _parts: list[_Part] = field(default_factory=list)
+    _each: int = 1
+
+    def add(self, x: float, y: object):
+        """One more point, unless `y` is no number. Points from `x` on were of steps that are being done again: they go."""
+        if not isinstance(y, (int, float)):
+            return
+        self.cut(x)
+        point = _Part(1, [(x, float(y))])
+        if self._parts and self._parts[-1].count < self._each:
+            self._parts[-1] = self._parts[-1].join(point)
+        else:
+            self._parts.append(point)
+        if len(self._parts) > self.limit // 2:
+            self._each *= 2
+            parts = self._parts
+            self._parts = [a.join(b) for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
+
+    def cut(self, x: float):
+        """Forget the points from `x` on."""
+        while self._parts and self._parts[-1].points[-1][0] >= x:
+            kept = [p for p in self._parts[-1].points if p[0] < x]
+            if kept:
+                self._parts[-1].points = kept
+                return
+            self._parts.pop()
+
+    @property
+    def points(self) -> list[Point]:
+        return [p for part in self._parts for p in part.points]
