@@ -95,10 +95,16 @@ def test_by_hand_up_run_stop_run_down(cloud, tmp_path):
     assert f"from step {reached}" in logs and "w0 " in logs and "w1 " in logs
 
 
-def test_a_watching_launcher_ends_when_another_says_down(cloud, tmp_path):
+def test_a_watching_launcher_sleeps_and_ends_when_another_says_down(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000)
     watching = tpu(cloud, "run", run_file, "--keep-alive")
     wait_for(lambda: steps(cloud))
+    watching.send_signal(signal.SIGSTOP)  # the laptop is closed
+    cloud.preempt("test", ["SUSPENDED"])
+    time.sleep(0.3)
+    watching.send_signal(signal.SIGCONT)
+    before = len(steps(cloud))
+    wait_for(lambda: len(steps(cloud)) > before)
     second = end(tpu(cloud, "run", run_file), 2)
     assert "is driven by a launcher on" in second and "--take-over" in second
     end(tpu(cloud, "down", run_file, "--now"))
