@@ -28,13 +28,15 @@ from easylm_mling.config import ConfigError
 from easylm_mling.data.files import filesystem_of, one_line
 
 CONFIG = "config.yaml"
-# What is no small file of a run: lies in the bucket only.
-_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "launch/", "logs/")
+# What is no small file of a run lies in the bucket only; the launcher's are not the run's, and wandb brings its own away.
+_NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "launch/", "logs/", "wandb/")
 _PUSH_SECONDS = 30.0
 # Seconds until a request without an answer is given up, its retries included.
 _PATIENCE = 120.0
 # A log of more bytes is not pushed whole but grows by what was added.
 _WHOLE = 4_000_000
+# Ends the name of what was added last, until it is.
+_ADDED = ".added"
 
 
 def is_bucket(name: str | Path) -> bool:
@@ -91,9 +93,9 @@ class Bucket:
         """Whether the object, of `size` bytes before, now has `added` at its end (the bucket joins the two)."""
         files, path = self._gcsfs()
         with _as_os_error(self.url):
-            files.pipe_file(f"{path}/{name}.added", added)
-            files.merge(f"{path}/{name}", [f"{path}/{name}", f"{path}/{name}.added"])
-            files.rm_file(f"{path}/{name}.added")
+            files.pipe_file(f"{path}/{name}{_ADDED}", added)
+            files.merge(f"{path}/{name}", [f"{path}/{name}", f"{path}/{name}{_ADDED}"])
+            files.rm_file(f"{path}/{name}{_ADDED}")
             # A request whose answer was lost may have been done twice.
             return files.info(f"{path}/{name}")["size"] == size + len(added)
 
@@ -147,13 +149,16 @@ class Mirror:
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._push_now_and_then, name="easylm-mirror", daemon=True)
 
-    def pull(self) -> list[str]:
-        """Make the folder what the bucket holds, and return all names there. Without a config.yaml it holds no run yet."""
+    def pull(self, to_train: bool = False) -> list[str]:
+        """Make the folder what the bucket holds, and return all names there.
+
+        Without a config.yaml it holds no run yet; what a first push that was killed has left is then nothing `to_train` with.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         names = self.bucket.names()
-        wanted = [n for n in names if not n.startswith(_NOT_MIRRORED) and not n.endswith("/")]
-        if CONFIG not in names:
+        wanted = [n for n in names if not n.startswith(_NOT_MIRRORED) and not n.endswith(("/", _ADDED))]
+        if to_train and CONFIG not in names:
             wanted = [n for n in wanted if n == "plan.json"]
         for name, content in self.bucket.read_all(wanted).items():
             file = self.folder / name
@@ -165,12 +170,13 @@ class Mirror:
     def push(self):
         """Bring to the bucket whatever has changed since the last time, config.yaml last, and then remove what is gone."""
         with self._lock:
-            files = {
-                f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if _is_mirrored(f)
-            }
-            config = files.pop(CONFIG, None)
+            found = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+            files = {name: f for name, f in found.items() if not name.startswith(_NOT_MIRRORED) and not _is_draft(f)}
+            if CONFIG not in files:
+                raise OSError(f"{self.folder}: something has removed this run's files; leave them while it is trained")
+            config = files.pop(CONFIG)
             self._send(files)
-            self._send({CONFIG: config} if config else {})
+            self._send({CONFIG: config})
             gone = self._pushed.keys() - files.keys() - {CONFIG}
             self.bucket.write_all(dict.fromkeys(gone))
             for name in gone:
@@ -200,7 +206,9 @@ class Mirror:
             if log:  # up to the last whole line
                 content = content[: content.rfind(b"\n") + 1]
             states[name] = now._replace(sent=len(content))
-            grown = log and before and before.inode == now.inode and before.sent >= _WHOLE
+            # Both are only ever added to; TensorBoard's files have no lines.
+            grows = log or "tfevents" in name
+            grown = grows and before and before.inode == now.inode and before.sent >= _WHOLE
             if not (grown and before and self._append(name, content, before.sent)):
                 whole[name] = content
         self.bucket.write_all(whole)
@@ -235,8 +243,9 @@ def local_folder(url: str, process: int) -> Path:
     return cache / "runs" / name
 
 
-def _is_mirrored(file: Path) -> bool:
-    return file.is_file() and file.suffix != ".tmp" and not any(p.startswith(".") for p in file.parts[-2:])
+def _is_draft(file: Path) -> bool:
+    """What atomic.py has not renamed yet."""
+    return file.suffix == ".tmp" or any(p.startswith(".") and p.endswith(".partial") for p in file.parts)
 
 
 def _state_of(file: Path, sent: int) -> _Pushed:

@@ -32,11 +32,13 @@ from orbax.checkpoint import v1 as ocp
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError
 from easylm_mling.data.files import one_line, transport_errors
-from easylm_mling.digest import differing, digests
+from easylm_mling.digest import differing, digests, leaf_name
 from easylm_mling.exits import NoUsableCheckpoint
+from easylm_mling.params import to_flat
 from easylm_mling.processes import everywhere, first_says, is_first, several
 from easylm_mling.step import TrainState
 from easylm_mling.stopping import Watchdog
+from easylm_mling.stored import open_store
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
@@ -141,17 +143,20 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(c.step for c in self._orbax.checkpoints)
 
-    def save(self, state: TrainState, data: dict[str, np.ndarray], info: dict) -> str:
+    def save(
+        self, state: TrainState, data: dict[str, np.ndarray], info: dict, prepare: Callable[[], None] = lambda: None
+    ) -> str:
         """Start to save `state` as its step; returns once the device arrays are copied.
 
-        Returns why it cannot begin, "" if it does. Call `finish` before.
+        Returns why it cannot begin, "" if it does: there is no room, or `prepare`, which the first process calls before, raised
+        an OSError. Call `finish` before.
         """
         step = int(state.step)
         arrays = {"params": state.params, "training": _training(state), "data": data}
         parts = {**arrays, "info": _packed({**info, "digests": digests(arrays)})}
         if self._first:
             parts["record"] = self._first
-        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))):
+        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), prepare):
             self.failed_in_a_row += 1
         else:
             self._begun = True
@@ -204,17 +209,26 @@ class Checkpoints:
             time.sleep(0.2)
         everywhere(True)
 
-    def _no_room(self, needed: int) -> str:
+    def _no_room(self, needed: int, prepare: Callable[[], None]) -> str:
         """The first process looks, for all, as the others must not begin a save that it does not."""
-        if self._bucket:
-            return ""
-        free = first_says(shutil.disk_usage(self.path).free if is_first() and self.path.is_dir() else 1 << 62)
+        free, problem = 1 << 62, ""
+        if is_first():
+            try:
+                prepare()
+                if not self._bucket and self.path.is_dir():
+                    free = shutil.disk_usage(self.path).free
+            except OSError as error:
+                free, problem = -1, one_line(error)
+        free = first_says(free)
+        if free < 0:
+            return problem or "the first process could not write what goes with it"
         if free >= needed * 1.02:
             return ""
         return f"{self.path}: a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
 
     def save_params(self, params: dict, info: dict):
         """Save parameters alone, as step 0."""
+        info = info | {"digests": digests({"params": params})}
         self._orbax.save_checkpointables(0, {"params": params, "info": _packed(info)}, force=True)
 
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray], dict]:
@@ -226,7 +240,7 @@ class Checkpoints:
         got: Any = None
         wrong, new = "", {}
         try:
-            stored = self._orbax.checkpointables_metadata(step).metadata["training"]
+            stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
             # Checkpoints had no spike guard once; its window then begins empty.
             new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
             wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
@@ -347,7 +361,13 @@ def newest_step(directory: str | Path) -> int:
 
 def load_info(directory: str | Path, step: int | None = None) -> dict:
     """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
-    return _unpacked(ocp.load_checkpointables(str(step_directory(directory, step)), {"info": None})["info"])
+    where = step_directory(directory, step)
+    try:
+        stored = ocp.load_checkpointables(str(where), {"info": None})["info"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
+    return _unpacked(stored)
 
 
 def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
@@ -360,10 +380,25 @@ def load_data_state(directory: str | Path, step: int | None = None) -> dict[str,
 
 
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
-    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says."""
+    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
+
+    Raises ConfigError if they cannot be read, or are not what was saved: it names the first one.
+    """
     where = step_directory(directory, step)
-    with _context():
-        return ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    info = load_info(directory, int(where.name))
+    for name, leaf in to_flat(abstract).items():
+        open_store(where, name, leaf.shape)
+    try:
+        with _context():
+            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[-200:]
+        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
+    # Checkpoints had no digests once.
+    saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
+    if saved and (leaf := differing(saved, {"params": params})):
+        raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
+    return params
 
 
 def check_same_shapes(directory: str | Path, abstract: dict):
@@ -402,4 +437,10 @@ def _unpacked(stored: dict) -> dict:
     text = stored["json"]
     if stored.get("digest", (digest := blake2b(text.encode(), digest_size=8).hexdigest())) != digest:
         raise Damaged("its info is not what was saved")
-    return json.loads(text)
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict):
+        raise Damaged("its info cannot be read")
+    return info

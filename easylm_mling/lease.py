@@ -23,6 +23,8 @@ from easylm_mling.exits import STOPPED, STUCK
 
 NAME = "lease"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
+# Without an answer for so long, one beat has failed.
+_ANSWER_SECONDS = 20.0
 # What tensorstore raises when storage fails.
 _ERRORS = (ValueError, RuntimeError, OSError, KeyError)
 
@@ -68,7 +70,7 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join()
             try:
-                self._store.write(NAME, None, if_equal=self._generation).result(timeout=STALE_SECONDS)
+                self._store.write(NAME, None, if_equal=self._generation).result(timeout=_ANSWER_SECONDS)
             except _ERRORS:
                 pass  # it goes stale by itself
 
@@ -80,7 +82,7 @@ class Lease:
     def _read(self) -> tuple[dict | None, bytes]:
         """The lease, None if there is none, and its generation."""
         try:
-            read = self._store.read(NAME).result(timeout=STALE_SECONDS)
+            read = self._store.read(NAME).result(timeout=_ANSWER_SECONDS)
             return (json.loads(read.value) if read.value else None), read.stamp.generation
         except _ERRORS as error:
             raise ConfigError(f"run_dir={self._where}: cannot be read ({one_line(error)}); {_WAY_OUT}") from error
@@ -96,11 +98,11 @@ class Lease:
     def _beat(self, generation: bytes):
         content = json.dumps({**self._own, "time": round(time.time(), 3)}).encode()
         self._generation = (
-            self._store.write(NAME, content, if_equal=generation).result(timeout=STALE_SECONDS).generation
+            self._store.write(NAME, content, if_equal=generation).result(timeout=_ANSWER_SECONDS).generation
         )
         if not self._generation:
             # Perhaps this was done, and the answer lost.
-            read = self._store.read(NAME).result(timeout=STALE_SECONDS)
+            read = self._store.read(NAME).result(timeout=_ANSWER_SECONDS)
             if read.state == "value" and json.loads(read.value)["id"] == self._own["id"]:
                 self._generation = read.stamp.generation
 

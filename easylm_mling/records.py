@@ -1,5 +1,6 @@
 """Append-only files of one JSON object a line, which a kill may cut short in the last one."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -7,22 +8,37 @@ from pathlib import Path
 
 import orjson
 
+# Bytes that may wait for room on a full disk.
+_WAITING = 64_000_000
+
 
 class Records:
-    """Appends to the file `path`. A line is flushed at once: after a kill at most the last one is cut short."""
+    """Appends to the file `path`. A line is written at once: after a kill at most the last one is cut short.
+
+    On a full disk lines wait for room, which is tried at every further line; nobody waits for them.
+    """
 
     def __init__(self, path: Path):
-        cut_short = _cut_short(path)
-        self._file = open(path, "a", encoding="utf-8")
-        if cut_short:
-            self._file.write("\n")
+        self._waiting = bytearray(b"\n" if _cut_short(path) else b"")
+        self._file = open(path, "ab", buffering=0)
 
     def append(self, record: dict):
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Raises OSError if it cannot be written for another reason than a full disk, or too much waits already."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(self._waiting) > _WAITING:
+                raise
 
     def close(self):
-        self._file.close()
+        """Raises OSError if lines still wait."""
+        with self._file:
+            self._write()
+
+    def _write(self):
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
 
 
 def read_records(path: Path) -> Iterator[dict]:

@@ -56,6 +56,7 @@ FREE_KEYS = (
     # What is skipped from here on: a remedy, as a rewind is. Every checkpoint keeps the config that it was made with.
     "train.spike_sigmas",
     "train.stuck_minutes",
+    "train.digest_every_steps",
     "train.rewind",
     "train.skip_batches",
     "train.remat",
@@ -240,7 +241,7 @@ class RunDirectory:
 
 def _pulled(mirror: Mirror) -> list[str]:
     try:
-        return mirror.pull()
+        return mirror.pull(to_train=True)
     except OSError as error:
         raise ConfigError(
             f"run_dir={mirror.bucket.url}: cannot be read ({error}); see that the bucket exists, and that your credentials allow "

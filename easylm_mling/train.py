@@ -34,6 +34,7 @@ from easylm_mling.processes import (
     own_quarantine,
     several,
 )
+from easylm_mling.replay import Replay
 from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
@@ -69,6 +70,7 @@ class Run(NamedTuple):
     stop: Stop
     watchdog: Watchdog
     rewinds: int
+    replay: Replay
 
 
 def train(
@@ -136,7 +138,7 @@ def carry_out(
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
                 config, mesh, program, data, loader, checkpoints, evaluate, together, watch, console, stop, watchdog,
-                count_rewinds(run),
+                count_rewinds(run), Replay(config, mesh, data, watch.log),
             )  # fmt: skip
             watch.begin(int(state.step))
             if int(state.step) == 0:
@@ -227,6 +229,7 @@ def run_steps(
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer
+        run.replay.check(step, state)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             evaluate_and_tell(run, state)
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
@@ -271,15 +274,15 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
-    run.data.keep(step, data_state)
+    info |= {"rewinds": run.rewinds}
     run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     with run.watch.speed.pausing() as pause:
         lost = checkpoints.finish()
-        unsaved = checkpoints.save(state, data_state._asdict(), {**info, "rewinds": run.rewinds})
-    if not unsaved:
-        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
+        unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
     for problem in filter(None, (lost, unsaved)):
         run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
+    if not unsaved:
+        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
     if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
         raise TrainingStopped(
             f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "

@@ -20,6 +20,7 @@ from easylm_mling.checkpoint import newest_step
 from easylm_mling.config import ProfileConfig, RunConfig
 from easylm_mling.console import ProgressLine, say, sources_table, warn
 from easylm_mling.events import EventLog, without_secrets
+from easylm_mling.guard import SPIKE
 from easylm_mling.metrics import MetricsLog, step_metrics
 from easylm_mling.plan.calibrate import beside
 from easylm_mling.processes import is_first
@@ -99,7 +100,8 @@ class Watch:
             self.events.write("first_step", step, seconds=round(time.monotonic() - self._launched[1], 3))
             self.speed.measure(step)
         if in_a_row := int(metrics["skipped_in_a_row"]):
-            self.events.write("skipped", step, in_a_row=in_a_row)
+            why = "spike" if int(metrics["verdict"]) == SPIKE else "not_finite"
+            self.events.write("skipped", step, in_a_row=in_a_row, why=why)
         self.events.progress(step)
         logged = step % config.train.log_every_steps == 0
         measured = self.speed.measure(step) if logged else {}

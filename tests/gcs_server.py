@@ -120,9 +120,17 @@ def serve():
             elif handler is objects.get:
                 handlers[method] = get
 
-    # It takes an empty object for none.
-    read_data = server._read_data
+    # It takes an empty object for none, and what came of one whose sender died for all of it.
+    read_data, read_raw = server._read_data, server._read_raw_data
     server._read_data = lambda handler, query: read_data(handler, query) or (b"" if "uploadType" in query else None)
+
+    def read_whole(handler):
+        raw = read_raw(handler)
+        if len(raw or b"") < int(handler.headers.get("Content-Length") or 0):
+            raise ConnectionError("cut short")
+        return raw
+
+    server._read_raw_data = read_whole
     one_at_a_time = threading.Lock()
 
     class Handler(server.RequestHandler):

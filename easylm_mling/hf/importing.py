@@ -4,7 +4,10 @@ Every name, shape and dtype is checked from the files' headers before the first 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from easylm_mling.atomic import appears_whole
+from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, MeshConfig, ModelConfig, to_tree
 from easylm_mling.hf.config import model_config_from_hf, read_json
@@ -57,14 +61,30 @@ def import_hf(
     if tokenizer is not None:
         info["source"]["vocab_size"] = model.vocab_size
         weights, model = grow(weights, model, *spelled(directory, Path(tokenizer)))
-    with appears_whole(checkpoint_dir) as partial:
+    with _new_directory(checkpoint_dir) as (folder, where):
         params = read_params(weights, model, widest_mesh(model))
         info |= {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
         largest = max(array.nbytes for array in to_flat(params).values())
-        with Checkpoints(partial, bytes_at_a_time=1 + largest) as checkpoints:
+        with Checkpoints(where, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)
-        copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, partial / TOKENIZER_FOLDER)
+        copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
     return model
+
+
+@contextmanager
+def _new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
+    """A folder for files, and the directory for checkpoints, which both are `target` once the block ends without an error."""
+    if not is_bucket(target):
+        with appears_whole(target) as partial:
+            yield partial, partial
+        return
+    bucket = Bucket(str(target))
+    if bucket.names():
+        raise ConfigError(f"{target}: already holds something; name another one or remove it")
+    with TemporaryDirectory() as folder:
+        yield Path(folder), target
+        files = (f for f in Path(folder).rglob("*") if f.is_file())
+        bucket.write_all({f.relative_to(folder).as_posix(): f.read_bytes() for f in files})
 
 
 def widest_mesh(model: ModelConfig) -> Mesh:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from easylm_mling.atomic import write_whole
-from easylm_mling.bucket import is_bucket
+from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.console import duration_text, tokens_text
 from easylm_mling.events import KINDS, without_secrets
 from easylm_mling.model_flops import model_flops
@@ -26,16 +26,14 @@ _SPENT = {
 }  # fmt: skip
 
 
-def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page about the run, by default to RUN/report.html (of one in a bucket, to NAME-report.html here).
-
-    Raises ConfigError where there is no run.
-    """
-    found = collect(run_dir)
-    beside = Path(f"{found.name}-report.html") if is_bucket(run_dir) else Path(run_dir) / "report.html"
-    target = Path(output) if output else beside
-    write_whole(target, page(found).encode())
-    return target
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> str:
+    """Write the page about the run, by default to RUN/report.html; raises ConfigError where there is no run."""
+    written = page(collect(run_dir)).encode()
+    if is_bucket(run_dir) and not output:
+        Bucket(str(run_dir)).write_all({"report.html": written})
+    else:
+        write_whole(output or Path(run_dir) / "report.html", written)
+    return str(output or f"{run_dir}/report.html")
 
 
 def page(found: Findings) -> str:

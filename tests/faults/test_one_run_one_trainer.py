@@ -1,4 +1,4 @@
-"""What may not happen to a run directory: two trainers, a full disk, a rewind that is half done, a time limit."""
+"""What may not happen to a run directory: two trainers (row 12), a full disk (6), a rewind that is half done (13), a time limit."""
 
 import shutil
 import subprocess
