@@ -51,6 +51,10 @@ class ProgressLine:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Leave the line as it is; what is printed from now on stands below it."""
         self.bar.stop()
 
     def update(self, step: int, loss: float | None, mfu: float | None = None) -> float | None:

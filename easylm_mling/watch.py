@@ -140,6 +140,7 @@ class Watch:
 
     def ended(self, event: str, step: int, why: str):
         """How it ended; the last save is finished."""
+        self._progress.close()
         self._look_at_save(now=True)
         self.events.write(event, step, **({"why": why} if why else {}))
 

@@ -163,7 +163,8 @@ def test_the_events_of_a_run(watched):
     assert (start["hosts"], start["devices"], start["device_kind"]) == (1, 8, "cpu")
     assert start["versions"].keys() >= {"python", "jax", "orbax-checkpoint"}
     found = goodput(read_event_log(run_dir / "events.jsonl"))
-    assert found.seconds["step"] > 0 and found.seconds["compile"] > 0 and found.seconds["lost"] == 0
+    # A program that was compiled beside the restore may be there at once.
+    assert found.seconds["step"] > 0 and found.seconds["save"] > 0 and found.seconds["lost"] == 0
 
 
 def test_a_line_of_metrics_has_all_its_names(watched):
