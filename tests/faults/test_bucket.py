@@ -15,11 +15,11 @@ from rich.console import Console
 from easylm_mling.bucket import Bucket, Mirror, local_folder, small_files
 from easylm_mling.config import ConfigError
 from easylm_mling.data.audit import audit
+from easylm_mling.events import read_event_log
 from easylm_mling.generate import load_model
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.files import copy_tokenizer
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.metrics import read_events
 from easylm_mling.summary import print_summary
 
 
@@ -160,7 +160,7 @@ def test_slow_and_flaky_storage_costs_time_only(undisturbed, proxy, ways):
     train_here(run_dir, "train.stop_at_step=5", "checkpoint.max_failed=9")
     train_here(run_dir, "checkpoint.max_failed=9")
     assert proxy.failed > 50
-    failed = read_events(small_files(run_dir) / "metrics.jsonl", "save_failed")
+    failed = [e for e in read_event_log(small_files(run_dir) / "events.jsonl") if e["event"] == "save_failed"]
     assert len(failed) == 0 or ways is WAYS_TO_FAIL
     proxy.fail_every = 0
     assert_same_bits(outcome(run_dir), undisturbed)

@@ -9,7 +9,7 @@ import time
 import pytest
 from processes import assert_same_bits, ends, outcome, printed, run, start
 
-from easylm_mling.metrics import read_events
+from easylm_mling.events import read_event_log
 from easylm_mling.records import Records, read_records
 
 
@@ -50,7 +50,8 @@ def test_a_disk_that_fills_in_the_middle_of_saves_costs_nothing(tmp_path, count)
         processes = start(tmp_path / "run", count, *settings, f"run_dir={small / 'run'}")
         assert ends(tmp_path / "run", processes) == [0] * count, printed(tmp_path / "run")
         assert filler.times == 0
-        assert len(read_events(small / "run" / "metrics.jsonl", "save_failed")) >= 2
+        told = [e["event"] for e in read_event_log(small / "run" / "events.jsonl")]
+        assert told.count("save_failed") >= 2
         shutil.copytree(small / "run", tmp_path / "copy")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
