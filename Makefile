@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Neither the demo nor the tests may take a GPU or TPU that happens to be there.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-faults test-tpu lint format sample-data clean-demo
+.PHONY: demo test test-faults test-kills soak test-tpu lint format sample-data clean-demo
 
 demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
@@ -14,6 +14,7 @@ demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling export-hf $(DEMO) $(DEMO)-hf
 	$(BIN)/easylm-mling sample $(DEMO)-hf --temperature 0.7 --top-k 20 --prompt "오늘 아침에" --prompt "今日は" --prompt "今天" --prompt "In the morning"
 	$(BIN)/easylm-mling summary $(DEMO)
+	$(BIN)/easylm-mling report $(DEMO)
 
 test: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -22,6 +23,13 @@ test: .venv/test.stamp
 
 test-faults: .venv/test.stamp
 	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/test_processes.py
+
+# kill -9 at 50 random moments of steps and 50 of saves, of one process and of two; and one run with every disturbance (root).
+test-kills: .venv/test.stamp
+	EASYLM_MLING_KILLS=50 $(BIN)/python -m pytest -s -m faults tests/faults/test_kills.py
+
+soak: .venv/test.stamp
+	PYTHONPATH=. $(BIN)/python tests/faults/soak.py runs/soak
 
 # Compiles real steps for real slices with the TPU's compiler, which needs no TPU.
 test-tpu: .venv/tpu.stamp

@@ -32,11 +32,13 @@ from orbax.checkpoint import v1 as ocp
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError
 from easylm_mling.data.files import one_line, transport_errors
-from easylm_mling.digest import differing, digests
+from easylm_mling.digest import differing, digests, leaf_name
 from easylm_mling.exits import NoUsableCheckpoint
+from easylm_mling.params import to_flat
 from easylm_mling.processes import everywhere, first_says, is_first, several
 from easylm_mling.step import TrainState
 from easylm_mling.stopping import Watchdog
+from easylm_mling.stored import open_store
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
@@ -226,6 +228,7 @@ class Checkpoints:
 
     def save_params(self, params: dict, info: dict):
         """Save parameters alone, as step 0."""
+        info = info | {"digests": digests({"params": params})}
         self._orbax.save_checkpointables(0, {"params": params, "info": _packed(info)}, force=True)
 
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray], dict]:
@@ -237,7 +240,7 @@ class Checkpoints:
         got: Any = None
         wrong, new = "", {}
         try:
-            stored = self._orbax.checkpointables_metadata(step).metadata["training"]
+            stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
             # Checkpoints had no spike guard once; its window then begins empty.
             new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
             wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
@@ -358,7 +361,13 @@ def newest_step(directory: str | Path) -> int:
 
 def load_info(directory: str | Path, step: int | None = None) -> dict:
     """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
-    return _unpacked(ocp.load_checkpointables(str(step_directory(directory, step)), {"info": None})["info"])
+    where = step_directory(directory, step)
+    try:
+        stored = ocp.load_checkpointables(str(where), {"info": None})["info"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
+    return _unpacked(stored)
 
 
 def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
@@ -371,10 +380,25 @@ def load_data_state(directory: str | Path, step: int | None = None) -> dict[str,
 
 
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
-    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says."""
+    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
+
+    Raises ConfigError if they cannot be read, or are not what was saved: it names the first one.
+    """
     where = step_directory(directory, step)
-    with _context():
-        return ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    info = load_info(directory, int(where.name))
+    for name, leaf in to_flat(abstract).items():
+        open_store(where, name, leaf.shape)
+    try:
+        with _context():
+            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[-200:]
+        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
+    # Checkpoints had no digests once.
+    saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
+    if saved and (leaf := differing(saved, {"params": params})):
+        raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
+    return params
 
 
 def check_same_shapes(directory: str | Path, abstract: dict):
@@ -413,4 +437,10 @@ def _unpacked(stored: dict) -> dict:
     text = stored["json"]
     if stored.get("digest", (digest := blake2b(text.encode(), digest_size=8).hexdigest())) != digest:
         raise Damaged("its info is not what was saved")
-    return json.loads(text)
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict):
+        raise Damaged("its info cannot be read")
+    return info

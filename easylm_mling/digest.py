@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from hashlib import blake2b
+from itertools import product
 from typing import Any
 
 import jax
@@ -36,6 +37,37 @@ def differing(stored: dict[str, str], tree: Any) -> str | None:
     return next((path for path in sorted(found.keys() | stored.keys()) if found.get(path) != stored.get(path)), None)
 
 
+class Pieces:
+    """The digest of a float32 array that the host reads piece by piece, in any order: the one that `digests` finds of it."""
+
+    _AT_A_TIME = 1 << 15  # values whose temporary arrays stay in a core's cache
+
+    def __init__(self):
+        self.size, self._plain, self._placed = 0, 0, 0
+
+    def add(self, values: np.ndarray, first: int, stride: int):
+        """`values` [R, C]: row r lies in the array, flat, from place `first + r * stride` on."""
+        bits = values.view(np.uint32)
+        height, width = max(1, self._AT_A_TIME // max(1, bits.shape[1])), self._AT_A_TIME
+        for r, c in product(range(0, bits.shape[0], height), range(0, bits.shape[1], width)):
+            part = bits[r : r + height, c : c + width]
+            row, column = (np.arange(n, dtype=np.uint32) for n in part.shape)
+            place = (
+                row[:, None] * np.uint32(stride % (1 << 32)) + np.uint32((first + r * stride + c) % (1 << 32)) + column
+            )
+            self._plain += int(part.sum(dtype=np.uint32))
+            self._placed += int((part * _factor(place)).sum(dtype=np.uint32))
+        self.size += bits.size
+
+    def __str__(self) -> str:
+        return f"{self._plain % (1 << 32):08x}{self._placed % (1 << 32):08x}"
+
+
+def leaf_name(*names: str) -> str:
+    """What `digests` calls the leaf at these keys."""
+    return "".join(f"[{name!r}]" for name in names)
+
+
 @cache
 def _on_device(whole: NamedSharding | None):
     return jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]), out_shardings=whole)
@@ -48,7 +80,11 @@ def _sums(x: jax.Array) -> jax.Array:
     for axis in reversed(range(x.ndim)):
         place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % (1 << 32))
         stride *= x.shape[axis]
-    place = place * np.uint32(0x9E3779B1)
-    place = (place ^ (place >> 16)) * np.uint32(0x85EBCA6B) | np.uint32(1)
     total = partial(jnp.sum, dtype=jnp.uint32)
-    return jnp.stack([total(bits), total(bits * place)])
+    return jnp.stack([total(bits), total(bits * _factor(place))])
+
+
+def _factor(place):
+    """An odd uint32 for each place in an array."""
+    place = place * np.uint32(0x9E3779B1)
+    return (place ^ (place >> np.uint32(16))) * np.uint32(0x85EBCA6B) | np.uint32(1)

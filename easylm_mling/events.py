@@ -5,15 +5,17 @@ A line is `{"event": NAME, "time": ISO-8601 UTC, "attempt": N, "step": S, ...}`,
 start        a process begins: `seconds` since it was called, hosts, devices, versions
 rewound      `from_step`, `skip_batches` (rewind.py)
 restored     from the checkpoint of `step`, in `seconds`
-compiled     `step` is the first one of the attempt, compiled in `seconds`; first_step: it is done, `seconds` after its begin
+compiled     `step` is the first one of the attempt, whose program was waited for so many `seconds`
+first_step   it is done, `seconds` after it was launched
 progress     `step` is done; now and then, so that a kill loses little of the time line
 evaluated    in `seconds`
 saved        the checkpoint of `step` is whole: the loop stood still for `seconds` of it; `bytes`
 save_failed  `problem`, and how many `in_a_row`
-skipped      the step changed nothing, for it was not finite; how many `in_a_row`
+skipped      the step changed nothing, for it was not finite or a spike; how many `in_a_row`
 preempted, stopped, done, failed   how the attempt ended, in one line. An attempt without such a line was killed
 """
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -57,7 +59,8 @@ class EventLog:
 
     def __exit__(self, _, error: BaseException | None, __):
         if error is not None:
-            self.write("failed", self.step, error=(" ".join(str(error).split()) or type(error).__name__)[:500])
+            text = " ".join(str(error).split()) or type(error).__name__
+            self.write("failed", self.step, error=without_secrets(text)[:500])
         self._records.close()
 
 
@@ -158,3 +161,9 @@ def goodput(events: Iterable[dict]) -> Goodput:
 
 def _seconds(when: str) -> float:
     return datetime.fromisoformat(when).timestamp()
+
+
+def without_secrets(text: str) -> str:
+    """Addresses without what may be a key in them: names before an @, and everything behind a question mark."""
+    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
+    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)

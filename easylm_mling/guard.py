@@ -1,10 +1,10 @@
 """Which steps change nothing: those that are not finite, and spikes, as two guards apart.
 
-A spike is a loss or gradient norm over `sigmas` standard deviations above the mean of the last WINDOW steps. 128 and 6 are
-what OLMo 2 trained with (OLMo-core, `SkipStepOptimizer`; arXiv:2501.00656), and the defaults of levanter and MaxText. Theirs
-takes everything into its window, so that one NaN blinds it or freezes the run for the next 128 steps. Here
-what is not finite never enters, and a spike enters as the limit that it passed: it cannot hide the next one, and a
-level that lasts (of another data stage, say) is learnt within some steps.
+A spike is a loss or gradient norm over `sigmas` standard deviations above the mean of the last WINDOW steps: 6 and 128 in
+OLMo-core (`SkipStepOptimizer`) and levanter, where as in MaxText it must be asked for. (PaLM's authors went back and left
+batches out by hand, arXiv:2204.02311, 5.1: rewind.py.) Theirs takes everything into its window, so that one NaN blinds it
+or freezes the run for the next 128 steps. Here what is not finite never enters, and a spike enters as the limit that it
+passed: it cannot hide the next one, and a level that lasts (of another data stage, say) is learnt within some steps.
 """
 
 from typing import Any, NamedTuple

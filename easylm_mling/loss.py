@@ -102,7 +102,8 @@ def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_los
         slope = (m * (1.0 + 2.0 * z_loss * log_normaliser))[..., None] * likely - jnp.where(hit, m[..., None], 0.0)
         if soft_cap is not None:
             slope *= 1.0 - jnp.square(scores / soft_cap)
-        slope = slope.astype(h.dtype)
+        # Once, and not in the input of each of the two products that follow.
+        slope = jax.lax.optimization_barrier(slope.astype(h.dtype))
         by_head += jnp.einsum("bcv,bcd->vd", slope, h)
         return ((entropy, z), by_head), across(jax.lax.psum, jnp.einsum("bcv,vd->bcd", slope, head))
 

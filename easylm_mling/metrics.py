@@ -1,10 +1,11 @@
 """metrics.jsonl: the numbers of a run, one JSON object a line: `{"kind": ..., "step": ..., "time": ..., ...}`.
 
 train      a logged step: `tokens` so far; `loss` (nats a token; `sources`: of each), `gradient_norm`, `parameter_norm`,
-           `learning_rate`, `skipped` so far; `ledger`: what was consumed of each source; and those of TIMINGS
+           `learning_rate`, `skipped` and of them `spikes` so far; `ledger`: what was consumed of each source; TIMINGS
 eval       `loss` and `bits_per_byte` of held-out text; of each source and language, see validation.py
 languages  at each checkpoint, `languages`: what was consumed of each
-news       what became of sources; export: where a step was exported to
+news       what became of sources, and which steps were skipped; export: where a step was exported to
+digests    of every array of the state, with `train.digest_every_steps` (replay.py)
 """
 
 import math

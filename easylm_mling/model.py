@@ -9,7 +9,6 @@ Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`, 
 scale) are said where they are done.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from easylm_mling.attention import attention, capped
 from easylm_mling.config import ModelConfig, RopeScaling
 from easylm_mling.embedding import lookup
+from easylm_mling.gated import gated_down
 from easylm_mling.sharding import constrain
 from easylm_mling.splash import splash_attention
 
@@ -117,8 +117,8 @@ class MLP(nnx.Module):
     def __call__(self, x):
         gate = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.gate_proj[...].astype(x.dtype)), "gate")
         up = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.up_proj[...].astype(x.dtype)), "up")
-        hidden = constrain(_ACTIVATIONS[self.activation](gate) * up, "batch", "position", "mlp")
-        return jnp.einsum("btf,df->btd", hidden, self.down_proj[...].astype(x.dtype))
+        gate, up = (constrain(part, "batch", "position", "mlp") for part in (gate, up))
+        return gated_down(gate, up, self.down_proj[...].astype(x.dtype), self.activation)
 
 
 class Layer(nnx.Module):
@@ -244,20 +244,6 @@ def logits(hidden: jax.Array, head: jax.Array, soft_cap: float | None) -> jax.Ar
     """float32 logits [..., V] of hidden states [..., D] through the output head [V, D], capped where there is a cap."""
     scores = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return capped(scores, soft_cap)
-
-
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh form of GELU that Gemma was trained with, in float32 as PyTorch has it, rounded to x's dtype last.
-
-    Written with a sigmoid: (1 + tanh u) / 2 = sigmoid(2 u). `jax.nn.gelu` rounds its two constants to bfloat16, 0.7979
-    to 0.7969.
-    """
-    wide = x.astype(jnp.float32)
-    twice = 2.0 * (2.0 / math.pi) ** 0.5
-    return (wide * jax.nn.sigmoid(wide * (twice + twice * 0.044715 * jnp.square(wide)))).astype(x.dtype)
-
-
-_ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "silu": jax.nn.silu}
 
 
 def _kernel(key, shape, m: ModelConfig) -> nnx.Param:

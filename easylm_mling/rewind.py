@@ -49,5 +49,10 @@ def batches_to_skip(run: RunDirectory, step: int, info: dict) -> int:
     return first_says(later[-1]["skip_batches"] if later and later[-1]["step"] == step else 0)
 
 
+def batches_left_out(run: RunDirectory) -> int:
+    """By all rewinds together. Only the first process knows."""
+    return sum(line["skip_batches"] for line in _past(run))
+
+
 def _past(run: RunDirectory) -> list[dict]:
     return read_events(run.rewinds_file, "rewind") if is_first() and run.rewinds_file.exists() else []

@@ -56,6 +56,7 @@ FREE_KEYS = (
     # What is skipped from here on: a remedy, as a rewind is. Every checkpoint keeps the config that it was made with.
     "train.spike_sigmas",
     "train.stuck_minutes",
+    "train.digest_every_steps",
     "train.rewind",
     "train.skip_batches",
     "train.remat",

@@ -34,6 +34,7 @@ from easylm_mling.processes import (
     own_quarantine,
     several,
 )
+from easylm_mling.replay import Replay
 from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
@@ -69,6 +70,7 @@ class Run(NamedTuple):
     stop: Stop
     watchdog: Watchdog
     rewinds: int
+    replay: Replay
 
 
 def train(
@@ -136,7 +138,7 @@ def carry_out(
             together = Gathering(own_lanes(config, mesh))
             parts = Run(
                 config, mesh, program, data, loader, checkpoints, evaluate, together, watch, console, stop, watchdog,
-                count_rewinds(run),
+                count_rewinds(run), Replay(config, mesh, data, watch.log),
             )  # fmt: skip
             watch.begin(int(state.step))
             if int(state.step) == 0:
@@ -208,6 +210,8 @@ def run_steps(
     """
     config = run.config
     start = saved = int(state.step)
+    with run.watch.compiling(start + 1):
+        train_step = run.program.result()
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     item = ()
     wish = GO_ON
@@ -218,14 +222,14 @@ def run_steps(
         if item is None:
             break
         batch, consumed = item
-        with run.watch.launching(step):
-            train_step = run.program.result()
-            state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
-            metrics |= run.watch.norms(step, state.params)
+        run.watch.launching(step)
+        state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
+        metrics |= run.watch.norms(step, state.params)
         answer = run.gathering.start(run.stop.wish(), consumed)
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer
+        run.replay.check(step, state)
         if step == config.total_steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
             evaluate_and_tell(run, state)
         if step == end or step % config.checkpoint.every_steps == 0 or wish:
@@ -270,8 +274,8 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
-    run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     info |= {"rewinds": run.rewinds}
+    run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
     begun = False
     while last or not begun:
         with run.watch.speed.pausing() as pause:
@@ -281,14 +285,14 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
             unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
         for problem in filter(None, (lost, unsaved)):
             run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
+        if not unsaved:
+            run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
         if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
             raise TrainingStopped(
                 f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
                 "the disk, then run again: it resumes from the newest checkpoint"
             )
         begun = True
-        if not unsaved:
-            run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:

@@ -19,7 +19,8 @@ from rich.console import Console
 from easylm_mling.checkpoint import newest_step
 from easylm_mling.config import ProfileConfig, RunConfig
 from easylm_mling.console import ProgressLine, say, sources_table, warn
-from easylm_mling.events import EventLog
+from easylm_mling.events import EventLog, without_secrets
+from easylm_mling.guard import SPIKE
 from easylm_mling.metrics import MetricsLog, step_metrics
 from easylm_mling.plan.calibrate import beside
 from easylm_mling.processes import is_first
@@ -30,7 +31,7 @@ from easylm_mling.speed import Speed
 from easylm_mling.step import jit_parameter_norm
 
 SETTLED_STEPS = 20
-_TABLE_SECONDS = 600.0
+_TABLE_SECONDS, _LOOK_SECONDS = 600.0, 3.0
 _NOWHERE = Path("/dev/null")
 _PACKAGES = ("easylm-mling", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -75,21 +76,23 @@ class Watch:
         self._progress = self._stack.enter_context(ProgressLine(self.console, total, per_step, step))
 
     @contextmanager
-    def launching(self, step: int) -> Iterator[None]:
-        """The step is launched in it, and if it is this process's first one, compiled."""
-        self.profile.before(step)
+    def compiling(self, step: int) -> Iterator[None]:
+        """The program is waited for in it; `step` is the first one that it will run."""
         begun = time.monotonic()
         yield
-        if self._launched is None:
-            self._launched = step, begun
-            self.events.write("compiled", step, seconds=round(time.monotonic() - begun, 3))
+        self.events.write("compiled", step, seconds=round(time.monotonic() - begun, 3))
+
+    def launching(self, step: int):
+        """The step is about to be launched."""
+        self.profile.before(step)
+        self._launched = self._launched or (step, time.monotonic())
 
     def norms(self, step: int, params: dict) -> dict:
         """What the device is to tell of a logged step besides the step's own metrics."""
         return {"parameter_norm": self._norm(params)} if step % self.config.train.log_every_steps == 0 else {}
 
     def finished(self, step: int, metrics: dict, ledger: Callable[[], dict]) -> dict:
-        """Tell of a step whose `metrics` have arrived, and return them as plain numbers; `ledger`: what was consumed up to it."""
+        """Tell of a step whose `metrics` have arrived; `ledger`: what was consumed up to it. Returns them as plain numbers."""
         values, config = step_metrics(metrics, list(self.config.data.sources)), self.config
         self.profile.after(step)
         self._look_at_save()
@@ -97,7 +100,8 @@ class Watch:
             self.events.write("first_step", step, seconds=round(time.monotonic() - self._launched[1], 3))
             self.speed.measure(step)
         if in_a_row := int(metrics["skipped_in_a_row"]):
-            self.events.write("skipped", step, in_a_row=in_a_row)
+            why = "spike" if int(metrics["verdict"]) == SPIKE else "not_finite"
+            self.events.write("skipped", step, in_a_row=in_a_row, why=why)
         self.events.progress(step)
         logged = step % config.train.log_every_steps == 0
         measured = self.speed.measure(step) if logged else {}
@@ -131,8 +135,7 @@ class Watch:
         self._saving = step, {"seconds": round(seconds, 3), "bytes": size}
 
     def save_failed(self, step: int, problem: str, in_a_row: int):
-        self._saving = None
-        self.events.write("save_failed", step, problem=problem, in_a_row=in_a_row)
+        self.events.write("save_failed", step, problem=without_secrets(problem), in_a_row=in_a_row)
         self.warn(f"step {step}: a checkpoint could not be saved: {problem}")
 
     def ended(self, event: str, step: int, why: str):
@@ -150,8 +153,8 @@ class Watch:
             say(self.console, line)
 
     def _look_at_save(self, now: bool = False):
-        """Write the event of the save under way if the checkpoint has appeared; looks once a second, or `now`."""
-        if self._saving is None or not is_first() or not (now or time.monotonic() - self._looked > 1):
+        """Write the event of the save under way if the checkpoint has appeared; looks every few seconds, or `now`."""
+        if self._saving is None or not is_first() or not (now or time.monotonic() - self._looked > _LOOK_SECONDS):
             return
         self._looked = time.monotonic()
         step, values = self._saving

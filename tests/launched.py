@@ -101,7 +101,7 @@ def tpu(cloud: Cloud, verb: str, run_file: Path, *flags: str, **environment: str
     )  # fmt: skip
 
 
-def end(process: subprocess.Popen, code: int = 0, seconds: float = 60) -> str:
+def end(process: subprocess.Popen, code: int = 0, seconds: float = 180) -> str:
     """What was printed by a launcher that must end so."""
     try:
         printed, _ = process.communicate(timeout=seconds)
@@ -112,7 +112,7 @@ def end(process: subprocess.Popen, code: int = 0, seconds: float = 60) -> str:
     return printed
 
 
-def wait_for(condition, seconds: float = 30):
+def wait_for(condition, seconds: float = 90):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not happen"
@@ -141,7 +141,7 @@ def expected_curve(steps: int) -> dict[int, float]:
 def nothing_is_left(cloud: Cloud):
     """No machine is there or was asked for, and no process of one lives."""
     assert cloud.state["resources"] == {}
-    wait_for(lambda: not cloud.processes(), 5)
+    wait_for(lambda: not cloud.processes(), 30)
 
 
 def kill(process: subprocess.Popen):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -46,19 +47,29 @@ def free_port() -> int:
 
 
 def start(
-    run_dir: Path, processes: int, *overrides: str, only: int | None = None, port: int = 0
+    run_dir: Path,
+    processes: int,
+    *overrides: str,
+    only: int | None = None,
+    port: int = 0,
+    settings: Sequence[str] = TINY,
+    devices: int = DEVICES,
+    environment: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
     """The `processes` of one run (of them `only` one), each with its part of the devices. Their output goes to files."""
-    environment = dict(os.environ)
-    # Of several processes only the first finds its programs in JAX's cache: the others compile, so this must be quick.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": quick}
-    # The next start finds all of this one's programs, the small ones too.
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        # Of several processes only the first finds its programs in JAX's cache: the others compile, so this must be quick.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        # The next start finds all of this one's programs, the small ones too.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **(environment or {}),
+    }
     # One process, too, joins with itself: on the CPU the sums of its own collectives have another order than gloo's.
     place = [f"--coordinator=localhost:{port or free_port()}", f"--processes={processes}"]
     flags = [o for o in overrides if o.startswith("--")]
-    settings = [*TINY, f"mesh.cpu_devices={DEVICES // processes}", f"run_dir={run_dir}"]
+    settings = [*settings, f"mesh.cpu_devices={devices // processes}", f"run_dir={run_dir}"]
     settings += [o for o in overrides if not o.startswith("--")]
     started = []
     for i in range(processes) if only is None else [only]:
@@ -92,8 +103,8 @@ def printed(run_dir: Path) -> str:
     return "\n".join(f"== {f.name}\n{f.read_text(errors='replace')}" for f in files)
 
 
-def run(run_dir: Path, processes: int, *overrides: str):
-    codes = ends(run_dir, start(run_dir, processes, *overrides))
+def run(run_dir: Path, processes: int, *overrides: str, seconds: float = 120):
+    codes = ends(run_dir, start(run_dir, processes, *overrides), seconds)
     assert codes == [0] * processes, printed(run_dir)
 
 

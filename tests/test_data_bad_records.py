@@ -171,7 +171,9 @@ def test_a_line_without_end_costs_no_memory_and_no_other_line(tmp_path, suffix, 
     for start in (0, 1000) if "." not in layout else (0,):
         tracemalloc.start()
         try:
-            records = list(readers.read_unit(str(path), layout, start, 1 << 40, "text", "document", Retry()))
+            records = list(
+                readers.read_unit(str(path), layout, start, path.stat().st_size, "text", "document", Retry())
+            )
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -193,7 +195,11 @@ def test_units_inside_one_line_read_their_own_part_of_it(tmp_path, monkeypatch):
 def test_lines_that_no_blank_one_ends_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "_MAX_JOINED_BYTES", 1000)
     (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
-    documents = list(readers.read_unit(str(tmp_path / "a.txt"), "text", 0, 1 << 40, "text", "line", Retry()))
+    documents = list(
+        readers.read_unit(
+            str(tmp_path / "a.txt"), "text", 0, (tmp_path / "a.txt").stat().st_size, "text", "line", Retry()
+        )
+    )
     assert all(len(d) < 1100 for d in documents) and len(documents) > 5
     assert b"\n".join(documents).decode().splitlines() == [f"line {i}" for i in range(1000)]
 

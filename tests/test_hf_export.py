@@ -24,6 +24,7 @@ from transformers import GemmaForCausalLM
 from easylm_mling import checkpoint
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, ModelConfig, to_tree
+from easylm_mling.guard import nothing_recent
 from easylm_mling.hf import exporting, importing
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf, widest_mesh
@@ -135,7 +136,9 @@ def test_a_checkpoint_of_a_run_exports_its_own_step(tmp_path):
         for step in (3, 20):
             shifted = jax.tree.map(lambda x, by=step: x + by, params)
             count = jnp.int32(step)
-            checkpoints.save(TrainState(count, shifted, (count,), count, count), np.zeros(1, np.int64), info)
+            checkpoints.save(
+                TrainState(count, shifted, (count,), *[count] * 3, nothing_recent()), np.zeros(1, np.int64), info
+            )
     for step, expected in ((None, 20), (3, 3)):
         out = tmp_path / f"out{expected}"
         (warning,) = export_hf(tmp_path / "run", out, step=step, dtype="float32")

@@ -95,10 +95,16 @@ def test_by_hand_up_run_stop_run_down(cloud, tmp_path):
     assert f"from step {reached}" in logs and "w0 " in logs and "w1 " in logs
 
 
-def test_a_watching_launcher_ends_when_another_says_down(cloud, tmp_path):
+def test_a_watching_launcher_sleeps_and_ends_when_another_says_down(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000)
     watching = tpu(cloud, "run", run_file, "--keep-alive")
     wait_for(lambda: steps(cloud))
+    watching.send_signal(signal.SIGSTOP)  # the laptop is closed
+    cloud.preempt("test", ["SUSPENDED"])
+    time.sleep(0.3)
+    watching.send_signal(signal.SIGCONT)
+    before = len(steps(cloud))
+    wait_for(lambda: len(steps(cloud)) > before)
     second = end(tpu(cloud, "run", run_file), 2)
     assert "is driven by a launcher on" in second and "--take-over" in second
     end(tpu(cloud, "down", run_file, "--now"))
@@ -246,26 +252,27 @@ def ended(worker) -> str:
 
 def test_a_worker_starts_an_attempt_once_and_records_its_end(worker):
     assert worker("status") == "easylm-worker 3 pack= attempt=0 state=idle code=-"
-    command = 'echo x >> "$RUN_DIR-count"; sleep 0.3; exit 7'
+    command = 'echo x >> "$RUN_DIR-count"; until [ -e "$RUN_DIR-go" ]; do sleep 0.02; done; exit 7'
     assert "attempt=1 state=running" in worker("start", "1", command=command)
     assert "attempt=1 state=running" in worker("start", "1")
     assert "attempt=1 state=running" in worker("start", "2")  # one at a time
+    (worker.base.parent.parent / "run-go").touch()
     assert ended(worker).endswith("attempt=1 state=exited code=7")
     assert "attempt=1 state=exited code=7" in worker("start", "1")
-    assert len(Path(str(worker.base.parent.parent / "run-count")).read_text().split()) == 1
+    assert (worker.base.parent.parent / "run-count").read_text().split() == ["x"]
     assert "attempt=2" in worker("start", "2")
     assert ended(worker).endswith("attempt=2 state=exited code=7")
 
 
 def test_stopping_gives_the_trainer_time_and_then_none(worker):
-    worker("start", "1", command="trap 'sleep 0.3; exit 42' TERM; while :; do sleep 0.05; done")
-    wait_for(lambda: (worker.base / "trainer-pid").exists())
-    time.sleep(0.2)
-    assert worker("stop", "20").endswith("state=exited code=42")
-    (worker.base / "trainer-pid").unlink()
-    worker("start", "2", command="trap '' TERM; while :; do sleep 0.05; done")
-    wait_for(lambda: (worker.base / "trainer-pid").exists())
-    time.sleep(0.2)
+    ready = worker.base.parent.parent / "run-ready"
+    loop = 'touch "$RUN_DIR-ready"; while :; do sleep 0.05; done'
+    worker("start", "1", command=f"trap 'sleep 0.3; exit 42' TERM; {loop}")
+    wait_for(ready.exists)
+    assert worker("stop", "60").endswith("state=exited code=42")
+    ready.unlink()
+    worker("start", "2", command=f"trap '' TERM; {loop}")
+    wait_for(ready.exists)
     assert worker("stop", "1").endswith("attempt=2 state=exited code=137")
 
 

@@ -13,8 +13,9 @@ from easylm_mling.attention import attention
 from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.embedding import lookup
+from easylm_mling.gated import activated, gated_down
 from easylm_mling.loss import cross_entropy
-from easylm_mling.model import REMAT_POLICIES, Remat, gelu_tanh, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.model import REMAT_POLICIES, Remat, logits, rms_norm, rotary, rotary_frequencies
 from easylm_mling.params import parameter_table, to_flat, to_nested
 from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.splash import splash_attention
@@ -304,13 +305,31 @@ def test_fresh_parameters_are_the_same_bits_on_any_mesh(params):
 def test_gelu_is_the_tanh_form_and_keeps_its_constants_in_bfloat16():
     x = np.linspace(-6, 6, 4001)
     exact = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    np.testing.assert_allclose(gelu_tanh(jnp.asarray(x, jnp.float32)), exact, atol=1e-6)
+    np.testing.assert_allclose(activated(jnp.asarray(x, jnp.float32), "gelu_pytorch_tanh"), exact, atol=1e-6)
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
     exact = 0.5 * rounded * (1 + np.tanh(np.sqrt(2 / np.pi) * (rounded + 0.044715 * rounded**3)))
     # Half a unit in the last place: jax.nn.gelu is several off.
     np.testing.assert_allclose(
-        np.asarray(gelu_tanh(jnp.asarray(rounded, jnp.bfloat16)), np.float64), exact, rtol=2**-8, atol=1e-6
+        np.asarray(activated(jnp.asarray(rounded, jnp.bfloat16), "gelu_pytorch_tanh"), np.float64),
+        exact,
+        rtol=2**-8,
+        atol=1e-6,
     )
+
+
+@pytest.mark.parametrize(
+    "activation, plain", [("gelu_pytorch_tanh", partial(jax.nn.gelu, approximate=True)), ("silu", jax.nn.silu)]
+)
+def test_the_gated_product_has_the_gradients_of_its_plain_form(activation, plain):
+    keys = jax.random.split(jax.random.key(0), 4)
+    gate, up = (2 * jax.random.normal(k, (2, 5, 24)) for k in keys[:2])
+    down, by_out = jax.random.normal(keys[2], (7, 24)), jax.random.normal(keys[3], (2, 5, 7))
+    naive = lambda gate, up, down: jnp.einsum("btf,df->btd", plain(gate) * up, down)  # noqa: E731
+    ours, back = jax.vjp(partial(gated_down, activation=activation), gate, up, down)
+    theirs, plainly_back = jax.vjp(naive, gate, up, down)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for mine, expected in zip(back(by_out), plainly_back(by_out), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

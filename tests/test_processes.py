@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from processes import (
+    ROOT,
     assert_same_bits,
     ends,
     free_port,
@@ -67,6 +68,39 @@ def test_two_processes_may_be_one_and_two_again(undisturbed, tmp_path):
         run(tmp_path / "run", processes, f"train.stop_at_step={until}")
     assert_same_bits(outcome(tmp_path / "run"), undisturbed)
     assert "step 10/10" not in output_of(tmp_path / "run", 1).read_text()
+
+
+@pytest.mark.faults
+def test_two_processes_may_be_one_and_four(undisturbed, tmp_path):
+    for processes, until in ((2, 3), (1, 5), (4, 7), (2, 0)):
+        run(tmp_path / "run", processes, f"train.stop_at_step={until}", seconds=300)
+    assert_same_bits(outcome(tmp_path / "run"), undisturbed)
+
+
+CLOCK = """
+import os, time
+skew, rate, real, ticks, start = *map(float, os.environ["CLOCK"].split()), time.time, time.monotonic, time.monotonic()
+time.time = lambda: real() + skew
+time.monotonic = lambda: start + rate * (ticks() - start)
+"""
+
+
+@pytest.mark.faults
+def test_clocks_that_differ_decide_nothing(undisturbed, tmp_path):
+    """A day early and a day late, and one of them five times as fast; both told to stop when their time is up."""
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
+    for flags in (["--max-hours=0.01"], []):
+        port, started = free_port(), []
+        for i, clock in enumerate(("86400 1", "-86400 5")):
+            skewed = {"CLOCK": clock, "PYTHONPATH": f"{tmp_path / 'clock'}:{ROOT}"}
+            started += start(tmp_path / "run", 2, *flags, only=i, port=port, environment=skewed)
+        assert ends(tmp_path / "run", started, 300) == [0, 0], printed(tmp_path / "run")
+    said = output_of(tmp_path / "run", 0).read_text()
+    assert "after --max-hours" in said or said.count("step 10/10") == 1
+    assert_same_bits(outcome(tmp_path / "run"), undisturbed)
+    times = [json.loads(x)["time"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(times) > time.time() + 80000
 
 
 @pytest.mark.faults

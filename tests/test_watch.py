@@ -172,7 +172,7 @@ def test_a_line_of_metrics_has_all_its_names(watched):
     assert len(lines) == 10
     last = lines[8]
     known = {"kind", "step", "tokens", "loss", "sources", "learning_rate", "gradient_norm", "parameter_norm"}
-    known |= {"skipped", "ledger"} | set(TIMINGS)
+    known |= {"skipped", "spikes", "ledger"} | set(TIMINGS)
     # Of a CPU neither peak nor memory are known.
     of_saves = {"checkpoint_seconds", "checkpoint_age_seconds"}  # once the first one is whole
     assert last.keys() | of_saves == known - {"mfu", "hbm_bytes", "hbm_peak_bytes"}

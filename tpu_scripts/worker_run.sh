@@ -27,7 +27,7 @@ number() {
   # Google's metadata server knows; elsewhere the name of the host ends in it.
   found=$(curl --silent --fail --max-time 5 -H 'Metadata-Flavor: Google' \
     http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number) ||
-    found=$(hostname | sed -n 's/.*-w-\([0-9]*\)$/\1/p')
+    found=$(sed -n 's/.*-w-\([0-9]*\)$/\1/p' <<< "$HOSTNAME")
   echo "${found:-0}"
 }
 
@@ -147,7 +147,7 @@ supervise() { # N
   pusher=$!
   exec 6> "$base/pipe" # once: when nobody writes any more, the log is over
   {
-    echo "== attempt $attempt on worker $WORKER, $(hostname)"
+    echo "== attempt $attempt on worker $WORKER, $HOSTNAME"
     remove_stale_lockfile
   } >&6 2>&1
   # Where the trainer is asked to end by a signal to all of the machine, this must see its exit code.
@@ -180,7 +180,8 @@ signal_trainer() { # SIGNAL
   local trainer session
   # A number alone could by now be another process's.
   read -r trainer session _ <<< "$(read_file "$base/trainer-pid") - -"
-  [ "$(ps -o sid= -p "$trainer" 2> /dev/null | tr -d ' ')" = "$session" ] && kill "-$1" "$trainer"
+  # After the name in brackets: state, parent, group, session.
+  [ "$(sed 's/.*) //' "/proc/$trainer/stat" 2> /dev/null | cut -d' ' -f4)" = "$session" ] && kill "-$1" "$trainer"
 }
 
 stop() { # SECONDS
@@ -195,8 +196,8 @@ stop() { # SECONDS
     signal_trainer KILL
     sleep 0.1
   done
-  # What the trainer left behind is of its session, and so is who would write its exit code.
-  if alive; then pkill -KILL -s "$(cut -d' ' -f2 "$base/trainer-pid")"; fi
+  # What the trainer left behind is of its group, and so is who would write its exit code.
+  if alive; then kill -KILL -- "-$(cut -d' ' -f2 "$base/trainer-pid")"; fi
   status
 }
 

@@ -143,7 +143,10 @@ class DataConfig:
     retry_seconds: float = 1.0
 
     def __post_init__(self):
-        check(self.sequence_length >= 8, f"data.sequence_length={self.sequence_length} must be at least 8")
+        check(
+            8 <= self.sequence_length <= 1 << 24,
+            f"data.sequence_length={self.sequence_length} must be between 8 and {1 << 24}",
+        )
         check(self.block_bytes >= 1000, f"data.block_bytes={self.block_bytes} must be at least 1000")
         check(bool(self.sources), "data.sources is empty; name at least one source")
         check(self.lanes >= 0, f"data.lanes={self.lanes} must be zero or more")
@@ -152,8 +155,8 @@ class DataConfig:
         check(0 <= self.retry_seconds <= 600, f"data.retry_seconds={self.retry_seconds} must be between 0 and 600")
         for name, source in self.sources.items():
             check(
-                re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) is not None,
-                f"data.sources: the name {name!r} may only hold letters, digits, '_', '-' and '.'",
+                re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name) is not None,
+                f"data.sources: the name {name!r} may only hold letters, digits, '_', '-' and, but for its beginning, '.'",
             )
             source.validate(name)
             self._check_weight(name, source.weight)

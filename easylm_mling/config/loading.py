@@ -9,9 +9,9 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from easylm_mling.config.basics import ConfigError, Duration, check
 from easylm_mling.config.run import RunConfig
@@ -29,6 +29,7 @@ def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
         for name in files:
             if not Path(name).is_file():
                 raise ConfigError(f"{name}: no such config file")
+            _check_harmless(name)
             part = OmegaConf.load(name)
             if not OmegaConf.is_dict(part):
                 raise ConfigError(f"{name}: expected `key: value` lines at the top level")
@@ -36,10 +37,13 @@ def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
         for item in overrides:
             if not re.match(r"[\w.-]+=", item):
                 raise ConfigError(f"{item!r} is not an override; write key.path=value")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+            key, _, text = item.partition("=")
+            part = OmegaConf.create({})
+            OmegaConf.update(part, key, _override(text))
+            merged = OmegaConf.merge(merged, part)
         # Not resolved: `${oc.env:...}` in somebody's config would put a secret into the config that a run keeps.
         tree = OmegaConf.to_container(merged, resolve=False)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         detail = " ".join(str(error).split())
         raise ConfigError(f"{name if where else 'config'}: cannot be read as YAML: {detail}") from error
@@ -47,6 +51,37 @@ def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(data, dict) and isinstance(data.get("sources"), dict):
         data["sources"] = _flat_sources(data["sources"], "data.sources")
     return _build(RunConfig, tree, "")
+
+
+def _override(text: str):
+    """What an override says: YAML, but a text as it stands. (YAML would end a path at ` #`, and fold its line breaks.)"""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # `*.txt`, say
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return value if quoted or value is None or isinstance(value, (bool, int, float, list, dict)) else text
+
+
+def _check_harmless(name: str):
+    """Raise ConfigError for a file that is made to hurt whoever reads it, before anything is built of it.
+
+    (Tags that would run code are unknown to the loader, and OmegaConf bounds what aliases grow to.)
+    """
+    check(Path(name).stat().st_size <= 1_000_000, f"{name}: over 1 MB, which no config is; is it the right file?")
+    depth = 0
+    # Events do not recurse; what builds values of them does, and dies of a hundred thousand brackets.
+    for event in yaml.parse(Path(name).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        long = isinstance(event, yaml.ScalarEvent) and len(event.value) > 2000
+        if depth > 20 or long:
+            what = "a value of over 2000 letters" if long else "more than 20 levels"
+            raise ConfigError(
+                f"{name}, line {event.start_mark.line + 1}: {what}, which no setting has; is it the right file?"
+            )
 
 
 def _flat_sources(sources: dict, path: str) -> dict:
@@ -148,6 +183,7 @@ def _build(kind, value, path) -> typing.Any:
         return _number(value, path)
     check(kind is str, f"{path}: no rule for {kind}")
     check(isinstance(value, (str, int, float)) and not isinstance(value, bool), f"{path}={value!r} must be text")
+    check("\0" not in str(value), f"{path}={value!r} holds a NUL character; remove it")
     check("${" not in str(value), f"{path}={value!r}: ${{...}} is not filled in here; write the value itself")
     return str(value)
 
@@ -173,24 +209,30 @@ def _join(path, key):
 def _number(value, path) -> float:
     try:
         return float("not a number" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{path}={value!r} must be a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{path}={repr(value)[:100]} must be a number") from None
 
 
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def _integer(value, path) -> int:
-    """An int from `4096`, `1_000_000`, `100e9` or `100B`."""
+    """An int of 64 bits from `4096`, `1_000_000`, `100e9` or `100B`."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = re.fullmatch(r"(-?[\d_]*\.?\d+(?:[eE]\+?\d+)?)\s*([KMBT]?)", str(value).strip())
-    number = float(match[1].replace("_", "")) * _SCALE[match[2]] if match else math.nan
+        number = value
+    else:
+        match = re.fullmatch(r"(-?[\d_]*\.?\d+(?:[eE]\+?\d+)?)\s*([KMBT]?)", str(value).strip())
+        exact = float(match[1].replace("_", "")) * _SCALE[match[2]] if match else math.nan
+        check(
+            math.isfinite(exact) and exact == int(exact) and not isinstance(value, bool),
+            f"{path}={repr(value)[:100]} must be a whole number such as 4096, 1_000_000 or 100B",
+        )
+        number = int(exact)
     check(
-        math.isfinite(number) and number == int(number) and not isinstance(value, bool),
-        f"{path}={value!r} must be a whole number such as 4096, 1_000_000 or 100B",
+        -(1 << 63) <= number < 1 << 63,
+        f"{path} must be a whole number of at most 64 bits, and has {number.bit_length()}",
     )
-    return int(number)
+    return number
 
 
 def _duration(value, path) -> Duration:

@@ -95,6 +95,10 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
             check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
+        # Far beyond every model there is: what a stranger's file asks for must not be what fills the memory.
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
+            check(getattr(self, name) <= 1 << 24, f"model.{name}={getattr(self, name)} must be at most {1 << 24}")
+        check(self.num_hidden_layers <= 4096, f"model.num_hidden_layers={self.num_hidden_layers} must be at most 4096")
         check(
             self.model_type in FAMILIES,
             f"model.model_type={self.model_type!r} is not supported; use one of {', '.join(FAMILIES)}",

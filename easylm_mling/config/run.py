@@ -44,6 +44,9 @@ class TrainConfig:
     spike_sigmas: float = 0.0
     # Nor does a step whose loss or gradient is not finite. This many of either kind in a row stop the run.
     max_skipped_in_a_row: int = 5
+    # After every so many steps, digests of the state go to metrics.jsonl, and a step that is done again must give the same
+    # (replay.py): it finds memory and chips that err. 0: never. Costs one reading of the state.
+    digest_every_steps: int = 0
     # A process that finishes no step (or the first one's compilation, or a save) in so long ends with exit code 85. 0: never.
     stuck_minutes: float = 30.0
     # Go back to the checkpoint of this step, once, and leave out so many batches after it (those of a spike, say).
@@ -57,6 +60,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
             check(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        check(self.batch_size <= 1 << 20, f"train.batch_size={self.batch_size} must be at most {1 << 20}")
         check(
             self.batch_size % self.accumulation_steps == 0,
             f"train.batch_size={self.batch_size} must be a multiple of train.accumulation_steps={self.accumulation_steps}",
@@ -85,6 +89,7 @@ class TrainConfig:
             self.spike_sigmas == 0 or 2 <= self.spike_sigmas < math.inf,
             f"train.spike_sigmas={self.spike_sigmas} must be 0 (no guard) or at least 2; 6 is usual",
         )
+        check(self.digest_every_steps >= 0, "train.digest_every_steps must be zero or more")
         check(self.max_skipped_in_a_row > 0, "train.max_skipped_in_a_row must be positive")
         check(self.rewind >= 0, f"train.rewind={self.rewind} must be zero or more")
         check(
@@ -144,7 +149,7 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         check(all(s == -1 or s > 0 for s in sizes), "mesh: every axis must be positive, or -1 for all that are left")
         check(sizes.count(-1) <= 1, "mesh: only one axis may be -1")
-        check(self.cpu_devices >= 0, f"mesh.cpu_devices={self.cpu_devices} must be zero or more")
+        check(0 <= self.cpu_devices <= 1024, f"mesh.cpu_devices={self.cpu_devices} must be between 0 and 1024")
 
 
 @dataclass(frozen=True)

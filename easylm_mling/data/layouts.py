@@ -132,7 +132,7 @@ def _check_json_field(path: str, layout: str, column: str, retry: Retry):
     """Raises ConfigError if none of the first rows that parse has the field: no bad record but a misspelling."""
     seen: dict[str, None] = {}
     parsed, lines = 0, 0
-    for offset, line in islice(file_lines(path, layout, 0, 1, retry), _HEAD_LINES):
+    for offset, line in islice(file_lines(path, layout, 0, 0, retry), _HEAD_LINES):
         line = line if offset else line.removeprefix(BYTE_ORDER_MARK)
         lines += bool(line.strip())
         try:

@@ -19,7 +19,7 @@ def file_lines(path: str, layout: str, start: int, end: int, retry: Retry) -> It
     """(offset in the text, line) of every line of a file from the first that begins in [start, end) on; none if none does.
 
     For a compressed layout start and end mean nothing. A line keeps its newline, except in compressed files. Raises EOFError,
-    zlib.error or ZstdError if a compressed file is damaged or cut off.
+    zlib.error or ZstdError if a compressed file is damaged or cut off, and EOFError if a plain one ends before `end`.
     """
     if layout.endswith(".gz"):
         return _compressed_lines(path, lambda: zlib.decompressobj(wbits=31), retry)
@@ -43,6 +43,8 @@ def _plain_lines(path: str, start: int, end: int, retry: Retry) -> Iterator[tupl
                 length += _rest_of_line(file)
             yield offset, line
             offset += length
+        if offset < end:
+            raise EOFError(f"it ends at byte {offset} and had {end}")
 
 
 def _rest_of_line(file, limit: float = math.inf) -> int:

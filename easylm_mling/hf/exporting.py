@@ -15,14 +15,16 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.atomic import appears_whole
-from easylm_mling.bucket import small_files, store_spec
+from easylm_mling.bucket import small_files
 from easylm_mling.checkpoint import load_info, step_directory
 from easylm_mling.config import ConfigError, ModelConfig, from_tree
+from easylm_mling.digest import Pieces, leaf_name
 from easylm_mling.hf.card import write_card
 from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
-from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.hf.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.hf.importing import DTYPES, INDEX
 from easylm_mling.params import Parameter, parameter_table
+from easylm_mling.stored import open_store
 
 _TAGS = {"bfloat16": "BF16", "float32": "F32"}
 _PIECE = 64_000_000  # bytes read at a time
@@ -59,6 +61,7 @@ def export_hf(
     if max_shard_bytes <= 0:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
     where = step_directory(checkpoint_dir, step)
+    check_inside(small_files(checkpoint_dir) / TOKENIZER_FOLDER)
     model = stored_model(checkpoint_dir, int(where.name))
     target = DTYPES[_TAGS[dtype]]
     read = open_parameters(where, model, target)
@@ -85,7 +88,10 @@ def export_hf(
 def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:
     """The shape of the model in a checkpoint, of a run or imported."""
     info = load_info(checkpoint_dir, step)
-    return from_tree(ModelConfig, info["model"] if "model" in info else info["config"]["model"])
+    model = info["model"] if "model" in info else info.get("config", {}).get("model")
+    if not isinstance(model, dict):
+        raise ConfigError(f"{checkpoint_dir}: its info names no model; use another checkpoint")
+    return from_tree(ModelConfig, model)
 
 
 def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> dict[str, list[Tensor]]:
@@ -132,47 +138,51 @@ def shard_index(shards: dict[str, list[Tensor]]) -> dict:
 def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], Iterator[np.ndarray]]:
     """A function that reads one tensor from a checkpoint step, rounded to `dtype`: flat arrays that make it one after another.
 
-    Raises ConfigError when a parameter is not stored in the shape that `model` says, or cannot be read.
+    Raises ConfigError when a parameter is not stored in the shape that `model` says, cannot be read, or has proved not to
+    be what was saved once all of it is read.
     """
     stores = open_stores(step_dir, model)
+    saved = load_info(step_dir.parent.parent, int(step_dir.name)).get("digests", {})
+    found = {path: Pieces() for path in stores}
 
     def read(tensor: Tensor) -> Iterator[np.ndarray]:
-        store = stores[tensor.parameter.path]
+        p = tensor.parameter
+        store, pieces = stores[p.path], found[p.path]
+        view = store if tensor.layer is None else store[tensor.layer]
         try:
-            yield from _in_order(store if tensor.layer is None else store[tensor.layer], dtype)
+            yield from _in_order(view, dtype, pieces, (tensor.layer or 0) * view.size)
         except ValueError as error:
-            raise _unreadable(step_dir, tensor.parameter, error) from None
+            raise _unreadable(step_dir, p, error) from None
+        if pieces.size == store.size:
+            wanted = saved.get(leaf_name("params", *p.path.split(".")), str(pieces))
+            if str(pieces) != wanted:
+                raise ConfigError(f"{step_dir}: parameter {p.path} is not what was saved; use another step")
 
     return read
 
 
 def open_stores(step_dir: Path, model: ModelConfig) -> dict[str, ts.TensorStore]:
-    """The stored parameters by path. Through tensorstore and not Orbax, which would restore whole stacks."""
-    base = {"driver": "ocdbt", "base": store_spec(f"{step_dir}/params")}
-    stores = {}
-    for p in parameter_table(model):
-        try:
-            spec = {"driver": "zarr3", "kvstore": base | {"path": f"{p.path}/"}}
-            stores[p.path] = ts.open(spec, open=True, read=True).result()
-        except ValueError as error:
-            raise _unreadable(step_dir, p, error) from None
-        found, wanted = (stores[p.path].shape, stores[p.path].dtype.name), (p.shape, "float32")
-        if found != wanted:
-            raise ConfigError(f"{step_dir}: parameter {p.path} is {found}, not {wanted}; use another step")
-    return stores
+    """The stored parameters by path."""
+    return {p.path: open_store(step_dir, p.path, p.shape) for p in parameter_table(model)}
 
 
-def _in_order(view: ts.TensorStore, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The values of `view`, flat, in pieces where it is stored by rows; else at once, since every chunk holds all rows."""
+def _in_order(view: ts.TensorStore, dtype: np.dtype, digest: Pieces, first: int) -> Iterator[np.ndarray]:
+    """The values of `view`, flat, in pieces where it is stored by rows; else at once, since every chunk holds all rows.
+
+    `digest` sees them; in its array, flat, those of the view begin at `first`.
+    """
     axis, pieces = _pieces(view)
-    if axis == 0:
-        for values in _read_ahead(view, pieces):
-            yield values.astype(dtype).reshape(-1)
-        return
-    whole = np.empty(view.shape, dtype)
+    stride, inner = math.prod(view.shape[axis:]), math.prod(view.shape[axis + 1 :])
+    whole = None if axis == 0 else np.empty(view.shape, dtype)
     for piece, values in zip(pieces, _read_ahead(view, pieces), strict=True):
-        whole[piece] = values
-    yield whole.reshape(-1)
+        rows = np.ascontiguousarray(values).reshape(math.prod(view.shape[:axis]), -1)
+        digest.add(rows, first + piece[axis].start * inner, stride)
+        if whole is None:
+            yield values.astype(dtype).reshape(-1)
+        else:
+            whole[piece] = values
+    if whole is not None:
+        yield whole.reshape(-1)
 
 
 def _read_ahead(view: ts.TensorStore, pieces: list[tuple[slice, ...]]) -> Iterator[np.ndarray]:

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from easylm_mling.config import ConfigError
+
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -29,3 +31,10 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     for name, file in found.items():
         shutil.copyfile(file, target / name)
     return list(found)
+
+
+def check_inside(folder: Path):
+    """Raise ConfigError if a tokenizer's file in `folder` is a link to somewhere else: what is copied may be published."""
+    for name in TOKENIZER_FILES:
+        if not (folder / name).resolve().is_relative_to(folder.parent.resolve()):
+            raise ConfigError(f"{folder / name} is a link to a file elsewhere; put the file itself in its place")

@@ -17,7 +17,9 @@ from easylm_mling.plan.slices import GiB, find_slice
 
 COMPILER_BYTES = 4 * GiB  # of this machine's memory: one compilation of the largest models here takes 3
 # Settings that the compiled step does not depend on.
-_NOT_COMPILED = {"budget_tokens", "seed", "log_every_steps", "stop_at_step", "max_skipped_in_a_row", "remat_memory"}
+_NOT_COMPILED = {
+    "budget_tokens", "seed", "log_every_steps", "digest_every_steps", "stop_at_step", "max_skipped_in_a_row", "remat_memory"
+}  # fmt: skip
 
 
 def step_seconds(measured: dict) -> float:

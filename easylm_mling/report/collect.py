@@ -16,6 +16,9 @@ WHOLE = (
     "data_wait_seconds", "hbm_peak_bytes",
 )  # fmt: skip
 _OF_MANY, _LISTED = 400, 200
+# Speeds are means of so many lines: what one step takes, as the host sees it, depends on what waited for it before.
+_SPEEDS, _LINES, _FEWEST_LINES = ("step_seconds", "data_wait_seconds"), 8, 4
+_RATES = ("tokens_per_second", "mfu", "tflops_per_chip")
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Findings:
     languages: dict[tuple[str, str], Curve] = field(default_factory=dict)
     validation: Curve = field(default_factory=Curve)
     skips: list[int] = field(default_factory=list)
+    recent: deque = field(default_factory=lambda: deque(maxlen=_LINES))
     train: dict = field(default_factory=dict)  # the last lines
     evaluation: dict = field(default_factory=dict)
     counted: dict = field(default_factory=dict)
@@ -87,6 +91,7 @@ def _take(found: Findings, line: dict):
     kind, x = line.get("kind"), line["step"] * found.config.tokens_per_step
     sources = found.config.data.sources
     if kind == "train":
+        line = _smoothed(found, line)
         for name, curve in found.curves.items():
             curve.add(x, line.get(name))
         for name, loss in line.get("sources", {}).items():
@@ -111,6 +116,18 @@ def _take(found: Findings, line: dict):
         found.news.extend((line["step"], text) for text in line.get("news", ()))
     elif kind == "export":
         found.exports.append(line)
+
+
+def _smoothed(found: Findings, line: dict) -> dict:
+    if line["step"] <= found.step or not line.get("step_seconds"):
+        found.recent.clear()
+        return line
+    found.recent.append(line)
+    if len(found.recent) < _FEWEST_LINES:
+        return {k: v for k, v in line.items() if k not in (*_SPEEDS, *_RATES)}
+    means = {name: sum(r.get(name) or 0.0 for r in found.recent) / len(found.recent) for name in _SPEEDS}
+    part = line["step_seconds"] / means["step_seconds"]
+    return {**line, **means, **{k: line[k] * part for k in _RATES if line.get(k)}}
 
 
 def _happened(found: Findings, event: dict):

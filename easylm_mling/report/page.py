@@ -1,6 +1,5 @@
 """The page: one HTML file that holds everything it shows. What comes from a run is data: escaped, and no script runs."""
 
-import re
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from easylm_mling.atomic import write_whole
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.console import duration_text, tokens_text
-from easylm_mling.events import KINDS
+from easylm_mling.events import KINDS, without_secrets
 from easylm_mling.model_flops import model_flops
 from easylm_mling.params import parameter_count
 from easylm_mling.report.collect import Findings, collect
@@ -115,7 +114,10 @@ def _losses(found: Findings) -> str:
     each = [Line(n, found.held_out[n].points, i, "marked") for i, n in enumerate(names) if n in found.held_out]
     train = [Line(n, found.training[n].points, i) for i, n in enumerate(names) if n in found.training]
     languages = sorted(found.languages, key=lambda key: -_tokens(found, *key))[:_CURVES]
-    spoken = [Line(f"{n}: {v}", found.languages[n, v].points, i, "marked") for i, (n, v) in enumerate(languages)]
+    one = len({n for n, _ in languages}) == 1
+    spoken = [
+        Line(v if one else f"{n}: {v}", found.languages[n, v].points, i, "marked") for i, (n, v) in enumerate(languages)
+    ]
     charts = (
         chart("Loss", of_all, marks=marks, unit="nats a token"),
         chart("Held-out loss of each source", each, marks=marks, unit="nats a token"),
@@ -143,7 +145,19 @@ def _data(found: Findings) -> str:
             (escape(name), f"{wanted:.2%}", f"{share:.2%}", bar, tokens_text(s["tokens"]), f"{s['documents']:,}", epochs,
              f"{s['bad']:,}", *_first_last(curve))
         )  # fmt: skip
-    heads = ("source", "planned", "consumed", "", "tokens", "documents", "epochs", "bad records", "held out", "now", "")
+    heads = (
+        "<source",
+        "planned",
+        "consumed",
+        "",
+        "tokens",
+        "documents",
+        "epochs",
+        "bad records",
+        "held out at first",
+        "now",
+        "",
+    )
     parts = [_table(heads, rows, f"and {len(ledger) - _ROWS} more" if len(ledger) > _ROWS else "")]
     parts.append('<p class="soft">The bar is the share consumed, the upright mark in it the plan.</p>')
     spoken = []
@@ -154,7 +168,7 @@ def _data(found: Findings) -> str:
         cells = (escape(language), escape(source), tokens_text(c["tokens"]), f"{c['documents']:,}", epochs)
         spoken.append((*cells, *_first_last(curve)))
     if spoken:
-        heads = ("language", "source", "tokens", "documents", "epochs", "held out", "now", "")
+        heads = ("<language", "<source", "tokens", "documents", "epochs", "held out at first", "now", "")
         more = f"and {len(pairs) - _ROWS} more" if len(pairs) > _ROWS else ""
         parts.append(f"<h2>Languages, at the last checkpoint</h2>{_table(heads, spoken, more)}")
     return _section("Data: what was consumed, beside the plan", "".join(parts))
@@ -183,7 +197,7 @@ def _speed(found: Findings) -> str:
         ),
     )
     flops = model_flops(found.config.model, found.config.data.sequence_length) / found.config.data.sequence_length
-    note = "Upright lines are restarts. " + (
+    note = "Upright lines are restarts; speeds are means of eight lines of metrics.jsonl. " + (
         ""
         if curves["mfu"].points
         else f"The peak of these devices is not known, so there is no MFU ({flops:.3g} FLOPs a token)."
@@ -214,13 +228,10 @@ def _health(found: Findings) -> str:
         chart("Learning rate", [Line("", curves["learning_rate"].points, 2)]),
         chart("Parameter norm", [Line("", curves["parameter_norm"].points, 3)]),
     )
-    skipped = found.train.get("skipped", 0)
-    note = (
-        f"{skipped:,} steps changed nothing because something in them was not finite (x in the gradient norm)."
-        if skipped
-        else ""
-    )
-    note = note or "Every step was finite; none was left out."
+    skipped, spikes = found.train.get("skipped", 0), found.train.get("spikes", 0)
+    note = "Every step was finite and none was left out."
+    if skipped:
+        note = f"{skipped:,} steps changed nothing: {spikes:,} were spikes, the others not finite (x in the gradient norm)."
     return _section("Gradient and optimizer", "".join(charts), grid=True) + f'<p class="soft">{note}</p>'
 
 
@@ -230,12 +241,15 @@ def _history(found: Findings) -> str:
         after = found.attempts[i + 1] if i + 1 < len(found.attempts) else None
         again = max(0, a.last - after.first + 1) if after and after.first else 0
         word, look = _ENDED[a.end["event"]] if a.end else ("killed" if after else "running, or killed", "warn")
-        why = str(a.end.get("error") or "") if a.end else ""
+        why = str(a.end.get("error") or a.end.get("why") or "") if a.end else ""
         steps = f"{a.first:,} to {a.last:,}" if a.first else "-"
-        where = f"{a.start.get('devices', '-')} x {a.start.get('device_kind', '-')}, {a.start.get('hosts', '-')} hosts"
+        where = (
+            f"{a.start.get('devices', '-')} x {a.start.get('device_kind', '-')}, {a.start.get('hosts', '-')} host"
+            + ("s" if a.start.get("hosts") != 1 else "")
+        )
         rows.append((str(a.number), _when(a.start["time"]), steps, f"{again:,}" if again else "",
                      f'<span class="{look}">{word}</span>', escape(where), f'<span class="wide">{escape(why)}</span>'))  # fmt: skip
-    heads = ("attempt", "began", "steps", "done again", "ended", "on", "error")
+    heads = ("<attempt", "<began", "<steps", "done again", "<ended", "<on", "<why")
     saves = []
     for e in reversed(found.saves):
         size = f"{e['bytes'] / 1e6:,.0f} MB" if "bytes" in e else ""
@@ -249,7 +263,7 @@ def _history(found: Findings) -> str:
     parts = [_section("Attempts", _table(heads, rows))] if rows else []
     if saves:
         title = f"Checkpoints: {found.saved:,} saved, {found.failed_saves:,} failed"
-        heads = ("step", "what", "when", "stood still", "size", "")
+        heads = ("<step", "<what", "<when", "stood still", "size", "<")
         parts.append(
             _section(
                 title, _table(heads, saves[:_ROWS], "older ones are in events.jsonl" if len(saves) > _ROWS else "")
@@ -258,7 +272,7 @@ def _history(found: Findings) -> str:
     news = [(f"{step:,}", f'<span class="wide">{escape(str(text))}</span>') for step, text in reversed(found.news)]
     news += [(f"{e['step']:,}", f"exported in {escape(str(e.get('dtype')))}") for e in found.exports]
     if news:
-        parts.append(_section("News", _table(("step", "what"), news)))
+        parts.append(_section("News", _table(("<step", "<what"), news)))
     return "".join(parts)
 
 
@@ -271,13 +285,7 @@ def _settings(found: Findings) -> str:
     ]
     text = f'<div class="card"><details><summary>config.yaml</summary><pre>{escape(without_secrets(found.config_text))}</pre></details></div>'
     parts = _section("Config", text)
-    return parts + (_section("Environment, of the last attempt", _table(("", ""), rows)) if rows else "")
-
-
-def without_secrets(text: str) -> str:
-    """Addresses without what may be a key in them: names before an @, and everything behind a question mark."""
-    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
-    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)
+    return parts + (_section("Environment, of the last attempt", _table(("<", "<"), rows)) if rows else "")
 
 
 def _marks(found: Findings) -> list[tuple[float, str]]:
@@ -317,8 +325,10 @@ def _nothing(text: str) -> str:
 
 
 def _table(heads: tuple, rows: list[tuple], more: str = "") -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    """Cells are HTML already. A head that begins with < is that of a column of text, which stands to the left."""
+    text = [" class=text" if h.startswith("<") else "" for h in heads]
+    top = "".join(f"<th{c}>{escape(h.lstrip('<'))}</th>" for h, c in zip(heads, text, strict=True))
+    lines = ("".join(f"<td{c}>{cell}</td>" for cell, c in zip(row, text, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     note = f'<p class="soft">{escape(more)}</p>' if more else ""
     return f'<div class="card"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>{note}</div>'

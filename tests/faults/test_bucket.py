@@ -160,7 +160,8 @@ def test_slow_and_flaky_storage_costs_time_only(undisturbed, proxy, ways):
     train_here(run_dir, "train.stop_at_step=5", "checkpoint.max_failed=9")
     train_here(run_dir, "checkpoint.max_failed=9")
     assert proxy.failed > 50
-    failed = [e for e in read_event_log(small_files(run_dir) / "events.jsonl") if e["event"] == "save_failed"]
+    events = read_event_log(small_files(run_dir) / "events.jsonl")
+    failed = [event for event in events if event["event"] == "save_failed"]
     assert len(failed) == 0 or ways is WAYS_TO_FAIL
     proxy.fail_every = 0
     assert_same_bits(outcome(run_dir), undisturbed)

@@ -1,6 +1,7 @@
 """A checkpoint that is not what was saved is noticed, set aside and told (row 5); the run goes on from the one before, to the bit."""
 
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,28 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from processes import assert_same_bits, outcome, train_here
 
-from easylm_mling.digest import digests
+import easylm_mling.checkpoint
+from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.config import ConfigError, to_tree
+from easylm_mling.digest import Pieces, digests, leaf_name
 from easylm_mling.exits import NO_CHECKPOINT, NoUsableCheckpoint, tell
+from easylm_mling.generate import load_model
+from easylm_mling.hf.exporting import export_hf, stored_model
 
 # Orbax leaves its coroutines behind when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     train_here(run_dir)
-    return outcome(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run):
+    return outcome(undisturbed_run)
 
 
 def flip(file):
@@ -67,6 +78,58 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
         train_here(run_dir)
     assert tell(told.value) == NO_CHECKPOINT == 3
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["4", "8"]
+
+
+def test_parameters_that_are_taken_from_a_damaged_checkpoint_are_named(undisturbed_run, tmp_path):
+    """By init_from, by sample (which loads likewise) and by export-hf: of a run, and of an imported checkpoint."""
+    shutil.copytree(undisturbed_run, tmp_path / "run")
+    model = stored_model(undisturbed_run)
+    params, _ = load_model(undisturbed_run)[1:]
+    with Checkpoints(tmp_path / "imported") as checkpoints:
+        checkpoints.save_params(params, {"model": to_tree(model)})
+    shutil.copytree(tmp_path / "imported", tmp_path / "whole")
+    for name, step in (("run", "10"), ("imported", "0")):
+        damaged = tmp_path / name
+        flip(largest(damaged / "checkpoints" / step / "params"))
+        with pytest.raises(ConfigError, match=r"\['params'\]\['[a-z_]+'\].* is not what was saved; use another step"):
+            train_here(tmp_path / "next", f"init_from={damaged}")
+        with pytest.raises(ConfigError, match=r"\['params'\]\['[a-z_]+'\].* is not what was saved; use another step"):
+            load_model(damaged)
+        with pytest.raises(ConfigError, match=r"parameter [a-z_.]+ is not what was saved; use another step"):
+            export_hf(damaged, tmp_path / "hf")
+        assert not (tmp_path / "hf").exists() and not list((tmp_path / "next").glob("checkpoints/*"))
+        os.truncate(largest(damaged / "checkpoints" / step / "params"), 10_000)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_model(damaged)
+    assert "parameters taken from" in train_here(
+        tmp_path / "next", f"init_from={tmp_path / 'whole'}", "train.stop_at_step=1"
+    )
+
+
+def test_the_host_finds_the_digest_of_a_device_piece_by_piece():
+    x = np.random.default_rng(0).normal(size=(3, 70, 900)).astype(np.float32)
+    wanted = digests({"x": jnp.asarray(x)})[leaf_name("x")]
+    for axis, cut in ((0, 20), (1, 300), (1, 1)):
+        pieces = Pieces()
+        for layer in (2, 0, 1):
+            for start in range(0, x.shape[1 + axis], cut):
+                part = np.take(x[layer], range(start, min(start + cut, x.shape[1 + axis])), axis)
+                first = layer * x[0].size + start * (900 if axis == 0 else 1)
+                pieces.add(part.reshape(1, -1) if axis == 0 else part, first, 900)
+        assert pieces.size == x.size and str(pieces) == wanted
+    pieces.add(x[:1, :1, 0], 0, 1)
+    assert str(pieces) != wanted
+
+
+def test_a_checkpoint_without_a_spike_guard_is_resumed_with_an_empty_one(undisturbed, tmp_path, monkeypatch):
+    """As they were before guard.py: neither the window nor its count lay in them."""
+    whole = easylm_mling.checkpoint._training
+    with monkeypatch.context() as patch:
+        older = lambda state: {k: v for k, v in whole(state).items() if k not in ("spikes", "recent")}  # noqa: E731
+        patch.setattr(easylm_mling.checkpoint, "_training", older)
+        train_here(tmp_path / "run", "train.stop_at_step=4")
+    assert "resumed from the checkpoint of step 4" in train_here(tmp_path / "run")
+    assert_same_bits(outcome(tmp_path / "run"), undisturbed)
 
 
 def test_a_digest_is_of_every_bit_and_of_no_mesh():

@@ -13,6 +13,8 @@ import time
 import pytest
 from processes import assert_same_bits, ends, outcome, printed, run, start
 
+from easylm_mling.metrics import TIMINGS
+
 MOMENTS = int(os.environ.get("EASYLM_MLING_KILLS", 3))
 SETTINGS = (
     "checkpoint.every_steps=2",
@@ -44,7 +46,7 @@ def wait_for_a_moment(processes, run_dir, rng, in_a_save):
 @pytest.mark.faults
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_again_and_again(tmp_path, count):
-    run(tmp_path / "undisturbed", 1, *SETTINGS)
+    run(tmp_path / "undisturbed", 1, *SETTINGS, seconds=1800)
     undisturbed = outcome(tmp_path / "undisturbed")
     rng, struck, starts, runs = random.Random(count), {"a step": 0, "a save": 0, "neither": 0}, 0, 0
     while min(struck["a step"], struck["a save"]) < MOMENTS:
@@ -56,13 +58,14 @@ def test_killed_again_and_again(tmp_path, count):
                 before = last_step(run_dir)
                 wait_for_a_moment(processes, run_dir, rng, struck["a save"] < struck["a step"])
                 rng.choice(processes).kill()
-            codes = ends(run_dir, processes, 400)
+            codes = ends(run_dir, processes, 1800 if not killing else 400)
             # The others: found out (85), were told by JAX (SIGABRT), or were done.
             assert set(codes) <= {0, 85, -signal.SIGKILL, -signal.SIGABRT}, printed(run_dir)
             if killing and -signal.SIGKILL in codes:
                 # What a save leaves behind that was not done.
                 where = "a save" if saving(run_dir) else "a step" if last_step(run_dir) > before else "neither"
                 struck[where] += 1
+                print(f"{count} processes: {struck}", flush=True)
         assert_same_bits(outcome(run_dir), undisturbed)
         assert_every_line_was_the_same(run_dir)
         runs += 1
@@ -78,5 +81,5 @@ def assert_every_line_was_the_same(run_dir):
         except json.JSONDecodeError:
             continue  # a kill cut it short
         if line["kind"] in ("train", "eval"):
-            what = {k: v for k, v in line.items() if k not in ("time", "tokens_per_second")}
+            what = {k: v for k, v in line.items() if k not in TIMINGS}
             assert first.setdefault((line["kind"], line["step"]), what) == what

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from . import machine as m
 from .bucket import STALE_SECONDS, Bucket, State
 from .logs import last_errors
-from .records import tail
+from .records import speed, tail
 from .run_file import RunFile
 
 
@@ -60,7 +60,7 @@ def _training(metrics: list[dict], events: list[dict], bucket: Bucket, now: floa
     if not train:
         return [("step", "none yet")]
     last = max(train, key=lambda x: x["step"])
-    budget, tokens, rate = _budget(bucket), last.get("tokens", 0), last.get("tokens_per_second")
+    budget, tokens, rate = _budget(bucket), last.get("tokens", 0), speed(train)
     share = f" of {count(budget)}, {tokens / budget:.1%}" if budget else ""
     left = f", {span((budget - tokens) / rate)} left" if budget and rate and tokens < budget else ""
     loss = "not finite" if last.get("loss") is None else f"{last['loss']:.4f}"

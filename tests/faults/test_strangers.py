@@ -1,0 +1,286 @@
+"""What strangers may hand over, and what may not get out: configs, checkpoints, paths, and the secrets of the environment.
+
+Configs are read in this process; what a checkpoint does is seen in one of its own, which says what code it tried to run and
+by how much its memory grew.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from hashlib import blake2b
+from pathlib import Path
+
+import jax
+import pytest
+import tensorstore as ts
+import zstandard
+from processes import ROOT, TINY, ends, printed, start
+
+from easylm_mling.__main__ import main
+from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.config import ConfigError, ModelConfig, load, to_tree
+from easylm_mling.step import init_params
+
+DEMO = (ROOT / "configs/demo.yaml").read_text()
+
+
+def with_budget(text: str) -> str:
+    return DEMO.replace("450_000", text)
+
+
+def bomb() -> str:
+    """Ten lines that stand for 10^10 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefghi", "bcdefghij", strict=True)]
+    return "\n".join(lines)
+
+
+CONFIGS = {
+    "a bomb of aliases": (bomb(), "cannot be read as YAML"),
+    "a tag that runs a command": (
+        "run_dir: !!python/object/apply:os.system ['touch OWNED']",
+        "could not determine a constr",
+    ),
+    "a tag that names a function": ("run_dir: !!python/name:os.system", "could not determine a constructor"),
+    "a number of 5000 digits": (with_budget("9" * 5000), "a value of over 2000 letters"),
+    "a number of 30 digits": (with_budget("9" * 30), "at most 64 bits"),
+    "a hexadecimal number of 1500 digits": (with_budget("0x" + "f" * 1500), "at most 64 bits"),
+    "a number without end": (with_budget("1e400"), "train.budget_tokens=inf must be a whole number"),
+    "a number that is text": (with_budget("1" * 1900 + "x"), "must be a whole number"),
+    "a million brackets": ("a: " + "[" * 400_000 + "]" * 400_000, "more than 20 levels"),
+    "thirty levels": (DEMO + "\nmore: " + "{a: " * 30 + "1" + "}" * 30, "more than 20 levels"),
+    "a file of two megabytes": ("x: '" + "y" * 2_000_000 + "'", "over 1 MB"),
+    "no YAML": ("a: [", "cannot be read as YAML"),
+    "a key that is a list": (DEMO + "\n? [a, b]\n: 2\n", "cannot be read as YAML"),
+    "a secret of the environment": (DEMO.replace("runs/demo", "${oc.env:HF_TOKEN}"), "is not filled in here"),
+    "a NUL in a path": (DEMO.replace("runs/demo", '"a\\0b"'), "NUL"),
+    "a source named ../../x": (DEMO.replace("cc100-ja:", "../../x:"), "data.sources: the name '../../x'"),
+    "a layer as wide as the world": (
+        DEMO.replace("hidden_size: 128", "hidden_size: 1_000_000_000_000"),
+        "at most 16777216",
+    ),
+    "a billion layers": (DEMO.replace("num_hidden_layers: 4", "num_hidden_layers: 1_000_000_000"), "at most 4096"),
+    "a batch of a billion rows": (DEMO.replace("batch_size: 16", "batch_size: 1_600_000_000"), "at most 1048576"),
+    "a million devices": (DEMO.replace("cpu_devices: 8", "cpu_devices: 1_000_000"), "between 0 and 1024"),
+}
+
+
+@pytest.mark.parametrize("text, message", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_from_a_stranger_costs_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as told:
+        load(["config.yaml"])
+    assert message in str(told.value) and "\n" not in str(told.value) and "hf_secret" not in str(told.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_an_override_is_the_text_that_it_is():
+    read = lambda *given: load(["configs/demo.yaml"], given)  # noqa: E731
+    os.chdir(ROOT)
+    for text in ("a #b", "a: b", "a\nb", "*x", "@home", "%d", "it's", '"a" b', "한국어 $(touch OWNED) `x`"):
+        if text != "a: b":
+            assert read(f"run_dir={text}").run_dir == text
+    with pytest.raises(ConfigError, match="run_dir="):
+        read("run_dir=a: b")
+    assert read("run_dir='a: b'").run_dir == "a: b" and read("train.budget_tokens=1e6").train.budget_tokens == 1_000_000
+    assert read("init_from=null").init_from is None and read("mesh.cpu_devices=4").mesh.cpu_devices == 4
+
+
+def test_odd_names_of_folders_and_files(tmp_path, capsys):
+    """Spaces, quotes, a line break, what a shell would run, and letters of other scripts, in every path that a run has."""
+    odd = tmp_path / "a  b \"c\" 'd' $(touch OWNED) ; # %s 한국어 日本\nnext"
+    shutil.copytree(ROOT / "data/sample", odd / "data/sample")
+    settings = [x for x in TINY if "mesh" not in x] + ["mesh.cpu_devices=0"]
+    paths = [f"data.tokenizer={odd}/data/sample/tokenizer/tokenizer.model"]
+    for name, source in load([str(ROOT / "configs/demo.yaml")]).data.sources.items():
+        paths.append(f"data.sources.{name}.paths={odd}/{source.paths[0]}")
+    command = ["train", str(ROOT / "configs/demo.yaml"), *settings, *paths, f"run_dir={odd}/run"]
+    assert main([*command, "train.stop_at_step=1"]) == 0, capsys.readouterr().err
+    assert main([*command, "train.stop_at_step=2", "train.digest_every_steps=1"]) == 0
+    assert main(["export-hf", f"{odd}/run", f"{odd}/hf"]) == 0
+    assert main(["summary", f"{odd}/run"]) == 0
+    assert main(["data", "audit", f"{odd}/run", "--step", "2", "--row", "0"]) == 0
+    assert main([*command, f"init_from={odd}/run", f"run_dir={odd}/next", "train.stop_at_step=1"]) == 0
+    assert "resumed from the checkpoint of step 1" in capsys.readouterr().out
+    assert sorted(p.name for p in odd.iterdir()) == ["data", "hf", "next", "run"]
+    assert [p.name for p in tmp_path.iterdir()] == [odd.name] and not list(Path.cwd().glob("OWNED"))
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_canary0123456789",
+    "WANDB_API_KEY": "wandb_canary0123456789",
+    "AWS_SECRET_ACCESS_KEY": "aws/canary0123456789",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/home/canary0123456789/key.json",
+    "HTTPS_PROXY": "http://user:canary0123456789@proxy:1",
+    "GITHUB_TOKEN": "ghp_canary0123456789",
+}
+
+
+@pytest.mark.faults
+def test_no_secret_of_the_environment_is_written_anywhere(tmp_path):
+    """Not by a run that goes well, by one that resumes, nor by ones that fail."""
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    for stop in ("2", "4"):
+        [process] = start(run_dir, 1, f"train.stop_at_step={stop}", "train.digest_every_steps=1", environment=SECRETS)
+        assert ends(run_dir, [process]) == [0], printed(run_dir)
+    for wrong in ("run_dir=${oc.env:HF_TOKEN}", "data.sources.skypile.paths=s3://bucket/*.jsonl", "train.seed=1"):
+        [process] = start(other if wrong.startswith("data") else run_dir, 1, wrong, environment=SECRETS)
+        assert ends(run_dir, [process]) in ([1], [2])
+    said = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(said) > 20
+    for path in said:
+        assert b"canary0123456789" not in path.read_bytes(), path
+
+
+# What loads the parameters of a checkpoint, in a process that tells on it.
+VICTIM = """
+import json, resource, sys
+ran = []
+def hook(event, arguments):
+    if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
+        ran.append(event)
+sys.addaudithook(hook)
+from easylm_mling.exits import tell
+from easylm_mling.generate import load_model
+from easylm_mling.hf.exporting import export_hf
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+code = 0
+try:
+    load_model(sys.argv[1])
+    export_hf(sys.argv[1], sys.argv[2])
+except BaseException as error:
+    code = tell(error) or "traceback: " + repr(error)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+print("RESULT", json.dumps([code, ran, grown]))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "imported"
+    model = ModelConfig(512, 32, 64, 2, 4, 2, 8)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save_params(jax.jit(lambda: init_params(model, 0))(), {"model": to_tree(model)})
+    return directory
+
+
+def stored(directory):
+    return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/checkpoints/0/params/"}).result()
+
+
+def edit_array(directory, change, key="embed_tokens/zarr.json"):
+    header = json.loads(stored(directory).read(key).result().value)
+    change(header)
+    stored(directory).write(key, json.dumps(header).encode()).result()
+
+
+def edit_info(directory, change):
+    """As its own writer would: with a digest that fits."""
+    path = directory / "checkpoints/0/info/_strings.json"
+    kept = json.loads(path.read_text())
+    text = change(json.loads(kept["json"]))
+    path.write_text(json.dumps({"json": text, "digest": blake2b(text.encode(), digest_size=8).hexdigest()}))
+
+
+def cut(header, shape, codecs=None):
+    header["chunk_grid"]["configuration"]["chunk_shape"] = shape
+    if codecs:
+        header["codecs"] = codecs
+    else:
+        header["codecs"][0]["configuration"]["chunk_shape"] = shape
+
+
+def packed_zeros(directory, shape):
+    """131 kB that unpack to 4 GB."""
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 1}}]
+    edit_array(directory, lambda h: cut(h, shape, codecs))
+    packer, zeros = zstandard.ZstdCompressor().compressobj(size=1 << 32), bytes(1 << 24)
+    parts = [packer.compress(zeros) for _ in range(256)]
+    stored(directory).write("embed_tokens/c/0/0", b"".join(parts) + packer.flush()).result()
+
+
+def text_in(directory, name, old, new):
+    path = directory / "checkpoints/0" / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def crc32c(data: bytes) -> int:
+    """Castagnoli's, of which a manifest's last four bytes are."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def reach_outside(directory):
+    """The database's index says that its node lies four folders up."""
+    params = directory / "checkpoints/0/params"
+    [node] = (params / "d").iterdir()
+    name = "../../../../" + "n" * 22
+    shutil.move(node, params / name)
+    manifest = (params / "manifest.ocdbt").read_bytes()[:-4].replace(f"d/{node.name}".encode(), name.encode())
+    assert name.encode() in manifest
+    (params / "manifest.ocdbt").write_bytes(manifest + struct.pack("<I", crc32c(manifest)))
+
+
+def link_the_tokenizer(directory):
+    (directory / "tokenizer").mkdir()
+    (directory.parent / "secret").write_text("canary0123456789")
+    (directory / "tokenizer/tokenizer.model").symlink_to(directory.parent / "secret")
+
+
+HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+# What was done to it, and what is said; None: nothing, for it does no harm.
+CHECKPOINTS = {
+    "nothing": (lambda d: None, None),
+    "an array of 4 EiB": (lambda d: edit_array(d, lambda h: h.update(shape=[1 << 40, 1 << 20])), "is ((1099511627776"),
+    "an array of doubles": (lambda d: edit_array(d, lambda h: h.update(data_type="float64")), "'float64'), not"),
+    "chunks of 4 GB": (lambda d: edit_array(d, lambda h: cut(h, [1 << 20, 1 << 10])), "cut in other chunks"),
+    "4 GB packed into 131 kB": (lambda d: packed_zeros(d, [1 << 20, 1 << 10]), "do not trust it"),
+    "the same in a chunk that looks well": (lambda d: packed_zeros(d, [512, 32]), "do not trust it"),
+    "code as the reader of its parts": (lambda d: text_in(d, "_CHECKPOINT_METADATA", HANDLER, "os.system"), None),
+    "code as the type of its values": (lambda d: text_in(d, "params/_METADATA", "jax.Array", "os.system"), None),
+    "a model of 4 TB": (
+        lambda d: edit_info(
+            d, lambda i: json.dumps({"model": i["model"] | {"vocab_size": 1 << 24, "hidden_size": 1 << 16}})
+        ),
+        "not ((16777216, 65536)",
+    ),
+    "a model of text": (
+        lambda d: edit_info(d, lambda i: json.dumps({"model": i["model"] | {"vocab_size": "$(touch OWNED)"}})),
+        "must be a whole number",
+    ),
+    "info that is nested without end": (
+        lambda d: edit_info(d, lambda i: "[" * 200_000 + "]" * 200_000),
+        "cannot be read",
+    ),
+    "info that is no info": (lambda d: edit_info(d, lambda i: "[1]"), "cannot be read"),
+    "info without a model": (lambda d: edit_info(d, lambda i: "{}"), "names no model"),
+    "an index that reaches outside": (reach_outside, "Invalid key"),
+    "a tokenizer that is a link to a secret": (link_the_tokenizer, "is a link to a file elsewhere"),
+    "a step that is a link elsewhere": (lambda d: (d / "checkpoints/7").symlink_to("/etc"), "error: "),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("attack, message", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_from_a_stranger_runs_nothing_and_fills_nothing(checkpoint, tmp_path, attack, message):
+    directory = tmp_path / "inside" / "checkpoint"
+    shutil.copytree(checkpoint, directory)
+    attack(directory)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", VICTIM, str(directory), str(tmp_path / "hf")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    code, ran, megabytes = json.loads(done.stdout.rpartition("RESULT ")[2])
+    assert ran == [] and megabytes < 300, done.stdout
+    # Nothing is exported of what is refused, and nothing else appears.
+    assert code == (0 if message is None else 2) and (message or "") in done.stderr, done.stdout + done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"inside", *(["hf"] if code == 0 else [])}
