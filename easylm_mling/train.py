@@ -270,24 +270,29 @@ def evaluate_and_tell(run: Run, state: TrainState):
 def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     """Start to save the step, with the whole run's data state.
 
-    A save that fails is told; the `last` one's, or too many in a row, ends the run.
+    A save that fails is told, and too many in a row end the run. The `last` one is waited for, and tried again.
     """
     step, checkpoints = int(state.step), run.checkpoints
     info = {"config": to_tree(run.config), "tokens": step * run.config.tokens_per_step, **run.data.fingerprints}
     info |= {"rewinds": run.rewinds}
     run.watch.log.write("languages", step, languages=run.data.ledger.languages(data_state))
-    with run.watch.speed.pausing() as pause:
-        lost = checkpoints.finish()
-        unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
-    for problem in filter(None, (lost, unsaved)):
-        run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
-    if not unsaved:
-        run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
-    if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
-        raise TrainingStopped(
-            f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
-            "the disk, then run again: it resumes from the newest checkpoint"
-        )
+    begun = False
+    while last or not begun:
+        with run.watch.speed.pausing() as pause:
+            lost = checkpoints.finish()
+            if begun and not lost:
+                return
+            unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
+        for problem in filter(None, (lost, unsaved)):
+            run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
+        if not unsaved:
+            run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
+        if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
+            raise TrainingStopped(
+                f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
+                "the disk, then run again: it resumes from the newest checkpoint"
+            )
+        begun = True
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:

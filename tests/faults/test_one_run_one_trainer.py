@@ -8,7 +8,7 @@ import pytest
 from processes import TINY, assert_same_bits, outcome, train_here
 
 import easylm_mling.train
-from easylm_mling.checkpoint import load_data_state
+from easylm_mling.checkpoint import Checkpoints, load_data_state
 from easylm_mling.config import ConfigError, load
 from easylm_mling.events import read_event_log
 from easylm_mling.exits import TrainingStopped
@@ -55,6 +55,24 @@ def test_a_disk_that_stays_full_stops_the_run(tmp_path, monkeypatch):
         train_here(tmp_path / "run", "checkpoint.every_steps=2")
     with pytest.raises(TrainingStopped, match="1 checkpoints in a row could not be saved"):
         train_here(tmp_path / "other", "train.stop_at_step=1")
+
+
+def test_the_last_save_is_tried_again(undisturbed, tmp_path, monkeypatch):
+    left = [2]
+
+    def fails():
+        if left[0]:
+            left[0] -= 1
+            raise OSError("no answer")
+
+    def opened(config, run):
+        return Checkpoints(run.name, before_commit=fails)
+
+    monkeypatch.setattr(easylm_mling.train, "open_checkpoints", opened)
+    train_here(tmp_path / "run", "checkpoint.every_steps=10")
+    failed = [e for e in read_event_log(tmp_path / "run" / "events.jsonl") if e["event"] == "save_failed"]
+    assert [e["in_a_row"] for e in failed] == [1, 2]
+    assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
 def test_a_rewind_is_done_once_and_survives_a_kill(undisturbed, tmp_path, monkeypatch):
