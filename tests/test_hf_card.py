@@ -20,6 +20,7 @@ from easylm_mling.config import ConfigError, SourceConfig, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog
 from easylm_mling.data.estimates import open_estimates
 from easylm_mling.data.mixture import COUNTERS
+from easylm_mling.guard import nothing_recent
 from easylm_mling.hf.card import write_card
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf
@@ -50,7 +51,7 @@ def run(tmp_path_factory):
     with Checkpoints(root / "run") as checkpoints:
         info = {"config": to_tree(config), "tokens": 40_000, "tokenizer": "f", "data": catalog.fingerprint}
         state = {"lanes": lanes, "languages": np.zeros((5, 3), np.int64)}
-        checkpoints.save(TrainState(count, params, (count,), count, count), state, info)
+        checkpoints.save(TrainState(count, params, (count,), *[count] * 3, nothing_recent()), state, info)
     catalog.save(root / "run" / "catalog.json")
     open_estimates(root / "run" / "estimates.json", catalog, tokenizer())
     with MetricsLog(root / "run" / "metrics.jsonl") as log:
