@@ -6,9 +6,14 @@ soft cap, which comes before the mask.
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head_dim.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from easylm_mling.sharding import BATCH_AXES
 
 QUERY_CHUNK = 512
 
@@ -64,6 +69,38 @@ def masked_attention(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def cudnn_attention(q, k, v, segment_ids, window, soft_cap: float | None, implementation: str = "cudnn") -> jax.Array:
+    """As `attention`, by the flash attention of NVIDIA's cuDNN, which knows no soft cap.
+
+    The mask goes in as an array [B, 1, T, T], 2 bytes an element: cuDNN's own form for packed documents has a largest
+    number of them. `implementation`: `xla` is the same call without a GPU.
+    """
+    assert soft_cap is None
+
+    def run(q, k, v, segment_ids):
+        index = jnp.arange(q.shape[1])
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & sees(index[:, None], index, window)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask[:, None], scale=1.0, is_causal=True, implementation=implementation
+        )
+
+    return checkpoint_name(on_each_device(run, q, k, v, segment_ids), "attention")
+
+
+def on_each_device(run: Callable, q, k, v, segment_ids) -> jax.Array:
+    """`run(q, k, v, segment_ids)` with what each device of the mesh holds: rows lie along data and fsdp, heads along tensor."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return run(q, k, v, segment_ids)
+    shards, heads = mesh.shape["tensor"], k.shape[2]
+    if heads < shards:
+        # Every shard of the queries takes the one key/value head that is its own.
+        k, v = (jnp.repeat(x, shards // heads, axis=2) for x in (k, v))
+    by_head, by_row = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
+    specs = (by_head, by_head, by_head, by_row)
+    return jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segment_ids)
 
 
 def capped(x: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -23,32 +23,49 @@ from easylm_mling.config import ModelConfig, RopeScaling
 from easylm_mling.embedding import lookup
 from easylm_mling.gated import gated_down
 from easylm_mling.sharding import constrain
-from easylm_mling.splash import splash_attention
 
-_names = jax.checkpoint_policies.save_only_these_names
-# What a layer keeps for its backward pass, from least memory and most recomputation to the reverse.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "save_attention": _names("attention"),
-    "save_out": _names("attention", "o"),
-    "save_qkv": _names("attention", "o", "q", "k", "v"),
-    "save_dots": _names("attention", "o", "q", "k", "v", "gate", "up"),
+# What a layer keeps for its backward pass, from least memory and most recomputation to the reverse; None: everything.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "full": (),
+    "save_attention": ("attention",),
+    "save_out": ("attention", "o"),
+    "save_qkv": ("attention", "o", "q", "k", "v"),
+    "save_dots": ("attention", "o", "q", "k", "v", "gate", "up"),
     "none": None,
 }
 
 
 class Remat(NamedTuple):
-    """Which policy the layers have, and another one for the first few: memory that is left over, spent on speed."""
+    """Which policy the layers have, and another one for the first few: memory that is left over, spent on speed.
+
+    Values named in `offload` wait in the host's memory instead of the device's, whatever the policy says of them.
+    """
 
     policy: str
     first_policy: str = "none"
     first_layers: int = 0
+    offload: tuple[str, ...] = ()
 
     def portions(self, layers: int) -> list[tuple[str, int, int]]:
         """(policy, first layer, layer after the last) of each portion that holds a layer."""
         first = min(self.first_layers, layers)
         both = [(self.first_policy, 0, first), (self.policy, first, layers)]
         return [portion for portion in both if portion[1] < portion[2]]
+
+    def applied(self, body: Callable, policy: str) -> Callable:
+        """A layer's function that keeps for its backward pass what `policy` and `offload` name."""
+        kept = REMAT_POLICIES[policy]
+        if kept is None:
+            return body
+        here = jax.checkpoint_policies.save_only_these_names(*kept)
+        if self.offload:
+            here = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[name for name in kept if name not in self.offload],
+                names_which_can_be_offloaded=list(self.offload),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        return jax.checkpoint(body, policy=here, prevent_cse=False)
 
 
 FULL_REMAT = Remat("full")
@@ -164,19 +181,15 @@ class Gemma(nnx.Module):
         return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
 
     def __call__(
-        self, tokens, positions, segment_ids, dtype, remat: Remat = FULL_REMAT, splash_block: int = 0
+        self, tokens, positions, segment_ids, dtype, remat: Remat = FULL_REMAT, by: Callable = attention
     ) -> jax.Array:
         """Final hidden states [B, T, D] in `dtype`, for tokens, positions and segment_ids [B, T] int32.
 
-        `splash_block`: tile of the TPU's attention kernel; 0 is for attention by XLA, on any device.
+        `by`: what computes attention; a function like attention.attention.
         """
-        m = self.config
 
         def attend(q, k, v, window, cache):
-            inputs = (q, k, v, segment_ids, window, m.attn_logit_softcapping)
-            if splash_block:
-                return splash_attention(*inputs, m.sliding_window, splash_block), cache
-            return attention(*inputs), cache
+            return by(q, k, v, segment_ids, window, self.config.attn_logit_softcapping), cache
 
         return self.run(tokens, positions, attend, None, dtype, remat)[0]
 
@@ -194,11 +207,9 @@ class Gemma(nnx.Module):
         stack = (self.layers, layer_traits(self.config), caches)
         parts = []
         for policy, begin, end in remat.portions(self.config.num_hidden_layers):
-            kept = REMAT_POLICIES[policy]
-            part = body if kept is None else jax.checkpoint(body, policy=kept, prevent_cse=False)
             whole = begin == 0 and end == self.config.num_hidden_layers
             layers = stack if whole else jax.tree.map(lambda a: a[begin:end], stack)  # noqa: B023
-            x, part_caches = jax.lax.scan(part, x, layers)
+            x, part_caches = jax.lax.scan(remat.applied(body, policy), x, layers)
             parts.append(part_caches)
         caches = parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
         return _norm(x, self.norm, self.config), caches

@@ -62,6 +62,7 @@ FREE_KEYS = (
     "train.remat",
     "train.remat_first",
     "train.remat_first_layers",
+    "train.offload",
     "train.attention",
     "train.attention_block",
     "train.accumulation_steps",

@@ -5,16 +5,15 @@ Source: jax.experimental.pallas.ops.tpu.splash_attention, which follows FlashAtt
 Axis letters as in attention.py.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
-from easylm_mling.sharding import BATCH_AXES
+from easylm_mling.attention import on_each_device
 
 # The kernel works on tiles of so many lanes.
 _LANES = 128
@@ -38,32 +37,19 @@ def splash_attention(
     block: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attention`, on a mesh: rows lie along data and fsdp, heads along tensor.
+    """As `attention.attention`.
 
     `local_window` is the one value, known when compiling, that `window` has in local layers; any other is no limit.
     `block`: positions of the tiles of queries and keys. `interpret`: run the kernel without a TPU, slowly.
     """
 
     def kernel(width: int | None):
-        return lambda q, k, v, s: _on_each_device(q, k, v, s, width, soft_cap, min(block, q.shape[1]), interpret)
+        run = partial(_by_heads, window=width, soft_cap=soft_cap, block=min(block, q.shape[1]), interpret=interpret)
+        return partial(on_each_device, run)
 
     if window is None:
         return kernel(None)(q, k, v, segment_ids)
     return jax.lax.cond(window == local_window, kernel(local_window), kernel(None), q, k, v, segment_ids)
-
-
-def _on_each_device(q, k, v, segment_ids, window, soft_cap, block, interpret):
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret)
-    shards, heads = mesh.shape["tensor"], k.shape[2]
-    if heads < shards:
-        # Every shard of the queries takes the one key/value head that is its own.
-        k, v = (jnp.repeat(x, shards // heads, axis=2) for x in (k, v))
-    by_head, by_row = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
-    run = lambda q, k, v, s: _by_heads(q, k, v, s, window, soft_cap, block, interpret)  # noqa: E731
-    specs = (by_head, by_head, by_head, by_row)
-    return jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segment_ids)
 
 
 def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):

@@ -7,6 +7,7 @@ Every sum travels with its count and is divided once, globally, so a step's resu
 spread over devices, microbatches or sources.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +17,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from easylm_mling.attention import attention as plain_attention
+from easylm_mling.attention import cudnn_attention
 from easylm_mling.compiler_flags import compiler_flags
-from easylm_mling.config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from easylm_mling.config import ModelConfig, RunConfig, TrainConfig
+from easylm_mling.config.basics import check
 from easylm_mling.guard import LEARNT, SPIKE, Recent, judge, nothing_recent
 from easylm_mling.loss import cross_entropy
 from easylm_mling.model import Gemma, Remat
 from easylm_mling.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
 from easylm_mling.sharding import batch_sharding, parameter_shardings, replicated
-from easylm_mling.splash import runs_on
+from easylm_mling.splash import runs_on, splash_attention
 
 
 class TrainState(NamedTuple):
@@ -91,12 +95,12 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> dict:
     return {**batch, "loss_mask": place((B, T), jnp.float32), "source": place((B,), jnp.int32)}
 
 
-def batch_loss(params, batch, graph, train: TrainConfig, sources: int, splash_block: int):
+def batch_loss(params, batch, graph, train: TrainConfig, sources: int, attention: Callable):
     """The sum to differentiate, and (cross entropy, target count) summed for each source, [S] float32 each."""
     model = nnx.merge(graph, params)
     dtype = jnp.dtype(train.compute_dtype)
-    remat = Remat(train.remat, train.remat_first, train.remat_first_layers)
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, remat, splash_block)
+    remat = Remat(train.remat, train.remat_first, train.remat_first_layers, train.offload)
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, remat, attention)
     cap = model.config.final_logit_softcapping
     total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, model.head, batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss, cap
@@ -115,7 +119,7 @@ def train_step(
     train: TrainConfig,
     clip_norm: float,
     sources: int,
-    splash_block: int,
+    attention: Callable,
 ):
     """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], the guard's `limits` [2], and scalars.
 
@@ -128,7 +132,7 @@ def train_step(
 
     def accumulate(carry, microbatch):
         (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            state.params, microbatch, graph, train, sources, splash_block
+            state.params, microbatch, graph, train, sources, attention
         )
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
@@ -166,25 +170,31 @@ def train_step(
     }
 
 
-def eval_step(params: dict, batch: dict, *, graph, train: TrainConfig, sources: int, splash_block: int):
+def eval_step(params: dict, batch: dict, *, graph, train: TrainConfig, sources: int, attention: Callable):
     """(cross entropy, target count) summed for each source, [S] float32 each."""
-    return batch_loss(params, batch, graph, train, sources, splash_block)[1]
+    return batch_loss(params, batch, graph, train, sources, attention)[1]
 
 
-def splash_block(config: RunConfig, mesh: Mesh) -> int:
-    """The tile of the TPU's attention kernel on `mesh`, 0 for attention by XLA, as train.attention says.
-
-    Raises ConfigError if the kernel is asked for where it cannot run.
-    """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    T, H = config.data.sequence_length, config.model.head_dim
-    wanted, possible = config.train.attention, on_tpu and runs_on(T, H)
-    if wanted == "splash" and not possible:
-        raise ConfigError(
-            f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; here are "
-            f"{mesh.devices.flat[0].platform} devices, data.sequence_length={T} and model.head_dim={H}; use auto or xla"
+def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
+    """What computes attention on `mesh`, as train.attention says. Raises ConfigError if it cannot run there."""
+    m, train, T = config.model, config.train, config.data.sequence_length
+    platform, wanted = mesh.devices.flat[0].platform, train.attention
+    here = f"here are {platform} devices, data.sequence_length={T}, model.head_dim={m.head_dim}"
+    if wanted == "cudnn":
+        check(
+            platform == "gpu" and m.attn_logit_softcapping is None and train.compute_dtype == "bfloat16",
+            f"train.attention=cudnn runs on GPUs, in bfloat16 and without a soft cap of scores; {here} and "
+            f"train.compute_dtype={train.compute_dtype}; use auto or xla",
         )
-    return config.train.attention_block if possible and wanted != "xla" else 0
+        return cudnn_attention
+    possible = platform == "tpu" and runs_on(T, m.head_dim)
+    check(
+        possible or wanted != "splash",
+        f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; {here}; use auto or xla",
+    )
+    if possible and wanted != "xla":
+        return partial(splash_attention, local_window=m.sliding_window, block=train.attention_block)
+    return plain_attention
 
 
 def jit_train_step(config: RunConfig, mesh: Mesh):
@@ -198,7 +208,7 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
         train=config.train,
         clip_norm=config.optimizer.clip_norm,
         sources=len(config.data.sources),
-        splash_block=splash_block(config, mesh),
+        attention=attention_on(config, mesh),
     )
     return jax.jit(
         step,
@@ -216,7 +226,7 @@ def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
         graph=model_graph(config.model),
         train=config.train,
         sources=groups or len(config.data.sources),
-        splash_block=splash_block(config, mesh),
+        attention=attention_on(config, mesh),
     )
     where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))

@@ -243,6 +243,7 @@ def test_the_summary_says_what_the_ledger_says(undisturbed):
 STAGES = "data.stages=[{{from_tokens: {}, weights: {{web: {}}}}}]"
 
 
+@pytest.mark.slow
 def test_stages_may_change_on_resume_but_not_in_the_past(corpora, undisturbed, tmp_path):
     run(corpora, tmp_path / "run", "train.stop_at_step=10")
     run(corpora, tmp_path / "run", STAGES.format(14 * 256, 0), "train.stop_at_step=16")

@@ -69,6 +69,7 @@ def batches(config, catalog, count: int, state=None):
         return [next(loader) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_and_is_slow_gives_the_batches_of_local_files(corpus, tmp_path):
     config = mixture(str(corpus))
     want = batches(config, build_catalog(config.data), 150)
@@ -158,6 +159,7 @@ def test_a_changed_remote_file_is_refused(tmp_path, etags):
         assert f"{server.url}/a.jsonl is changed since" in message_of(reopen_catalog, stored, data)
 
 
+@pytest.mark.slow
 def test_a_block_of_a_large_remote_file_costs_its_own_bytes(tmp_path):
     stock = ["".join(np.random.default_rng(i).choice(list("abcdefgh 日本"), 500)) for i in range(100)]
     texts = [f"{i} {stock[i % 100]}{stock[i // 100]}" for i in range(10_000)]

@@ -99,6 +99,7 @@ def test_a_long_prompt_crosses_the_query_chunks(loaded):
     assert new == recomputed(loaded, prompt, 4)
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_in_any_company(loaded):
     for settings in ({}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}):
         alone = generate(*loaded, PROMPTS[:1], 20, dtype="float32", **settings)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easylm_mling.attention import attention
+from easylm_mling.attention import attention, cudnn_attention
 from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.embedding import lookup
@@ -338,7 +338,12 @@ def test_the_gated_product_has_the_gradients_of_its_plain_form(activation, plain
 
 @pytest.mark.parametrize(
     "heads, kv_heads, window, cap, local",
-    [(4, 2, None, None, False), (2, 2, 100, 0.7, True), (2, 2, 100, 0.7, False), (4, 1, 384, None, True)],
+    [
+        (4, 2, None, None, False),
+        (2, 2, 100, 0.7, True),
+        pytest.param(2, 2, 100, 0.7, False, marks=pytest.mark.slow),
+        pytest.param(4, 1, 384, None, True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_tpu_kernel_is_attention(heads, kv_heads, window, cap, local):
     """In interpret mode; the kernel's compiled form needs a TPU."""
@@ -377,6 +382,26 @@ def test_the_tpu_kernel_is_attention_on_a_mesh():
     np.testing.assert_allclose(on_mesh, attention(q, k, v, segments, None, None), atol=2e-6)
 
 
+@pytest.mark.parametrize("heads, kv_heads, window", [(4, 2, None), (8, 2, 100)])
+def test_what_cudnn_is_asked_for_is_attention(heads, kv_heads, window):
+    """By XLA's form of the same call, on a mesh; cuDNN itself needs a GPU."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    B, T, H = 4, 256, 32
+    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=False))
+    segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (B, T)), axis=1).astype(jnp.int32) + 1
+    reach = None if window is None else jnp.int32(window)
+
+    def gradients(attend):
+        by = jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x, segments, reach, None))), (0, 1, 2))
+        return attend(q, k, v, segments, reach, None), by(q, k, v)
+
+    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
+        found = jax.jit(lambda: gradients(partial(cudnn_attention, implementation="xla")))()
+        found = jax.tree.map(np.asarray, found)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(attention)), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
 def test_layers_in_two_portions_are_one_stack(params):
     tokens = random_tokens((2, 16))
 
@@ -389,6 +414,11 @@ def test_layers_in_two_portions_are_one_stack(params):
     for first in (1, M.num_hidden_layers, M.num_hidden_layers + 3):
         found = jax.grad(loss)(params, Remat("full", "save_dots", first))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, reference)
+    compiled = lambda remat: jax.jit(partial(jax.grad(loss), remat=remat))(params)  # noqa: E731
+    offloading = Remat("save_out", "full", 1, offload=("gate", "o"))
+    assert "<host>" in str(jax.make_jaxpr(partial(jax.grad(loss), remat=offloading))(params))
+    found = compiled(offloading)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, compiled(Remat("full")))
     assert Remat("full", "save_dots", 3).portions(5) == [("save_dots", 0, 3), ("full", 3, 5)]
     assert Remat("full", "save_dots", 9).portions(5) == [("save_dots", 0, 5)]
 

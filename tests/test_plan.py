@@ -200,7 +200,7 @@ def test_a_group_that_reaches_into_another_slice_uses_the_network_between_them()
         (found,) = walk(
             parse(program(f"{X}\n{SHARD}\n{line.replace('{groups}', groups)}", ELEMENTWISE)), two
         ).collectives
-        assert found.between_slices == between
+        assert found.link == ("slices" if between else "chips")
         assert found.seconds(two) == pytest.approx(found.bytes / (3.1e9 if between else 90e9))
 
 
@@ -219,7 +219,22 @@ def test_what_slices_send_to_each_other_is_an_asynchronous_collective_on_a_link_
         times = walk(parse(program("\n".join(lines), ELEMENTWISE)), two)
         # Both slices' halves go over: 2 x size x 1/2.
         assert times.waiting == pytest.approx(inside + max(0, 4 * 1024**2 / 3.1e9 - inside - cycles / 1.05e9))
-        assert {(c.kind, c.between_slices) for c in times.collectives} == {("all-gather", False), ("all-reduce", True)}
+        assert {(c.kind, c.link) for c in times.collectives} == {("all-gather", "chips"), ("all-reduce", "slices")}
+
+
+def test_what_goes_to_the_host_and_back_hides_behind_compute_on_a_link_of_its_own():
+    far, near, indices = "bf16[128,1024,1024]{2,1,0:S(5)}", "bf16[64,1024,1024]{2,1,0}", "s32[]"
+    gather = f"  %g = {GATHER} all-gather(%s), replica_groups=[1,32]<=[32], dimensions={{0}}"
+    moved = 2 * 64 * 1024**2 / 15e9
+    for start, done in (
+        (f"(({far}, {near}, {indices}), {far}, u32[]) dynamic-update-slice-start(%x)", "dynamic-update-slice-done"),
+        (f"(({far}, {indices}), {near}, u32[]) dynamic-slice-start(%x)", "dynamic-slice-done"),
+        (f"({near}, {near.replace('}', ':S(5)}')}, u32[]) copy-start(%x)", "copy-done"),
+    ):
+        lines = [X, SHARD, f"  %m = {start}", gather, fusion("f", 10_500), f"  %d = {far} {done}(%m)"]
+        times = walk(parse(program("\n".join(lines), ELEMENTWISE)), V4)
+        assert {(c.kind, c.link) for c in times.collectives} == {("all-gather", "chips"), ("transfer", "host")}
+        assert times.waiting == pytest.approx(moved - 1e-5) and moved > GATHERED / 90e9
 
 
 def test_flops_of_a_batched_product_written_as_a_convolution():

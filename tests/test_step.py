@@ -90,7 +90,9 @@ def reference():
     return run(make_config(), [make_batch(0), make_batch(1)])
 
 
-@pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in ((2, 1, 1), (1, 4, 1), (1, 1, 4)))]
+)
 def test_sharded_equals_unsharded(reference, mesh):
     state, metrics = run(make_config(mesh), [make_batch(0), make_batch(1)])
     # Adam's first steps divide by a small root: a last-bit difference of a gradient near 0 shows in the parameters.
@@ -98,7 +100,9 @@ def test_sharded_equals_unsharded(reference, mesh):
     assert_close(state.optimizer[0].mu, reference[0].optimizer[0].mu, 1e-6)
 
 
-@pytest.mark.parametrize("k, mesh", [(2, (1, 1, 1)), (4, (1, 1, 1)), (8, (1, 1, 1)), (2, (2, 2, 2))])
+@pytest.mark.parametrize(
+    "k, mesh", [(4, (1, 1, 1)), (2, (2, 2, 2)), *(pytest.param(k, (1, 1, 1), marks=pytest.mark.slow) for k in (2, 8))]
+)
 def test_accumulating_k_microbatches_equals_one_batch(reference, k, mesh):
     state, metrics = run(make_config(mesh, accumulation=k), [make_batch(0), make_batch(1)])
     assert_close(metrics, reference[1], 1e-4)
@@ -209,8 +213,8 @@ LOCAL = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scala
     "family",
     [
         {"model_type": "gemma2", "attn_logit_softcapping": 2.0, **LOCAL},
-        {"model_type": "gemma3_text", "rope_local_base_freq": 100.0, **LOCAL},
-        {"model_type": "llama", "tie_word_embeddings": False},
+        pytest.param({"model_type": "gemma3_text", "rope_local_base_freq": 100.0, **LOCAL}, marks=pytest.mark.slow),
+        pytest.param({"model_type": "llama", "tie_word_embeddings": False}, marks=pytest.mark.slow),
     ],
 )
 def test_every_family_has_its_own_loss_on_any_mesh(family):

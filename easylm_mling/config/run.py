@@ -10,6 +10,7 @@ from easylm_mling.config.model import ModelConfig
 
 # What a layer keeps for its backward pass; model.py says what each name means.
 REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
+OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class TrainConfig:
     # Another policy for so many of the first layers, which keep more: memory that would lie idle, spent on speed.
     remat_first: str = "none"
     remat_first_layers: int = 0
-    # auto: JAX's splash kernel on a TPU, chunked attention by XLA elsewhere. Or splash, or xla.
+    # Values of a layer that wait for the backward pass in the host's memory (see OFFLOAD_NAMES), on top of what remat keeps:
+    # more is kept than fits the device, for transfers that a TPU makes while it computes.
+    offload: tuple[str, ...] = ()
+    # auto: JAX's splash kernel on a TPU, chunked attention by XLA elsewhere. Or splash, xla, or cudnn (on a GPU).
     attention: str = "auto"
     # Positions in a tile of the splash kernel.
     attention_block: int = 1024
@@ -73,11 +77,17 @@ class TrainConfig:
             policy = getattr(self, name)
             allowed = (*REMAT_NAMES, "auto") if name == "remat" else REMAT_NAMES
             check(policy in allowed, f"train.{name}={policy!r} must be one of {', '.join(allowed)}")
+        wrong = [name for name in self.offload if name not in OFFLOAD_NAMES]
+        check(not wrong, f"train.offload={list(self.offload)}: {wrong} must be among {', '.join(OFFLOAD_NAMES)}")
+        check(
+            not self.offload or "none" not in (self.remat, *[self.remat_first] * (self.remat_first_layers > 0)),
+            "train.offload needs layers that do not keep everything; change train.remat or train.remat_first from none",
+        )
         check(self.remat_first_layers >= 0, f"train.remat_first_layers={self.remat_first_layers} must be zero or more")
         check(0 < self.remat_memory <= 1, f"train.remat_memory={self.remat_memory} must be above 0 and at most 1")
         check(
-            self.attention in ("auto", "xla", "splash"),
-            f"train.attention={self.attention!r} must be 'auto', 'xla' or 'splash'",
+            self.attention in ("auto", "xla", "splash", "cudnn"),
+            f"train.attention={self.attention!r} must be 'auto', 'xla', 'splash' or 'cudnn'",
         )
         check(
             self.attention_block >= 128 and self.attention_block.bit_count() == 1,

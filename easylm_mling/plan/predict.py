@@ -3,6 +3,7 @@
 from easylm_mling.config import RunConfig
 from easylm_mling.model_flops import model_flops
 from easylm_mling.params import parameter_count
+from easylm_mling.plan.schedule import HOST_BYTES
 from easylm_mling.plan.slices import Slice, find_slice
 
 # Assumed, and said so in every plan.
@@ -49,16 +50,17 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
         "collectives": measured["collectives"],
         "kernels": measured["kernels"],
         "compile_seconds": measured["compile_seconds"],
-        "assumptions": assumptions(where, factor),
+        "assumptions": assumptions(where, factor, bool(config.train.offload)),
     }
 
 
-def assumptions(where: Slice, factor: float) -> list[str]:
+def assumptions(where: Slice, factor: float, offload: bool = False) -> list[str]:
     c = where.chip
     lines = [
         f"compute: the compiler's cycles at {c.clock_hz / 1e9:g} GHz; peak {c.peak_flops / 1e12:g} TFLOP/s in bf16",
         f"collectives: one ring on one axis of the torus, {c.link_bytes / 1e9:g} GB/s, one after another"
-        + (f"; between slices {c.dcn_bytes / 1e9:g} GB/s a chip" if where.count > 1 else ""),
+        + (f"; between slices {c.dcn_bytes / 1e9:g} GB/s a chip" if where.count > 1 else "")
+        + (f"; to and from the host {HOST_BYTES / 1e9:g} GB/s a chip" if offload else ""),
         "attention kernels: the compiler's instruction bundles, without waiting for memory",
         f"checkpoints: {CHECKPOINT_BYTES_A_HOST / 1e9:g} GB/s a host; text: {TEXT_BYTES_A_TOKEN:g} bytes a token",
         "not counted: the host's work, evaluation, checkpoints, restarts",

@@ -29,12 +29,13 @@ def print_plan(config: RunConfig, plan: dict, console: Console):
 def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
     step, memory, data = plan["step"], plan["memory"], plan["data_a_host"]
     peak, room = memory["peak"] / GiB, memory["available"] / GiB
+    host = f"; {memory['host'] / GiB:.1f} GiB a chip in the host's memory" if memory["host"] else ""
     cost = "" if plan["cost"] is None else f", {plan['cost']:,.0f} at the given price"
     parts = ", ".join(f"{what} {step['factor'] * step[k]:.2f}" for k, what in _KINDS.items())
     waited = sorted(plan["collectives"], key=lambda c: -c["waited"])[:4]
     return {
         "fits": [
-            f"{peak:.1f} of {room:.1f} GiB a chip at the peak ({peak / room:.0%}), {room - peak:.1f} free; largest:",
+            f"{peak:.1f} of {room:.1f} GiB a chip at the peak ({peak / room:.0%}), {room - peak:.1f} free{host}; largest:",
             *map(buffer_text, plan["buffers"]),
         ],
         "step": [
@@ -68,7 +69,9 @@ def _kernel_text(k: dict) -> str:
 
 
 def _collective_text(c: dict) -> str:
-    where = " between slices" if c["between_slices"] else ""
+    if c["link"] == "host":
+        return f"transfer to or from the host, {c['bytes'] / 1e6:.0f} MB"
+    where = " between slices" if c["link"] == "slices" else ""
     how = "asynchronous" if c["asynchronous"] else "synchronous"
     return f"{how} {c['kind']} among {c['group']}{where}, {c['bytes'] / 1e6:.0f} MB over a link"
 
@@ -87,7 +90,8 @@ def settings_text(config: RunConfig) -> str:
 
 def remat_text(config: RunConfig) -> str:
     t = config.train
-    return f"{t.remat}, {t.remat_first} in the first {t.remat_first_layers}" if t.remat_first_layers else t.remat
+    first = f", {t.remat_first} in the first {t.remat_first_layers}" if t.remat_first_layers else ""
+    return f"{t.remat}{first}{''.join(f', {name} to the host' for name in t.offload)}"
 
 
 def mesh_text(config: RunConfig) -> str:

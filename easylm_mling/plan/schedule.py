@@ -1,8 +1,9 @@
 """How long a compiled step takes, by the compiler's own cycles: a walk over the scheduled HLO.
 
-Compute is the sum of `estimated_cycles` over the clock, loop bodies times their trips. Collectives are bytes over link
-bandwidth, on one link that serves them one after another; the compute between an asynchronous one's start and its done
-hides it. `hidden` seconds take every collective as free, `paid` seconds add what is waited for.
+Compute is the sum of `estimated_cycles` over the clock, loop bodies times their trips. Collectives, and transfers to and
+from the host's memory, are bytes over link bandwidth, on one link of each kind that serves them one after another; the
+compute between an asynchronous one's start and its done hides it. `hidden` seconds take all of them as free, `paid` seconds
+add what is waited for.
 """
 
 import re
@@ -14,22 +15,28 @@ from easylm_mling.plan.kernels import Kernel, kernel
 from easylm_mling.plan.slices import Slice
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# A layout's memory space that is the host's, and what PCIe carries of it a second
+# (jax-ml.github.io/scaling-book, "How to think about TPUs").
+HOST_MEMORY = 5
+HOST_BYTES = 15e9
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 _PRODUCTS = ("convolution", "dot")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective; `bytes` are those that a chip's link must carry."""
+    """One collective, or transfer to or from the host; `bytes` are those that a chip's link must carry."""
 
     kind: str
     bytes: float
     group: int
     asynchronous: bool
-    between_slices: bool
+    link: str = "chips"  # between chips, between "slices", or to the "host"
 
     def seconds(self, where: Slice) -> float:
-        return self.bytes / (where.chip.dcn_bytes if self.between_slices else where.chip.link_bytes)
+        return (
+            self.bytes / {"chips": where.chip.link_bytes, "slices": where.chip.dcn_bytes, "host": HOST_BYTES}[self.link]
+        )
 
 
 @dataclass
@@ -66,15 +73,15 @@ class Times:
 
 @dataclass
 class _Links:
-    """The clock of a computation, and until when its links inside and between slices are busy."""
+    """The clock of a computation, and until when its links are busy."""
 
     now: float = 0.0
-    busy: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     under_way: dict[str, tuple[float, Collective]] = field(default_factory=dict)
 
     def start(self, name: str, collective: Collective, where: Slice, times: Times):
         times.collectives[collective] += 1
-        link = collective.between_slices
+        link = collective.link
         self.busy[link] = max(self.busy[link], self.now) + collective.seconds(where)
         self.under_way[name] = self.busy[link], collective
 
@@ -126,6 +133,8 @@ class Walk:
         elif i.opcode == "send":
             if sent := self._sent(c, i):
                 link.start(_rendezvous(i), sent, self.where, times)
+        elif moved := _transfer(i):
+            link.start(i.name, moved, self.where, times)
         elif chained := self._chained(i):
             chain, collective, role = chained
             if role == "start":
@@ -191,7 +200,7 @@ class Walk:
             return None
         size, n = c.by_name[i.operands[0]].arrays[0].bytes, self.where.count
         name = kind[1].lower().replace("_", "-")
-        return Collective(name, _carried(name, size, n), n, True, True)
+        return Collective(name, _carried(name, size, n), n, True, "slices")
 
     def _collective(self, c: Computation, i: Instruction) -> Collective | None:
         kind = i.opcode.removesuffix("-start")
@@ -215,7 +224,7 @@ class Walk:
         n = len(group) or self.where.chips
         per_slice = self.where.chips // self.where.count
         between = len({d // per_slice for d in group}) > 1 or (not group and self.where.count > 1)
-        return Collective(kind, _carried(kind, size, n), n, asynchronous, between)
+        return Collective(kind, _carried(kind, size, n), n, asynchronous, "slices" if between else "chips")
 
     def _compute(self, c: Computation, i: Instruction, times: Times):
         work = self._products(c, i)
@@ -243,6 +252,14 @@ def _carried(kind: str, size: float, n: int) -> float:
     if kind == "collective-permute":
         return size
     return size * (2 if kind == "all-reduce" else 1) * (n - 1) / n
+
+
+def _transfer(i: Instruction) -> Collective | None:
+    """What is put into the host's memory or taken from it, asynchronously; None for anything else."""
+    if not i.opcode.endswith("-start") or all(a.memory != HOST_MEMORY for a in i.arrays):
+        return None
+    moved = max(a.bytes for a in i.arrays if a.memory != HOST_MEMORY)
+    return Collective("transfer", moved, 1, True, "host")
 
 
 def _rendezvous(i: Instruction) -> str:

@@ -54,7 +54,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(d, id=name, marks=() if i < 2 else pytest.mark.slow) for i, (name, d) in enumerate(DAMAGE.items())],
+)
 def test_the_step_before_is_taken_aloud(undisturbed, tmp_path, damage):
     run_dir = tmp_path / "run"
     train_here(run_dir, "train.stop_at_step=8")

@@ -121,6 +121,7 @@ def erring(monkeypatch, at):
     monkeypatch.setattr(easylm_mling.train, "compile_ahead", ahead)
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_in_memory_is_found_by_a_replay(tmp_path, monkeypatch):
     digests = "train.digest_every_steps=1"
     train_here(tmp_path / "undisturbed", digests)

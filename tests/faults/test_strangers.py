@@ -91,6 +91,7 @@ def test_an_override_is_the_text_that_it_is():
     assert read("init_from=null").init_from is None and read("mesh.cpu_devices=4").mesh.cpu_devices == 4
 
 
+@pytest.mark.slow
 def test_odd_names_of_folders_and_files(tmp_path, capsys):
     """Spaces, quotes, a line break, what a shell would run, and letters of other scripts, in every path that a run has."""
     odd = tmp_path / "a  b \"c\" 'd' $(touch OWNED) ; # %s 한국어 日本\nnext"
