@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 from easylm_mling.attention import attention as plain_attention
 from easylm_mling.attention import cudnn_attention
 from easylm_mling.compiler_flags import compiler_flags
-from easylm_mling.config import ModelConfig, RunConfig, TrainConfig
-from easylm_mling.config.basics import check
+from easylm_mling.config import ModelConfig, RunConfig, TrainConfig, check
 from easylm_mling.guard import LEARNT, SPIKE, Recent, judge, nothing_recent
 from easylm_mling.loss import cross_entropy
 from easylm_mling.model import Gemma, Remat
