@@ -50,20 +50,22 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
     run: Any = partial(_chunks, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap, differentiate=differentiate)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        (entropy, z), gradients = run(hidden, head.astype(hidden.dtype), targets, mask, None)
-        gradients = gradients and (gradients[0], gradients[1].astype(head.dtype))
+        (entropy, z), gradients = run(hidden, head.astype(hidden.dtype).T, targets, mask, None)
+        gradients = gradients and (gradients[0], gradients[1].T.astype(head.dtype))
         return (jnp.sum(entropy) + jnp.sum(z), entropy, z), gradients
     vocabulary = "tensor" if mesh.shape["tensor"] > 1 else None
 
     def on_each_device(hidden, head, targets, mask):
         # Whole along D before the loop, so that it is gathered once and not once a chunk; its gradient goes the way back.
-        whole = jax.lax.all_gather(head.astype(hidden.dtype), "fsdp", axis=1, tiled=True)
+        whole = jax.lax.all_gather(head.astype(hidden.dtype).T, "fsdp", axis=0, tiled=True)
         sums, gradients = run(hidden, whole, targets, mask, vocabulary)
         if not differentiate:
             return sums, None
         by_hidden, by_head = gradients
-        by_head = jax.lax.psum_scatter(by_head, "fsdp", scatter_dimension=1, tiled=True)
-        return sums, (by_hidden, jax.lax.psum(by_head.astype(head.dtype), "data"))
+        by_head = jax.lax.psum_scatter(by_head, "fsdp", scatter_dimension=0, tiled=True)
+        by_head = jax.lax.psum(by_head.T.astype(head.dtype), "data")
+        # The layers' backward pass comes after this, so that it does not find the whole head's gradient in memory.
+        return sums, jax.lax.optimization_barrier((by_hidden, by_head))
 
     rows, columns = PartitionSpec(BATCH_AXES), PartitionSpec("tensor", "fsdp")
     specs = ((rows, columns, rows, rows), ((rows, rows), (rows, columns) if differentiate else None))
@@ -74,25 +76,29 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
 
 
 def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_loss, soft_cap, differentiate):
-    """Per-row sums, and gradients, on one device. `vocabulary`: the mesh axis that the head's rows lie along, if any."""
+    """Per-row sums, and gradients, on one device. `vocabulary`: the mesh axis that the vocabulary lies along, if any.
+
+    The head is [D, V] here, and so is its gradient: pieces of D, as they come from the devices and go to them, then lie
+    one after another in memory. As [V, D] the gradient was copied once more, 1.6 GB for Gemma 7B.
+    """
     B, T, D = hidden.shape
     padding = -T % chunk
     hidden, targets, mask = (
         jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, mask)
     )
     across = (lambda f, x: f(x, vocabulary)) if vocabulary else (lambda f, x: x)
-    first = head.shape[0] * jax.lax.axis_index(vocabulary) if vocabulary else 0
+    first = head.shape[1] * jax.lax.axis_index(vocabulary) if vocabulary else 0
 
     def body(carry, part):
         (entropy, z), by_head = carry
         h, t, m = part
-        scores = jnp.einsum("bcd,vd->bcv", h, head, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bcd,dv->bcv", h, head, preferred_element_type=jnp.float32)
         scores = capped(scores, soft_cap)
         top = across(jax.lax.pmax, jnp.max(scores, axis=-1))
         total = across(jax.lax.psum, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1))
         log_normaliser = top + jnp.log(total)
         # By comparison and not by index: a gather in float32 would keep a chunk's logits from being fused away.
-        hit = jnp.arange(head.shape[0]) + first == t[..., None]
+        hit = jnp.arange(head.shape[1]) + first == t[..., None]
         score = across(jax.lax.psum, jnp.sum(jnp.where(hit, scores, 0.0), axis=-1))
         entropy += jnp.sum((log_normaliser - score) * m, axis=-1)
         z += z_loss * jnp.sum(jnp.square(log_normaliser) * m, axis=-1)
@@ -104,8 +110,8 @@ def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_los
             slope *= 1.0 - jnp.square(scores / soft_cap)
         # Once, and not in the input of each of the two products that follow.
         slope = jax.lax.optimization_barrier(slope.astype(h.dtype))
-        by_head += jnp.einsum("bcv,bcd->vd", slope, h)
-        return ((entropy, z), by_head), across(jax.lax.psum, jnp.einsum("bcv,vd->bcd", slope, head))
+        by_head += jnp.einsum("bcd,bcv->dv", h, slope)
+        return ((entropy, z), by_head), across(jax.lax.psum, jnp.einsum("bcv,dv->bcd", slope, head))
 
     def split(x):
         return jnp.moveaxis(x.reshape(B, (T + padding) // chunk, chunk, *x.shape[2:]), 1, 0)

@@ -204,7 +204,9 @@ class Gemma(nnx.Module):
             layer, traits, cache = scanned
             return layer(x, positions, traits, attend, cache)
 
-        stack = (self.layers, layer_traits(self.config), caches)
+        # All layers at once, so that their stacked gradients are held in `dtype` as well. Norms' weights stay float32.
+        layers = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, self.layers)
+        stack = (layers, layer_traits(self.config), caches)
         parts = []
         for policy, begin, end in remat.portions(self.config.num_hidden_layers):
             whole = begin == 0 and end == self.config.num_hidden_layers
