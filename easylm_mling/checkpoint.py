@@ -148,8 +148,8 @@ class Checkpoints:
     ) -> str:
         """Start to save `state` as its step; returns once the device arrays are copied.
 
-        Returns why it cannot begin, "" if it does: there is no room, or `prepare`, which the first process calls before, raised
-        an OSError. Call `finish` before.
+        Returns why it cannot begin, "" if it does: there is no room, or `prepare`, which every process calls before, raised an
+        OSError. Call `finish` before.
         """
         step = int(state.step)
         arrays = {"params": state.params, "training": _training(state), "data": data}
@@ -210,18 +210,17 @@ class Checkpoints:
         everywhere(True)
 
     def _no_room(self, needed: int, prepare: Callable[[], None]) -> str:
-        """The first process looks, for all, as the others must not begin a save that it does not."""
+        """What all say together, for no process may begin a save that another does not."""
         free, problem = 1 << 62, ""
-        if is_first():
-            try:
-                prepare()
-                if not self._bucket and self.path.is_dir():
-                    free = shutil.disk_usage(self.path).free
-            except OSError as error:
-                free, problem = -1, one_line(error)
+        try:
+            prepare()
+            if is_first() and not self._bucket and self.path.is_dir():
+                free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            problem = one_line(error)
+        if not everywhere(not problem):
+            return problem or "another process could not write what goes with it"
         free = first_says(free)
-        if free < 0:
-            return problem or "the first process could not write what goes with it"
         if free >= needed * 1.02:
             return ""
         return f"{self.path}: a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"

@@ -282,7 +282,7 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
             lost = checkpoints.finish()
             if begun and not lost:
                 return
-            unsaved = checkpoints.save(state, data_state._asdict(), info, lambda: run.data.keep(step, data_state))
+            unsaved = checkpoints.save(state, data_state._asdict(), info, partial(write_before, run, step, data_state))
         for problem in filter(None, (lost, unsaved)):
             run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
         if not unsaved:
@@ -296,6 +296,12 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
 
 
 def skip_batches(run: Run, step: int, count: int) -> DataState:
+def write_before(run: Run, step: int, data_state: DataState):
+    """What must be on disk before the checkpoint of the step: whoever resumes from it does not read those records again."""
+    run.loader.settle()
+    run.data.keep(step, data_state)
+
+
     """Pass over `count` batches after the checkpoint of `step`; returns the whole run's data state behind them."""
     own = None
     for _ in range(count):

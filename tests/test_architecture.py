@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "data.layouts": {"config", "data.files", "data.lines", "data.readers", "data.tables"},
     "data.listing": {"config", "data.files", "data.layouts"},
     "data.catalog": {"atomic", "config", "data.files", "data.layouts", "data.listing", "data.readers"},
-    "data.quarantine": {"atomic", "data.mixture", "data.readers"},
+    "data.quarantine": {"atomic", "data.mixture", "data.readers", "records"},
     "hf.card": {
         "bucket", "checkpoint", "config", "console", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params",
         "run_data",

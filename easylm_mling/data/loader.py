@@ -118,6 +118,13 @@ class Loader:
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
         self._batches.close()
+        if self._quarantine:
+            self._quarantine.close()
+
+    def settle(self):
+        """The bad records of what was handed out are on disk when it returns; raises OSError if there is no room for them."""
+        if self._quarantine:
+            self._quarantine.settle()
 
     def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
         data, own, lanes = self._config.data, self._lanes, self._state.lanes

@@ -1,8 +1,8 @@
 """The file that lists the bad records of a run: each once for every time the run reads it, however often it was stopped."""
 
 import json
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +10,21 @@ import numpy as np
 from easylm_mling.atomic import replaces_whole
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW
 from easylm_mling.data.readers import Bad
+from easylm_mling.records import Records
 
 
 class Quarantine:
     """A JSONL file: source, lane, epoch, block and window that met the record; file, offset, reason, head.
 
     Windows are read ahead of the trainer, so a killed process leaves entries of windows that the resumed one reads
-    again: those go when it starts. Each is on disk before the trainer gets the window's first token.
+    again: those go when it starts. On a full disk entries wait for room, and so does a checkpoint that counts them: see
+    `settle`.
     """
 
     def __init__(self, path: str | Path, sources: Sequence[str], state: np.ndarray | None):
         """`state`, int64 [V, S, C], is the whole run's that is resumed from; None: nothing was consumed yet."""
         self.path, self._sources = Path(path), list(sources)
+        self._records: Records | None = None  # from the first one on
         if self.path.exists():
             with open(self.path, "rb") as old, replaces_whole(self.path) as kept:
                 kept.writelines(line for line in old if self._is_consumed(line, state))
@@ -30,14 +33,21 @@ class Quarantine:
         """Append the bad records of the window at a lane's `counters`, int64 [C]."""
         where = {name: int(counters[c]) for name, c in (("epoch", EPOCH), ("block", BLOCK), ("window", WINDOW))}
         entry = {"source": self._sources[source], "lane": lane, **where}
-        lines = [
-            {**entry, "file": b.file, "offset": b.offset, "reason": b.reason, "head": b.head.decode(errors="replace")}
-            for b in bad
-        ]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        self._records = self._records or Records(self.path, ascii_only=False)
+        for b in bad:
+            head = b.head.decode(errors="replace")
+            self._records.append({**entry, "file": b.file, "offset": b.offset, "reason": b.reason, "head": head})
+
+    def settle(self):
+        """All that was written is on disk when it returns; raises OSError if there is no room for it."""
+        if self._records:
+            self._records.settle()
+
+    def close(self):
+        """Entries that still wait are of windows that no checkpoint has: they will be read again."""
+        if self._records:
+            with suppress(OSError):
+                self._records.close()
 
     def _is_consumed(self, line: bytes, state: np.ndarray | None) -> bool:
         """Whether `state` has entered the window that met it."""
