@@ -32,13 +32,13 @@ from orbax.checkpoint import v1 as ocp
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError
 from easylm_mling.data.files import one_line, transport_errors
+from easylm_mling.data.mixture import DataState
 from easylm_mling.digest import differing, digests, leaf_name
 from easylm_mling.exits import NoUsableCheckpoint
-from easylm_mling.params import to_flat
 from easylm_mling.processes import everywhere, first_says, is_first, several
 from easylm_mling.step import TrainState
 from easylm_mling.stopping import Watchdog
-from easylm_mling.stored import open_store
+from easylm_mling.stored import open_store, read_data, read_strings
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
@@ -237,14 +237,16 @@ class Checkpoints:
         """
         abstract = _training(state)
         got: Any = None
-        wrong, new = "", {}
+        wrong, new, data, info = "", {}, {}, {}
         try:
             stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
             # Checkpoints had no spike guard once; its window then begins empty.
             new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
-            wanted = {"params": state.params, "training": abstract, "data": None, "info": None}
+            wanted = {"params": state.params, "training": abstract}
+            where = self.path / str(step)
+            _check_stored(where, wanted)
+            data, info = read_data(where, DataState._fields), _unpacked(read_strings(where))
             got = self._orbax.load_checkpointables(step, wanted)
-            info = _unpacked(got["info"])
         except (KeyError, ValueError, FileNotFoundError) as error:
             wrong = " ".join(str(error).split())[-200:]
             if self._bucket:
@@ -252,9 +254,8 @@ class Checkpoints:
                 self._bucket.names()
         if not everywhere(not wrong):
             raise Damaged(wrong or "another process cannot read it")
-        data = jax.tree.map(np.asarray, got["data"])
         # Checkpoints had no digests once.
-        if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data, "info": None})):
+        if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data})):
             raise Damaged(f"{leaf} is not what was saved")
         return TrainState(params=got["params"], **got["training"], **(_zeros(new) if new else {})), data, info
 
@@ -362,7 +363,7 @@ def load_info(directory: str | Path, step: int | None = None) -> dict:
     """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
     where = step_directory(directory, step)
     try:
-        stored = ocp.load_checkpointables(str(where), {"info": None})["info"]
+        stored = read_strings(where)
     except (KeyError, ValueError, FileNotFoundError) as error:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
@@ -374,8 +375,7 @@ def load_data_state(directory: str | Path, step: int | None = None) -> dict[str,
     where = step_directory(directory, step)
     if not (where / "data").is_dir():
         raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
-    stored = ocp.load_checkpointables(str(where), {"data": None})["data"]
-    return {name: np.asarray(value) for name, value in stored.items()}
+    return read_data(where, DataState._fields)
 
 
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
@@ -385,8 +385,7 @@ def load_params(directory: str | Path, abstract: dict, step: int | None = None) 
     """
     where = step_directory(directory, step)
     info = load_info(directory, int(where.name))
-    for name, leaf in to_flat(abstract).items():
-        open_store(where, name, leaf.shape)
+    _check_stored(where, {"params": abstract})
     try:
         with _context():
             params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
@@ -416,6 +415,14 @@ def check_same_shapes(directory: str | Path, abstract: dict):
 
 
 def _training(state: TrainState) -> dict:
+def _check_stored(where: Path, abstract: dict):
+    """Raise ConfigError unless every array of these parts is stored as open_store wants it, which Orbax would not ask."""
+    for part, tree in abstract.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            open_store(where, name, leaf.shape, leaf.dtype.name, part)
+
+
     """What is stored as `training`: all but the parameters."""
     return {name: value for name, value in state._asdict().items() if name != "params"}
 

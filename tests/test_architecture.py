@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "bucket": {"config", "data.files"},
     "lease": {"config", "data.files", "exits"},
     "checkpoint": {
-        "bucket", "config", "data.files", "digest", "exits", "params", "processes", "step", "stopping", "stored",
+        "bucket", "config", "data.files", "data.mixture", "digest", "exits", "processes", "step", "stopping", "stored",
     },
     "stored": {"bucket", "config"},
     "exits": set(),

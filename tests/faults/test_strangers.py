@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tensorstore as ts
 import zstandard
@@ -22,7 +23,7 @@ from processes import ROOT, TINY, ends, printed, start
 from easylm_mling.__main__ import main
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, ModelConfig, load, to_tree
-from easylm_mling.step import init_params
+from easylm_mling.step import init_params, init_state
 
 DEMO = (ROOT / "configs/demo.yaml").read_text()
 
@@ -138,7 +139,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(tmp_path):
         assert b"canary0123456789" not in path.read_bytes(), path
 
 
-# What loads the parameters of a checkpoint, in a process that tells on it.
+# What loads a checkpoint, in a process that tells on it.
 VICTIM = """
 import json, resource, sys
 ran = []
@@ -147,18 +148,37 @@ def hook(event, arguments):
         ran.append(event)
 sys.addaudithook(hook)
 from easylm_mling.exits import tell
-from easylm_mling.generate import load_model
-from easylm_mling.hf.exporting import export_hf
+IMPORTS
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = 0
 try:
-    load_model(sys.argv[1])
-    export_hf(sys.argv[1], sys.argv[2])
+    WORK
 except BaseException as error:
     code = tell(error) or "traceback: " + repr(error)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 print("RESULT", json.dumps([code, ran, grown]))
 """
+TAKE = """
+from easylm_mling.generate import load_model
+from easylm_mling.hf.exporting import export_hf
+"""
+TAKEN = TAKE, "load_model(sys.argv[1]); export_hf(sys.argv[1], sys.argv[2])"
+ONE_DEVICE = [
+    *(x for x in TINY if "mesh" not in x),
+    "mesh.data=1",
+    "mesh.fsdp=1",
+    "mesh.tensor=1",
+    "mesh.cpu_devices=0",
+]
+RESUME = f"""
+from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.config import load
+from easylm_mling.sharding import make_mesh
+from easylm_mling.step import abstract_state
+config = load([{str(ROOT / "configs/demo.yaml")!r}], {ONE_DEVICE})
+state = abstract_state(config, make_mesh(config.mesh))
+"""
+RESUMED = RESUME, "Checkpoints(sys.argv[1]).restore_newest(state)"
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +190,26 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def stored(directory):
-    return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/checkpoints/0/params/"}).result()
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoint of a run that has done nothing yet."""
+    directory, config = tmp_path_factory.mktemp("saved") / "run", load([str(ROOT / "configs/demo.yaml")], ONE_DEVICE)
+    state = jax.jit(lambda: init_state(init_params(config.model, 0), config))()
+    counters = {"lanes": np.zeros((8, 5, 11), np.int64), "languages": np.zeros((50, 3), np.int64)}
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.save(state, counters, {"config": to_tree(config)}) == ""
+    return directory
 
 
-def edit_array(directory, change, key="embed_tokens/zarr.json"):
-    header = json.loads(stored(directory).read(key).result().value)
+def stored(directory, part="params"):
+    return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/checkpoints/0/{part}/"}).result()
+
+
+def edit_array(directory, change, name="embed_tokens", part="params"):
+    key = f"{name}/zarr.json"
+    header = json.loads(stored(directory, part).read(key).result().value)
     change(header)
-    stored(directory).write(key, json.dumps(header).encode()).result()
+    stored(directory, part).write(key, json.dumps(header).encode()).result()
 
 
 def edit_info(directory, change):
@@ -196,13 +228,27 @@ def cut(header, shape, codecs=None):
         header["codecs"][0]["configuration"]["chunk_shape"] = shape
 
 
-def packed_zeros(directory, shape):
+def packed_zeros(directory, shape, name="embed_tokens", part="params"):
     """131 kB that unpack to 4 GB."""
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 1}}]
-    edit_array(directory, lambda h: cut(h, shape, codecs))
+    edit_array(directory, lambda h: cut(h, shape, codecs), name, part)
     packer, zeros = zstandard.ZstdCompressor().compressobj(size=1 << 32), bytes(1 << 24)
     parts = [packer.compress(zeros) for _ in range(256)]
-    stored(directory).write("embed_tokens/c/0/0", b"".join(parts) + packer.flush()).result()
+    chunk = "/".join([name, "c", *["0"] * len(shape)])
+    stored(directory, part).write(chunk, b"".join(parts) + packer.flush()).result()
+
+
+def array_in_the_info(directory):
+    """8 GB of zeros that take no room, among its strings."""
+    step = directory / "checkpoints/0"
+    shutil.copytree(step / "params", step / "more")
+    edit_array(directory, lambda h: h.update(shape=[1 << 16, 1 << 15]), part="more")
+    listed = {p: json.loads((step / p / "_METADATA").read_text()) for p in ("info", "more")}
+    name = next(n for n in listed["more"]["tree_metadata"] if "embed_tokens" in n)
+    listed["info"]["tree_metadata"][name] = listed["more"]["tree_metadata"][name]
+    shutil.copytree(step / "more", step / "info", dirs_exist_ok=True)
+    (step / "info/_METADATA").write_text(json.dumps(listed["info"]))
+    shutil.rmtree(step / "more")
 
 
 def text_in(directory, name, old, new):
@@ -263,6 +309,7 @@ CHECKPOINTS = {
         lambda d: edit_info(d, lambda i: "[" * 200_000 + "]" * 200_000),
         "cannot be read",
     ),
+    "8 GB in its info": (array_in_the_info, None),
     "info that is no info": (lambda d: edit_info(d, lambda i: "[1]"), "cannot be read"),
     "info without a model": (lambda d: edit_info(d, lambda i: "{}"), "names no model"),
     "an index that reaches outside": (reach_outside, "Invalid key"),
@@ -271,17 +318,55 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("attack, message", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_a_checkpoint_from_a_stranger_runs_nothing_and_fills_nothing(checkpoint, tmp_path, attack, message):
-    directory = tmp_path / "inside" / "checkpoint"
+MOMENT = ("optimizer.0.mu.embed_tokens", "training")
+# The same for a resume, which also reads the optimizer's state and what was consumed.
+RUNS = {
+    "nothing": (lambda d: None, None),
+    "a parameter of 4 EiB": (lambda d: edit_array(d, lambda h: h.update(shape=[1 << 40, 1 << 20])), "is ((1099511627776"),
+    "a moment of 4 EiB": (
+        lambda d: edit_array(d, lambda h: h.update(shape=[1 << 40, 1 << 20]), *MOMENT), "is ((1099511627776"
+    ),
+    "a moment of chunks of 4 GB": (
+        lambda d: edit_array(d, lambda h: cut(h, [1 << 20, 1 << 10]), *MOMENT), "do not trust it"
+    ),
+    "a moment of 4 GB packed into 131 kB": (lambda d: packed_zeros(d, [1 << 20, 1 << 10], *MOMENT), "do not trust it"),
+    "a step that is a double": (lambda d: edit_array(d, lambda h: h.update(data_type="float64"), "step", "training"), "float64"),
+    "counters of 7 TB": (
+        lambda d: edit_array(d, lambda h: h.update(shape=[1 << 34, 5, 11]), "lanes", "data"), "not counters"
+    ),
+    "counters of 4 GB packed": (lambda d: packed_zeros(d, [1 << 20, 5, 100], "lanes", "data"), "do not trust it"),
+    "8 GB in its info": (array_in_the_info, None),
+    "info that is nested without end": (CHECKPOINTS["info that is nested without end"][0], "cannot be read"),
+    "code as the reader of its parts": (CHECKPOINTS["code as the reader of its parts"][0], None),
+}  # fmt: skip
+
+
+def assault(checkpoint, tmp_path, attack, victim):
+    """The exit code and what was said, after an attack that ran no code and filled no memory."""
+    directory, (imports, work) = tmp_path / "inside" / "checkpoint", victim
     shutil.copytree(checkpoint, directory)
     attack(directory)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", VICTIM, str(directory), str(tmp_path / "hf")]
+    code = VICTIM.replace("IMPORTS", imports).replace("WORK", work)
+    command = [sys.executable, "-c", code, str(directory), str(tmp_path / "hf")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     code, ran, megabytes = json.loads(done.stdout.rpartition("RESULT ")[2])
     assert ran == [] and megabytes < 300, done.stdout
+    return code, done.stdout + done.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("attack, message", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_from_a_stranger_runs_nothing_and_fills_nothing(checkpoint, tmp_path, attack, message):
+    code, said = assault(checkpoint, tmp_path, attack, TAKEN)
     # Nothing is exported of what is refused, and nothing else appears.
-    assert code == (0 if message is None else 2) and (message or "") in done.stderr, done.stdout + done.stderr
+    assert code == (0 if message is None else 2) and (message or "") in said, said
     assert {p.name for p in tmp_path.iterdir()} == {"inside", *(["hf"] if code == 0 else [])}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("attack, message", RUNS.values(), ids=RUNS)
+def test_nor_does_a_run_from_a_stranger_that_is_resumed(saved, tmp_path, attack, message):
+    code, said = assault(saved, tmp_path, attack, RESUMED)
+    assert code == (0 if message is None else 3) and (message or "") in said, said
+    assert {p.name for p in tmp_path.iterdir()} == {"inside"}
