@@ -91,7 +91,7 @@ class Checkpoints:
     With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
     without, it holds all of them a second time until everything is written. `before_commit` is called, in another thread,
     before a step becomes visible; what it raises makes the save fail. A save that has not ended after `stuck_seconds` (0:
-    of any time) ends the process with exit code 85: Orbax itself waits for storage that is gone.
+    of any time) ends the process with exit code 85 (`record_stuck`: see Watchdog): Orbax itself waits for storage that is gone.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Checkpoints:
         bytes_at_a_time: int | None = None,
         stuck_seconds: float = 0.0,
         before_commit: Callable[[], None] | None = None,
+        record_stuck: Callable[[str, int], None] = lambda what, code: None,
     ):
         keep = [_policies.LatestN(keep_last)]
         if keep_every_steps:
@@ -112,7 +113,7 @@ class Checkpoints:
         self.path = _folder(directory)
         self._first = before_commit and _First(before_commit)
         stuck = f"a save to {self.path} has not ended in {stuck_seconds / 60:g} minutes (checkpoint.stuck_minutes)"
-        self._watch = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress())
+        self._watch = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress(), record_stuck)
         self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
         self._stuck_seconds = stuck_seconds
         self._orbax = self._open()
@@ -414,7 +415,6 @@ def check_same_shapes(directory: str | Path, abstract: dict):
             )
 
 
-def _training(state: TrainState) -> dict:
 def _check_stored(where: Path, abstract: dict):
     """Raise ConfigError unless every array of these parts is stored as open_store wants it, which Orbax would not ask."""
     for part, tree in abstract.items():
@@ -423,6 +423,7 @@ def _check_stored(where: Path, abstract: dict):
             open_store(where, name, leaf.shape, leaf.dtype.name, part)
 
 
+def _training(state: TrainState) -> dict:
     """What is stored as `training`: all but the parameters."""
     return {name: value for name, value in state._asdict().items() if name != "params"}
 

@@ -12,7 +12,8 @@ evaluated    in `seconds`
 saved        the checkpoint of `step` is whole: the loop stood still for `seconds` of it; `bytes`
 save_failed  `problem`, and how many `in_a_row`
 skipped      the step changed nothing, for it was not finite or a spike; how many `in_a_row`
-preempted, stopped, done, failed   how the attempt ended, in one line. An attempt without such a line was killed
+preempted, stopped, done, failed   how the attempt ended, in one line (`why`; failed: `error`, and of a watchdog's the exit
+             `code`). An attempt without such a line was killed
 """
 
 import re
@@ -59,9 +60,11 @@ class EventLog:
 
     def __exit__(self, _, error: BaseException | None, __):
         if error is not None:
-            text = " ".join(str(error).split()) or type(error).__name__
-            self.write("failed", self.step, error=without_secrets(text)[:500])
+            self.failed(" ".join(str(error).split()) or type(error).__name__)
         self._records.close()
+
+    def failed(self, error: str, **values):
+        self.write("failed", self.step, error=without_secrets(error)[:500], **values)
 
 
 class Goodput:

@@ -14,6 +14,7 @@ from easylm_mling.exits import INTERRUPTED, STUCK
 
 # What a process wishes for; the largest of all processes' wishes counts.
 GO_ON, OUT_OF_TIME, SIGNALLED = range(3)
+_RECORD_SECONDS = 10.0
 
 
 class Stop:
@@ -48,11 +49,19 @@ class Stop:
 class Watchdog:
     """Within it, `limit_seconds` (0: of any time) without a `beat` end the process with exit code 85, after every thread's
     stack is shown and `what` is wrong is said. While there is nothing to wait for (`waiting`) time does not count.
+
+    `record`, which is called with `what` and the exit code, may fail or not return: it is waited for a few seconds only.
     """
 
-    def __init__(self, limit_seconds: float, what: str, waiting: Callable[[], bool] = lambda: True):
+    def __init__(
+        self,
+        limit_seconds: float,
+        what: str,
+        waiting: Callable[[], bool] = lambda: True,
+        record: Callable[[str, int], None] = lambda what, code: None,
+    ):
         self._limit, self._last, self._over = limit_seconds, time.monotonic(), threading.Event()
-        self._what, self._waiting = what, waiting
+        self._what, self._waiting, self._record = what, waiting, record
         self._thread = threading.Thread(target=self._watch, name="easylm-watchdog", daemon=True)
 
     def beat(self):
@@ -75,10 +84,19 @@ class Watchdog:
             if not self._waiting():
                 self.beat()
             elif time.monotonic() - self._last > self._limit:
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                print(
-                    f"error: {self._what}; every thread's stack is above. Start again: the run goes on from its newest checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(STUCK)
+                self._end()
+
+    def _end(self):
+        try:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            print(
+                f"error: {self._what}; every thread's stack is above. Start again: the run goes on from its newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            # In a thread of its own, for the disk may be what is stuck.
+            recording = threading.Thread(target=self._record, args=(self._what, STUCK), daemon=True)
+            recording.start()
+            recording.join(_RECORD_SECONDS)
+        finally:
+            os._exit(STUCK)

@@ -120,8 +120,8 @@ def carry_out(
     """
     run, console = data.run, watch.console
     with (
-        Watchdog(config.train.stuck_minutes * 60, no_step(config)) as watchdog,
-        open_checkpoints(config, run) as checkpoints,
+        Watchdog(config.train.stuck_minutes * 60, no_step(config), record=watch.stuck) as watchdog,
+        open_checkpoints(config, run, watch) as checkpoints,
         Stop(console, max_hours) as stop,
     ):
         program = compile_ahead(config, mesh)
@@ -176,12 +176,13 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
     return config, mesh, data
 
 
-def open_checkpoints(config: RunConfig, run: RunDirectory) -> Checkpoints:
+def open_checkpoints(config: RunConfig, run: RunDirectory, watch: Watch) -> Checkpoints:
     """Those of the run. In a bucket, what is known of a step is there before the step is."""
     settings = config.checkpoint
     keep = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
     first = run.push if run.mirror else None
-    return Checkpoints(run.name, **keep, stuck_seconds=settings.stuck_minutes * 60, before_commit=first)
+    stuck = settings.stuck_minutes * 60
+    return Checkpoints(run.name, **keep, stuck_seconds=stuck, before_commit=first, record_stuck=watch.stuck)
 
 
 def no_step(config: RunConfig) -> str:
@@ -295,13 +296,13 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
         begun = True
 
 
-def skip_batches(run: Run, step: int, count: int) -> DataState:
 def write_before(run: Run, step: int, data_state: DataState):
     """What must be on disk before the checkpoint of the step: whoever resumes from it does not read those records again."""
     run.loader.settle()
     run.data.keep(step, data_state)
 
 
+def skip_batches(run: Run, step: int, count: int) -> DataState:
     """Pass over `count` batches after the checkpoint of `step`; returns the whole run's data state behind them."""
     own = None
     for _ in range(count):

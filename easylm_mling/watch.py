@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -143,6 +143,12 @@ class Watch:
         self._progress.close()
         self._look_at_save(now=True)
         self.events.write(event, step, **({"why": why} if why else {}))
+
+    def stuck(self, what: str, code: int):
+        """The process will end at once, from another thread, with this exit code."""
+        with suppress(OSError):
+            self.events.failed(what, code=code)
+            self.run.push()
 
     def tell_speed(self):
         """Step time, MFU and peak memory beside what `plan --keep` said of this run, where something is there to compare."""

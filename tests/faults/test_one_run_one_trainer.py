@@ -65,7 +65,7 @@ def test_the_last_save_is_tried_again(undisturbed, tmp_path, monkeypatch):
             left[0] -= 1
             raise OSError("no answer")
 
-    def opened(config, run):
+    def opened(config, run, watch):
         return Checkpoints(run.name, before_commit=fails)
 
     monkeypatch.setattr(easylm_mling.train, "open_checkpoints", opened)

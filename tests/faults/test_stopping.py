@@ -6,12 +6,19 @@ import subprocess
 import sys
 import time
 
-from processes import ROOT
+import pytest
+from processes import ROOT, ends, start
+
+from easylm_mling.events import read_event_log
 
 WATCHED = """
 import time
-from easylm_mling.stopping import Watchdog
-with Watchdog({limit}, "no step was finished in 0.025 minutes") as watchdog:
+from easylm_mling import stopping
+stopping._RECORD_SECONDS = 0.5
+def record(what, code):
+    print(what, code, flush=True)
+    {record}
+with stopping.Watchdog({limit}, "no step was finished in 0.025 minutes", record=record) as watchdog:
     for _ in range({beats}):
         time.sleep(0.2)
         watchdog.beat()
@@ -39,16 +46,28 @@ def python(code):
     return subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
 
 
-def test_a_stuck_step_shows_the_stacks_and_exits_85():
+@pytest.mark.parametrize("record", ["time.sleep(60)", pytest.param("1 / 0", marks=pytest.mark.faults)])
+def test_a_stuck_step_shows_the_stacks_and_exits_85(record):
+    """Whatever becomes of its record."""
     began = time.monotonic()
-    with python(WATCHED.format(limit=1.5, beats=15, stuck=60)) as process:
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 85 and time.monotonic() - began > 3
+    with python(WATCHED.format(limit=1.5, beats=15, stuck=60, record=record)) as process:
+        said, error = process.communicate(timeout=60)
+    assert process.returncode == 85 and 3 < time.monotonic() - began < 30
     assert "in stuck_in_a_step" in error and "no step was finished in 0.025 minutes" in error
+    assert said == "no step was finished in 0.025 minutes 85\n"
+
+
+@pytest.mark.faults
+def test_a_stuck_run_leaves_the_event(tmp_path):
+    """To compile takes longer than a step may, here."""
+    assert ends(tmp_path / "run", start(tmp_path / "run", 1, "train.stuck_minutes=0.02")) == [85]
+    last = [*read_event_log(tmp_path / "run" / "events.jsonl")][-1]
+    assert (last["event"], last["code"]) == ("failed", 85)
+    assert last["error"] == "no step was finished in 0.02 minutes (train.stuck_minutes)"
 
 
 def test_a_watchdog_of_zero_never_bites():
-    with python(WATCHED.format(limit=0, beats=0, stuck=1)) as process:
+    with python(WATCHED.format(limit=0, beats=0, stuck=1, record="pass")) as process:
         assert process.wait(60) == 0
 
 
