@@ -7,43 +7,37 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file knows Orbax. A step becomes visible only when it is whole: as the last act Orbax renames it, or in a
-bucket (`gs://`) writes the object STEP/commit_success.txt.
-What Orbax restores it does not check: every leaf's digest (digest.py) is saved with the step and compared after a restore.
+Nothing but this file knows Orbax; step_folders.py and stored.py find and read steps without it. What Orbax restores it does not check: every leaf's digest (digest.py) is saved with the step and compared after a restore.
 """
 
 import asyncio
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError
 from easylm_mling.data.files import one_line, transport_errors
-from easylm_mling.data.mixture import DataState
 from easylm_mling.digest import differing, digests, leaf_name
 from easylm_mling.exits import NoUsableCheckpoint
 from easylm_mling.processes import everywhere, first_says, is_first, several
 from easylm_mling.step import TrainState
+from easylm_mling.step_folders import checkpoints_folder, remove_unfinished, set_aside, step_directory
 from easylm_mling.stopping import Watchdog
-from easylm_mling.stored import open_store, read_data, read_strings
+from easylm_mling.stored import Damaged, check_stored, load_info, packed, read_data, read_strings, unpacked
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
-FOLDER, ASIDE, COMMITTED = "checkpoints", "set-aside", "commit_success.txt"
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
 
@@ -69,10 +63,6 @@ def _chunks(path, value):
     """
     stacked = "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
-
-
-class Damaged(ValueError):
-    """A stored step is not what was saved; the message says what is wrong with it."""
 
 
 class Restored(NamedTuple):
@@ -110,7 +100,7 @@ class Checkpoints:
         for library in ("absl", "gcsfs"):
             logging.getLogger(library).setLevel(logging.ERROR)
         self._bucket = Bucket(str(directory)) if is_bucket(directory) else None
-        self.path = _folder(directory)
+        self._directory, self.path = directory, checkpoints_folder(directory)
         self._first = before_commit and _First(before_commit)
         stuck = f"a save to {self.path} has not ended in {stuck_seconds / 60:g} minutes (checkpoint.stuck_minutes)"
         self._watch = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress(), record_stuck)
@@ -154,7 +144,7 @@ class Checkpoints:
         """
         step = int(state.step)
         arrays = {"params": state.params, "training": _training(state), "data": data}
-        parts = {**arrays, "info": _packed({**info, "digests": digests(arrays)})}
+        parts = {**arrays, "info": packed({**info, "digests": digests(arrays)})}
         if self._first:
             parts["record"] = self._first
         if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), prepare):
@@ -186,29 +176,12 @@ class Checkpoints:
             return ""
         self.failed_in_a_row += 1
         # After a failed save the object itself is of no use.
-        self._remove_unfinished()
-        self._orbax = self._open()
-        return f"{self.path}: {problem or 'another process could not write its part'}"
-
-    def _remove_unfinished(self):
-        """What a failed save left, whose writers may still be at it for a moment."""
         until = time.monotonic() + 30
-        while is_first() and time.monotonic() < until:
-            if self._bucket:
-                whole, names = (
-                    set(_steps(self._bucket.url)),
-                    [n for n in self._bucket.names() if n.startswith(f"{FOLDER}/")],
-                )
-                left = [n for n in names if (step := n.split("/")[1]).isdigit() and int(step) not in whole]
-                self._bucket.write_all(dict.fromkeys(left))
-            else:
-                left = list(self.path.glob("*orbax-checkpoint-tmp*"))
-                for folder in left:
-                    shutil.rmtree(folder, ignore_errors=True)
-            if not left:
-                break
+        while is_first() and time.monotonic() < until and remove_unfinished(self._directory):
             time.sleep(0.2)
         everywhere(True)
+        self._orbax = self._open()
+        return f"{self.path}: {problem or 'another process could not write its part'}"
 
     def _no_room(self, needed: int, prepare: Callable[[], None]) -> str:
         """What all say together, for no process may begin a save that another does not."""
@@ -229,7 +202,7 @@ class Checkpoints:
     def save_params(self, params: dict, info: dict):
         """Save parameters alone, as step 0."""
         info = info | {"digests": digests({"params": params})}
-        self._orbax.save_checkpointables(0, {"params": params, "info": _packed(info)}, force=True)
+        self._orbax.save_checkpointables(0, {"params": params, "info": packed(info)}, force=True)
 
     def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray], dict]:
         """The training state at `step`, placed as the abstract `state` says (any mesh), the data state and the info.
@@ -245,8 +218,8 @@ class Checkpoints:
             new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
             wanted = {"params": state.params, "training": abstract}
             where = self.path / str(step)
-            _check_stored(where, wanted)
-            data, info = read_data(where, DataState._fields), _unpacked(read_strings(where))
+            check_stored(where, wanted)
+            data, info = read_data(where), unpacked(read_strings(where))
             got = self._orbax.load_checkpointables(step, wanted)
         except (KeyError, ValueError, FileNotFoundError) as error:
             wrong = " ".join(str(error).split())[-200:]
@@ -294,15 +267,8 @@ class Checkpoints:
             return
         self._orbax.close()
         if is_first():
-            aside = self.path.parent / ASIDE
             for step in steps:
-                names = (f"checkpoint-{step}-{why}" + (f"-{n}" if n else "") for n in range(10**6))
-                name = next(name for name in names if not (aside / name).exists())
-                if self._bucket:
-                    self._bucket.move(f"{FOLDER}/{step}", f"{ASIDE}/{name}", COMMITTED)
-                else:
-                    aside.mkdir(exist_ok=True)
-                    (self.path / str(step)).rename(aside / name)
+                set_aside(self._directory, step, why)
         everywhere(True)
         self._orbax = self._open()
 
@@ -320,65 +286,6 @@ class _First:
         raise AssertionError("nothing of it is stored")
 
 
-def _folder(directory: str | Path) -> Any:
-    """The folder of the checkpoints of `directory`: a Path, or what acts as one in a bucket."""
-    return epath.Path(str(directory)) / FOLDER if is_bucket(directory) else Path(directory).absolute() / FOLDER
-
-
-def _steps(directory: str | Path) -> list[int]:
-    """Those that are whole."""
-    root = _folder(directory)
-    if is_bucket(directory):
-        names = Bucket(str(directory)).names()
-        found = [
-            n.split("/")[1]
-            for n in names
-            if n.startswith(f"{FOLDER}/") and n.endswith(f"/{COMMITTED}") and n.count("/") == 2
-        ]
-    else:
-        found = [p.name for p in root.iterdir()] if root.is_dir() else []
-    return sorted(int(name) for name in found if name.isdigit())
-
-
-def step_directory(directory: str | Path, step: int | None = None) -> Path:
-    """The directory of `step` (default: the newest whole one) of a run or of an imported checkpoint.
-
-    Raises ConfigError when there is none.
-    """
-    root, steps = _folder(directory), _steps(directory)
-    if not steps:
-        raise ConfigError(
-            f"{directory}: no checkpoint here (expected {FOLDER}/STEP); name a run directory or an imported checkpoint"
-        )
-    if step is not None and step not in steps:
-        raise ConfigError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    return root / str(steps[-1] if step is None else step)
-
-
-def newest_step(directory: str | Path) -> int:
-    """The step of the newest whole checkpoint, 0 if there is none."""
-    return max(_steps(directory), default=0)
-
-
-def load_info(directory: str | Path, step: int | None = None) -> dict:
-    """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
-    where = step_directory(directory, step)
-    try:
-        stored = read_strings(where)
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
-    return _unpacked(stored)
-
-
-def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """What the mixer had consumed, the arrays of a DataState by name; raises ConfigError for an imported checkpoint."""
-    where = step_directory(directory, step)
-    if not (where / "data").is_dir():
-        raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
-    return read_data(where, DataState._fields)
-
-
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
     """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
 
@@ -386,7 +293,7 @@ def load_params(directory: str | Path, abstract: dict, step: int | None = None) 
     """
     where = step_directory(directory, step)
     info = load_info(directory, int(where.name))
-    _check_stored(where, {"params": abstract})
+    check_stored(where, {"params": abstract})
     try:
         with _context():
             params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
@@ -415,14 +322,6 @@ def check_same_shapes(directory: str | Path, abstract: dict):
             )
 
 
-def _check_stored(where: Path, abstract: dict):
-    """Raise ConfigError unless every array of these parts is stored as open_store wants it, which Orbax would not ask."""
-    for part, tree in abstract.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            open_store(where, name, leaf.shape, leaf.dtype.name, part)
-
-
 def _training(state: TrainState) -> dict:
     """What is stored as `training`: all but the parameters."""
     return {name: value for name, value in state._asdict().items() if name != "params"}
@@ -431,23 +330,3 @@ def _training(state: TrainState) -> dict:
 def _zeros(abstract: dict) -> dict:
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=where)()
-
-
-def _packed(info: dict) -> dict:
-    """As one string: Orbax sorts the keys of JSON, and the order of the sources means something."""
-    text = json.dumps(info)
-    return {"json": text, "digest": blake2b(text.encode(), digest_size=8).hexdigest()}
-
-
-def _unpacked(stored: dict) -> dict:
-    """Raises Damaged if it is not what was packed."""
-    text = stored["json"]
-    if stored.get("digest", (digest := blake2b(text.encode(), digest_size=8).hexdigest())) != digest:
-        raise Damaged("its info is not what was saved")
-    try:
-        info = json.loads(text)
-    except (ValueError, RecursionError):
-        info = None
-    if not isinstance(info, dict):
-        raise Damaged("its info cannot be read")
-    return info

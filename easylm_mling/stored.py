@@ -1,20 +1,28 @@
-"""What a step holds, array by array, with what it may cost to read bounded by its shape: a stranger may have made it."""
+"""What a step holds, read without Orbax, and at a cost that its shapes bound: a stranger may have made it."""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 
 from easylm_mling.bucket import store_spec
 from easylm_mling.config import ConfigError
+from easylm_mling.data.mixture import DataState
+from easylm_mling.step_folders import step_directory
 
 # Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
 _MOST_DATA = 1 << 30
 _KINDS = {"params": "parameter", "training": "array", "data": "array"}
+
+
+class Damaged(ValueError):
+    """A stored step is not what was saved; the message says what is wrong with it."""
 
 
 def open_store(
@@ -34,10 +42,10 @@ def open_store(
     return store
 
 
-def read_data(where: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of what was consumed, int64; raises ConfigError for what `open_store` refuses, and for over a GiB."""
+def read_data(where: Path) -> dict[str, np.ndarray]:
+    """The arrays of a DataState; raises ConfigError for what `open_store` refuses, and for over a GiB."""
     found = {}
-    for name in names:
+    for name in DataState._fields:
         store = _open(where, name, "data")
         if store.dtype.name != "int64" or store.size * 8 > _MOST_DATA:
             raise ConfigError(f"{where}: {name} is {(store.shape, store.dtype.name)}, not counters; use another step")
@@ -52,6 +60,53 @@ def read_strings(where: Path) -> dict:
     if not isinstance(found, dict) or not isinstance(found.get("json"), str):
         raise ValueError("it holds no text")
     return found
+
+
+def load_info(directory: str | Path, step: int | None = None) -> dict:
+    """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
+    where = step_directory(directory, step)
+    try:
+        stored = read_strings(where)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
+    return unpacked(stored)
+
+
+def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """What the mixer had consumed, the arrays of a DataState by name; raises ConfigError for an imported checkpoint."""
+    where = step_directory(directory, step)
+    if not (where / "data").is_dir():
+        raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
+    return read_data(where)
+
+
+def check_stored(where: Path, abstract: dict):
+    """Raise ConfigError unless every array of these parts is stored as open_store wants it, which Orbax would not ask."""
+    for part, tree in abstract.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            open_store(where, name, leaf.shape, leaf.dtype.name, part)
+
+
+def packed(info: dict) -> dict:
+    """As one string: Orbax sorts the keys of JSON, and the order of the sources means something."""
+    text = json.dumps(info)
+    return {"json": text, "digest": blake2b(text.encode(), digest_size=8).hexdigest()}
+
+
+def unpacked(stored: dict) -> dict:
+    """Raises Damaged if it is not what was packed."""
+    text = stored["json"]
+    if stored.get("digest", (digest := blake2b(text.encode(), digest_size=8).hexdigest())) != digest:
+        raise Damaged("its info is not what was saved")
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict):
+        raise Damaged("its info cannot be read")
+    return info
 
 
 def _open(where: Path, name: str, part: str) -> ts.TensorStore:

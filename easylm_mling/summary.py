@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from easylm_mling.bucket import small_files
-from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, RunConfig, from_tree
 from easylm_mling.console import make_console
 from easylm_mling.data.mixture import DataState
 from easylm_mling.metrics import read_metrics
 from easylm_mling.run_data import load_ledger
+from easylm_mling.stored import load_data_state, load_info
 
 
 def print_summary(run_dir: str, console: Console | None = None):

@@ -13,41 +13,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
-from easylm_mling.checkpoint import Checkpoints, check_same_shapes, load_params, newest_step
+from easylm_mling.beginning import open_run, restore_or_init, select_devices
+from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.compiling import compile_ahead, keep_programs
-from easylm_mling.config import RunConfig, load, to_tree
-from easylm_mling.console import make_console, say, warn
+from easylm_mling.config import RunConfig, to_tree
+from easylm_mling.console import make_console, say
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.exits import DONE, PREEMPTED, TrainingStopped
 from easylm_mling.guard import NOT_FINITE, SPIKE
-from easylm_mling.plan.book import Book
-from easylm_mling.plan.remat import choose_remat, with_remat
-from easylm_mling.processes import (
-    Gathering,
-    Said,
-    first_goes_first,
-    is_first,
-    own_index,
-    own_lanes,
-    own_quarantine,
-    several,
-)
+from easylm_mling.processes import Gathering, Said, first_goes_first, is_first, own_lanes, own_quarantine, several
 from easylm_mling.replay import Replay
-from easylm_mling.rewind import batches_to_skip, count_rewinds, rewind
+from easylm_mling.rewind import count_rewinds, rewind
 from easylm_mling.run_data import RunData
 from easylm_mling.run_dir import RunDirectory
-from easylm_mling.sharding import BATCH_AXES, check_run, make_mesh
+from easylm_mling.sharding import BATCH_AXES
 from easylm_mling.sinks import check_sinks
-from easylm_mling.step import (
-    TrainState,
-    abstract_params,
-    abstract_state,
-    init_params,
-    init_state,
-    state_shardings,
-)
+from easylm_mling.step import TrainState
 from easylm_mling.stopping import GO_ON, OUT_OF_TIME, SIGNALLED, Stop, Watchdog
 from easylm_mling.summary import summary_table
 from easylm_mling.validation import Validation
@@ -152,28 +135,6 @@ def carry_out(
                 data.write_ledger(int(state.step), data_state, skipped)
     why_ended = (loader.ended or "another host's lanes have none left") if ended else ""
     return int(state.step), data_state, wish, why_ended
-
-
-def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool):
-    """Check everything that can be checked, then take the run's directory; returns the config with its remat, the mesh
-    and the data.
-    """
-    run = RunDirectory(config, accept_data_change, own_index())
-    data = RunData(run, config, tokenizer, accept_data_change)
-    mesh = make_mesh(config.mesh)
-    check_run(config, mesh)
-    own_lanes(config, mesh)
-    config = with_chosen_remat(config, run, console)
-    if config.init_from:
-        check_same_shapes(config.init_from, abstract_params(config.model, mesh))
-    run.take_lease()
-    if data.changed:
-        run.set_aside(newest_step(run.name))
-        run.replace_config(config)
-    run.write_start(config)
-    data.write_start()
-    run.begun()
-    return config, mesh, data
 
 
 def open_checkpoints(config: RunConfig, run: RunDirectory, watch: Watch) -> Checkpoints:
@@ -352,42 +313,3 @@ def skip_news(metrics: dict, values: dict, sigmas: float) -> str:
         over = [f"{name} {values[name]:.4g} is over {limit:.4g}" for name, limit in found if values[name] > limit]
         return f"skipped, a spike: {' and '.join(over)}, {sigmas:g} deviations above the mean of the last steps"
     return "skipped: the loss or gradient is not finite" if verdict == NOT_FINITE else ""
-
-
-def select_devices(config: RunConfig):
-    """Simulate CPU devices when the config asks for them; must run before jax first looks for devices."""
-    if config.mesh.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-
-
-def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
-    """`train.remat: auto` as it was chosen when the run began, or chosen now: a run keeps it whatever compiler comes next."""
-    if config.train.remat == "auto" and run.config_file.is_file():
-        chosen = load([str(run.config_file)]).train
-        return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
-    return choose_remat(config, Book(), console) if config.train.remat == "auto" else config
-
-
-def restore_or_init(
-    config, mesh, checkpoints: Checkpoints, data: RunData, console
-) -> tuple[TrainState, DataState | None, int]:
-    """The newest checkpoint's state on this mesh, or a fresh one (from `init_from` where given) and no data state.
-
-    Last, how many batches to leave out now: those of a rewind to this very checkpoint.
-    """
-    shardings = state_shardings(config, mesh)
-    if found := checkpoints.restore_newest(abstract_state(config, mesh)):
-        for step, wrong in found.damaged:
-            warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
-        data_state, news = data.resume(found.step, DataState(**found.data), found.info)
-        for line in (f"resumed from the checkpoint of step {found.step}", *news):
-            say(console, line)
-        return found.state, data_state, batches_to_skip(data.run, found.step, found.info)
-    if config.init_from:
-        abstract = abstract_params(config.model, mesh)
-        params = load_params(config.init_from, abstract)
-        console.print(f"parameters taken from {config.init_from}")
-        return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
-    fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
-    return fresh(), None, 0

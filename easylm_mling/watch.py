@@ -16,7 +16,6 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from easylm_mling.checkpoint import newest_step
 from easylm_mling.config import ProfileConfig, RunConfig
 from easylm_mling.console import ProgressLine, say, sources_table, warn
 from easylm_mling.events import EventLog, without_secrets
@@ -29,6 +28,7 @@ from easylm_mling.run_dir import RunDirectory
 from easylm_mling.sinks import Sinks
 from easylm_mling.speed import Speed
 from easylm_mling.step import jit_parameter_norm
+from easylm_mling.step_folders import newest_step
 
 SETTLED_STEPS = 20
 _TABLE_SECONDS, _LOOK_SECONDS = 600.0, 3.0

@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "bucket": {"config", "data.files"},
     "lease": {"config", "data.files", "exits"},
     "checkpoint": {
-        "bucket", "config", "data.files", "data.mixture", "digest", "exits", "processes", "step", "stopping", "stored",
+        "bucket", "config", "data.files", "digest", "exits", "processes", "step", "step_folders", "stopping", "stored",
     },
-    "stored": {"bucket", "config"},
+    "step_folders": {"bucket", "config"},
+    "stored": {"bucket", "config", "data.mixture", "step_folders"},
     "exits": set(),
     "stopping": {"exits"},
     "processes": {"config", "data.mixture", "data.quarantine", "exits", "sharding"},
@@ -49,8 +50,8 @@ MAY_IMPORT = {
     "profile": {"config"},
     "speed": {"config", "model_flops", "plan.slices"},
     "watch": {
-        "checkpoint", "config", "console", "events", "guard", "metrics", "plan.calibrate", "processes", "profile", "run_dir",
-        "sinks", "speed", "step",
+        "config", "console", "events", "guard", "metrics", "plan.calibrate", "processes", "profile", "run_dir", "sinks", "speed",
+        "step", "step_folders",
     },
     "run_data": {
         "atomic", "config", "data.catalog", "data.changes", "data.estimates", "data.ledger", "data.mixture", "data.states",
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "report.page": {
         "atomic", "bucket", "console", "events", "model_flops", "params", "report.collect", "report.svg",
     },
-    "summary": {"bucket", "checkpoint", "config", "console", "data.mixture", "metrics", "run_data"},
+    "summary": {"bucket", "config", "console", "data.mixture", "metrics", "run_data", "stored"},
     "data.files": {"config"},
     "data.lines": {"data.files"},
     "data.tables": {"data.files"},
@@ -72,8 +73,8 @@ MAY_IMPORT = {
     "data.catalog": {"atomic", "config", "data.files", "data.layouts", "data.listing", "data.readers"},
     "data.quarantine": {"atomic", "data.mixture", "data.readers", "records"},
     "hf.card": {
-        "bucket", "checkpoint", "config", "console", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params",
-        "run_data",
+        "bucket", "config", "console", "data.catalog", "data.mixture", "hf.config", "hf.plot", "metrics", "params", "run_data",
+        "stored",
     },
     "hf.plot": set(),
     "hf.config": {"config"},

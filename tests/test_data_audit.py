@@ -13,7 +13,6 @@ from data_corpus import documents, tokenizer_path, write
 from rich.console import Console
 
 from easylm_mling.__main__ import main
-from easylm_mling.checkpoint import load_data_state, load_info
 from easylm_mling.config import ConfigError, load
 from easylm_mling.data.audit import audit
 from easylm_mling.data.catalog import Catalog
@@ -21,6 +20,7 @@ from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DOCUMENTS, EPOCH, OFFSET, ROWS, TOKENS
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.metrics import read_metrics
+from easylm_mling.stored import load_data_state, load_info
 from easylm_mling.summary import print_summary
 from easylm_mling.train import train
 

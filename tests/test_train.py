@@ -15,12 +15,13 @@ from processes import ROOT, SMALL
 from rich.console import Console
 
 from easylm_mling.__main__ import main
-from easylm_mling.checkpoint import load_data_state, load_info, load_params
+from easylm_mling.checkpoint import load_params
 from easylm_mling.config import ConfigError, load
 from easylm_mling.exits import TrainingStopped
 from easylm_mling.metrics import TIMINGS, read_metrics
 from easylm_mling.sharding import make_mesh
 from easylm_mling.step import abstract_params
+from easylm_mling.stored import load_data_state, load_info
 from easylm_mling.train import train
 
 TINY = [*SMALL, "mesh.cpu_devices=0"]

@@ -11,6 +11,7 @@ from processes import assert_same_bits, outcome, train_here
 
 import easylm_mling.train
 from easylm_mling.checkpoint import load_params
+from easylm_mling.config import load
 from easylm_mling.exits import TrainingStopped
 from easylm_mling.metrics import read_events, read_metrics
 from easylm_mling.sharding import make_mesh
@@ -70,8 +71,8 @@ def test_losses_that_stay_not_finite_stop_the_run_with_good_checkpoints(tmp_path
     with pytest.raises(TrainingStopped, match="was not finite in step 8, the last of 3 in a row that were skipped"):
         train_with(monkeypatch, bad, tmp_path / "run", *settings)
     wanted = outcome(tmp_path / "before")[2]
-    model = easylm_mling.train.load([str(tmp_path / "run" / "config.yaml")]).model
-    mesh = make_mesh(easylm_mling.train.load([str(tmp_path / "run" / "config.yaml")]).mesh)
+    model = load([str(tmp_path / "run" / "config.yaml")]).model
+    mesh = make_mesh(load([str(tmp_path / "run" / "config.yaml")]).mesh)
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == [6, 7]
     for step in kept:

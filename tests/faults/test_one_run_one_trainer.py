@@ -8,11 +8,12 @@ import pytest
 from processes import TINY, assert_same_bits, outcome, train_here
 
 import easylm_mling.train
-from easylm_mling.checkpoint import Checkpoints, load_data_state
+from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, load
 from easylm_mling.events import read_event_log
 from easylm_mling.exits import TrainingStopped
 from easylm_mling.run_dir import RunDirectory
+from easylm_mling.stored import load_data_state
 
 
 @pytest.fixture(scope="module")
