@@ -243,18 +243,15 @@ def _import(a) -> int:
 
 
 def _export(a) -> int:
-    from easylm_mling.checkpoint import step_directory
-    from easylm_mling.hf.exporting import export_hf
-    from easylm_mling.metrics import MetricsLog
+    from easylm_mling.hf.exporting import export_hf, note_export
+    from easylm_mling.step_folders import step_directory
 
     step = int(step_directory(a.checkpoint_dir, a.step).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
     for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages):
         print(f"warning: {warning}", file=sys.stderr)
-    record = Path(a.checkpoint_dir) / "metrics.jsonl"
-    if record.exists():  # not in a bucket, where only the trainer writes
-        with MetricsLog(record) as log:
-            log.write("export", step, path=str(Path(a.hf_dir).absolute()), dtype=a.dtype)
+    if not note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype):
+        print("warning: the run is being trained, so the export is not noted in its metrics.jsonl", file=sys.stderr)
     print(f"exported step {step} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
     if a.verify:
         from easylm_mling.hf.verify import verify_export

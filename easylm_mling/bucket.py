@@ -99,6 +99,13 @@ class Bucket:
             # A request whose answer was lost may have been done twice.
             return files.info(f"{path}/{name}")["size"] == size + len(added)
 
+    def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        """Whether the object, that was `old`, is now `new`. Not while the run is trained: then only the trainer writes."""
+        found = self._result(self.store.read(name))
+        if found.value != old or self.read("lease") is not None:
+            return False
+        return bool(self._result(self.store.write(name, new, if_equal=found.stamp.generation)).generation)
+
     def move(self, source: str, target: str, first: str):
         """Copy every object below the folder `source`, in the bucket, then remove them: the one called `first` before others."""
         files, path = self._gcsfs()

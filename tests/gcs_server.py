@@ -96,6 +96,9 @@ def _copy(source: socket.socket, target: socket.socket):
     with contextlib.suppress(OSError):
         while part := source.recv(1 << 20):
             target.sendall(part)
+    # Or the server would wait for the rest of what a killed process was sending, and serve nobody else.
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def serve():

@@ -15,16 +15,17 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.atomic import appears_whole
-from easylm_mling.bucket import small_files
-from easylm_mling.checkpoint import load_info, step_directory
+from easylm_mling.bucket import Bucket, is_bucket, small_files
 from easylm_mling.config import ConfigError, ModelConfig, from_tree
 from easylm_mling.digest import Pieces, leaf_name
 from easylm_mling.hf.card import write_card
 from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
 from easylm_mling.hf.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.hf.importing import DTYPES, INDEX
+from easylm_mling.metrics import MetricsLog
 from easylm_mling.params import Parameter, parameter_table
-from easylm_mling.stored import open_store
+from easylm_mling.step_folders import step_directory
+from easylm_mling.stored import load_info, open_store
 
 _TAGS = {"bfloat16": "BF16", "float32": "F32"}
 _PIECE = 64_000_000  # bytes read at a time
@@ -83,6 +84,19 @@ def export_hf(
         return []
     lacking = f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer"
     return [f"{lacking}; copy the base model's files into it"]
+
+
+def note_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype: str) -> bool:
+    """Write down in the metrics of a run, if it is one, where it was exported to. False if a trainer of it stands against it."""
+    record = small_files(checkpoint_dir) / "metrics.jsonl"
+    if not record.exists():
+        return True
+    before = record.read_bytes() if is_bucket(checkpoint_dir) else b""
+    with MetricsLog(record) as log:
+        log.write("export", step, path=str(Path(hf_dir).absolute()), dtype=dtype)
+    if not is_bucket(checkpoint_dir):
+        return True
+    return Bucket(str(checkpoint_dir)).replace(record.name, before, record.read_bytes())
 
 
 def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:

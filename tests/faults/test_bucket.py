@@ -17,9 +17,11 @@ from easylm_mling.config import ConfigError
 from easylm_mling.data.audit import audit
 from easylm_mling.events import read_event_log
 from easylm_mling.generate import load_model
-from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf.exporting import export_hf, note_export
 from easylm_mling.hf.files import copy_tokenizer
 from easylm_mling.hf.importing import import_hf
+from easylm_mling.metrics import read_metrics
+from easylm_mling.step_folders import newest_step
 from easylm_mling.summary import print_summary
 
 
@@ -40,7 +42,22 @@ def proxy(tmp_path_factory, monkeypatch):
         yield proxy
 
 
-def test_a_run_in_a_bucket_has_the_same_bits(undisturbed, proxy):
+def assert_exports_are_noted(run_dir, folder):
+    """But not while the run is trained, for the trainer's metrics are the run's."""
+    there = Bucket(run_dir)
+    before = there.read("metrics.jsonl")
+    there.write_all({"lease": b"{}"})
+    assert not note_export(run_dir, folder, 10, "bfloat16") and there.read("metrics.jsonl") == before
+    there.write_all({"lease": None})
+    assert note_export(run_dir, folder, 10, "bfloat16")
+    after = there.read("metrics.jsonl")
+    assert after.startswith(before) and after.count(b"\n") == before.count(b"\n") + 1
+    [noted] = read_metrics(small_files(run_dir) / "metrics.jsonl", "export")
+    assert (noted["step"], noted["path"], noted["dtype"]) == (10, str(folder), "bfloat16")
+    assert not there.replace("metrics.jsonl", before, b"") and there.read("metrics.jsonl") == after
+
+
+def test_a_run_in_a_bucket_has_the_same_bits(undisturbed, proxy, tmp_path):
     """Stopped, its machine's disk wiped, and gone on elsewhere; all that a run writes is in the bucket."""
     run_dir = f"gs://{BUCKET}/a folder/run"
     train_here(run_dir, "train.stop_at_step=5")
@@ -56,6 +73,7 @@ def test_a_run_in_a_bucket_has_the_same_bits(undisturbed, proxy):
     assert len(audit(run_dir, 7)) == 8
     (loaded,) = [load_model(run_dir)[2]]
     assert loaded.hidden_size == 32
+    assert_exports_are_noted(run_dir, tmp_path)
     with pytest.raises(ConfigError, match="belongs to a run with another config: optimizer.learning_rate was"):
         train_here(run_dir, "optimizer.learning_rate=1")
     Bucket(f"gs://{BUCKET}/other").write_all({"mine": b""})
@@ -132,6 +150,29 @@ def test_models_come_from_and_go_to_a_bucket(proxy, hf_source, tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_processes_train_in_a_bucket_and_one_is_killed(proxy, tmp_path, killed):
+    """The other ends, and both go on together, on new machines, from what the bucket holds."""
+    url, run_dir, often = f"gs://{BUCKET}/run", tmp_path / "run", "checkpoint.every_steps=2"
+    processes = start(run_dir, 2, often, f"run_dir={url}")
+    # The save of step 4 has begun, so the one of step 2 is done.
+    wait_for_step(processes, local_folder(url, 0), 5)
+    processes[killed].kill()
+    codes = ends(run_dir, processes)
+    # 85: it found out itself; SIGABRT: JAX's coordination did.
+    assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in (85, -signal.SIGABRT), printed(run_dir)
+    step = newest_step(url)
+    assert 2 <= step < 10
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    run(run_dir, 2, often, f"run_dir={url}")
+    assert f"resumed from the checkpoint of step {step}" in printed(run_dir)
+    assert "lease" not in Bucket(url).names()
+    assert [e["event"] for e in read_event_log(small_files(url) / "events.jsonl")][-1] == "done"
+    run(tmp_path / "undisturbed", 1, often)
+    assert_same_bits(outcome(url), outcome(tmp_path / "undisturbed"))
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_again_and_again_in_a_bucket(proxy, tmp_path, count):
     """kill -9 at random moments, and in between the disk is wiped: the bits of a run on a disk."""
@@ -148,6 +189,7 @@ def test_killed_again_and_again_in_a_bucket(proxy, tmp_path, count):
         assert set(codes) <= {0, 85, -signal.SIGKILL, -signal.SIGABRT}, printed(tmp_path / "run")
         if killed % 2:
             shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    assert killed >= 2
     assert_same_bits(outcome(url), outcome(tmp_path / "undisturbed"))
 
 
