@@ -32,6 +32,7 @@ from easylm_mling.plan.hlo import flops, parse, trip_count
 from easylm_mling.plan.measure import measure
 from easylm_mling.plan.predict import predict
 from easylm_mling.plan.remat import choose_remat, with_remat
+from easylm_mling.plan.report import sections
 from easylm_mling.plan.schedule import walk
 from easylm_mling.plan.search import search
 from easylm_mling.plan.slices import SLICES, GiB, find_slice
@@ -379,6 +380,15 @@ def test_a_prediction_adds_up():
     assert found["checkpoint"]["bytes"] == 12 * 8_537_680_896
     slower = predict(make_config(), measured(), factor=1.5)
     assert slower["step"]["seconds"] == 18.0 and any("1.500" in line for line in slower["assumptions"])
+
+
+def test_a_plan_that_leaves_memory_idle_says_who_would_use_it():
+    def fits(peak, **train):
+        config = make_config(**train)
+        return sections(config, predict(config, measured(peak=peak)))["fits"]
+
+    assert "train.remat=auto" in fits(20 * GiB)[-1]
+    assert "train.remat=auto" not in fits(28 * GiB)[-1] and "train.remat=auto" not in fits(20 * GiB, remat="none")[-1]
 
 
 class FakeCompiler:

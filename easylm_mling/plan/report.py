@@ -17,6 +17,7 @@ _KINDS = {
     "attention": "attention",
     "waiting": "waiting for chips",
 }
+_SPEND = "train.remat=auto finds out how much of what is free can be spent on speed"
 
 
 def print_plan(config: RunConfig, plan: dict, console: Console):
@@ -37,6 +38,7 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
         "fits": [
             f"{peak:.1f} of {room:.1f} GiB a chip at the peak ({peak / room:.0%}), {room - peak:.1f} free{host}; largest:",
             *map(buffer_text, plan["buffers"]),
+            *([_SPEND] if peak < 0.8 * room and config.train.remat != "none" else []),
         ],
         "step": [
             f"{step['seconds']:.2f} s: {parts}",
@@ -77,9 +79,9 @@ def _collective_text(c: dict) -> str:
 
 
 def heading(config: RunConfig, plan: dict) -> str:
-    t = config.train
+    t, hosts = config.train, f"{plan['hosts']} host{'s' * (plan['hosts'] > 1)}"
     return (
-        f"{plan['slice']}: {plan['chips']} chips on {plan['hosts']} hosts; {settings_text(config)}; "
+        f"{plan['slice']}: {plan['chips']} chips on {hosts}; {settings_text(config)}; "
         f"{t.batch_size} sequences of {config.data.sequence_length} a step"
     )
 
