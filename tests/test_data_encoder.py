@@ -1,5 +1,8 @@
 """Remembered chunks give the ids of the whole text, whatever is remembered."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -69,6 +72,23 @@ def test_slots_are_shared(monkeypatch):
     encoder, texts = Encoder(model()), documents(60, seed=5)
     for _ in range(2):
         assert encoded(encoder, texts) == reference_ids(texts)
+
+
+@pytest.mark.parametrize("remembered", [3000, 1 << 23])
+def test_threads_that_share_a_memory_get_their_own_ids(monkeypatch, remembered):
+    """The loader reads ahead in a thread of its own while an evaluation reads held-out text."""
+    monkeypatch.setattr(encoder_module, "_REMEMBERED_IDS", remembered)
+    texts = [documents(120, seed=seed) for seed in range(4)]
+    wanted, interval = [reference_ids(t) for t in texts], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(texts)) as pool:
+            for _ in range(5):
+                encoder = Encoder(model())
+                found = pool.map(lambda part: [i for text in part for i in encoded(encoder, [text])], texts)  # noqa: B023
+                assert list(found) == wanted
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("portion", [1, 7, 100])

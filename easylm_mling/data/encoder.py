@@ -5,6 +5,7 @@ two characters that are no such pair no merge can ever happen, so what lies on e
 were not there. Such chunks are short (about 1.1 tokens), and few are new. All is done for a whole row of text at once.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class Encoder:
         bases = (np.random.Philox(key=1).random_raw(2) | np.uint64(1)).tolist()
         self._powers = [_powers(b) for b in bases]
         self._inverses = [_powers(pow(b, -1, 1 << 64)) for b in bases]
+        # Whoever writes or reads what is remembered: an evaluation reads text while the loader reads ahead in its thread.
+        self._memory = threading.Lock()
         self._forget()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -67,9 +70,11 @@ class Encoder:
         np.logical_not(self._joined[_pairs(codes)], out=apart[1:-1])
         apart[ends] = True
         bounds = np.flatnonzero(apart)
-        starts, counts = self._remember(text, bounds, *self._keys(codes, bounds))
-        total = np.append(0, np.cumsum(counts))
-        ids = self._ids[np.repeat(starts - total[:-1], counts) + np.arange(total[-1])]
+        keys = self._keys(codes, bounds)
+        with self._memory:
+            starts, counts = self._remember(text, bounds, *keys)
+            total = np.append(0, np.cumsum(counts))
+            ids = self._ids[np.repeat(starts - total[:-1], counts) + np.arange(total[-1])]
         return np.split(ids, total[np.searchsorted(bounds, ends[:-1])])
 
     def _keys(self, codes: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
