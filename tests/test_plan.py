@@ -464,6 +464,11 @@ def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compile
     assert choose_remat(chosen, Book(), Console()) is chosen
 
 
+def test_auto_remat_leaves_what_goes_to_the_host_alone(fake_compiler):
+    chosen = choose_remat(make_config(remat="auto", offload=("gate",)), Book(), Console(file=io.StringIO()))
+    assert chosen.train.offload == ("gate",) and "none" not in {c.train.remat for c in FakeCompiler.started}
+
+
 def test_auto_remat_where_nothing_fits_says_what_would_need_less(fake_compiler):
     with pytest.raises(ConfigError, match="nothing fits a chip of v5e-64.*accumulation"):
         choose_remat(

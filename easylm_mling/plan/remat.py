@@ -27,7 +27,8 @@ def fill_memory(config: RunConfig, book: Book, console: Console) -> list[RunConf
     `book`. A peak of more than `train.remat_memory` of the chip's memory does not fit."""
     limit = config.train.remat_memory * find_slice(config.mesh.slice or "").chip.hbm_bytes
     layers = config.model.num_hidden_layers
-    uniform = {p: with_remat(config, p) for p in REMAT_NAMES}
+    # A layer that keeps everything sends nothing to the host.
+    uniform = {p: with_remat(config, p) for p in REMAT_NAMES if p != "none" or not config.train.offload}
     book.measure(list(uniform.values()), console)
     peaks = {p: peak for p, c in uniform.items() if (peak := peak_bytes(book.get(c))) is not None}
     fitting = [p for p in peaks if fits(uniform[p], book.get(uniform[p]))]
