@@ -11,9 +11,11 @@ Nothing but this file knows Orbax; step_folders.py and stored.py find and read s
 """
 
 import asyncio
+import gc
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -210,24 +212,25 @@ class Checkpoints:
         Raises Damaged, in every process, if it cannot be read or is not what was saved.
         """
         abstract = _training(state)
-        got: Any = None
-        wrong, new, data, info = "", {}, {}, {}
-        try:
+        new = {}
+
+        def read():
             stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
             # Checkpoints had no spike guard once; its window then begins empty.
-            new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
+            new.update({k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored})
             wanted = {"params": state.params, "training": abstract}
             where = self.path / str(step)
             check_stored(where, wanted)
             data, info = read_data(where), unpacked(read_strings(where))
-            got = self._orbax.load_checkpointables(step, wanted)
-        except (KeyError, ValueError, FileNotFoundError) as error:
-            wrong = " ".join(str(error).split())[-200:]
-            if self._bucket:
-                # If all of it is out of reach, that says nothing about the step: this raises.
-                self._bucket.names()
+            return self._orbax.load_checkpointables(step, wanted), data, info
+
+        found, wrong = _result_of(read)
+        if wrong and self._bucket:
+            # If all of it is out of reach, that says nothing about the step: this raises.
+            self._bucket.names()
         if not everywhere(not wrong):
             raise Damaged(wrong or "another process cannot read it")
+        got, data, info = found
         # Checkpoints had no digests once.
         if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data})):
             raise Damaged(f"{leaf} is not what was saved")
@@ -294,17 +297,28 @@ def load_params(directory: str | Path, abstract: dict, step: int | None = None) 
     where = step_directory(directory, step)
     info = load_info(directory, int(where.name))
     check_stored(where, {"params": abstract})
-    try:
-        with _context():
-            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        why = " ".join(str(error).split())[-200:]
-        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
+    with _context():
+        params, why = _result_of(lambda: ocp.load_checkpointables(str(where), {"params": abstract})["params"])
+    if why:
+        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy")
     # Checkpoints had no digests once.
     saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
     if saved and (leaf := differing(saved, {"params": params})):
         raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
     return params
+
+
+def _result_of(read: Callable[[], Any]) -> tuple[Any, str]:
+    """What `read` returns and "", or None and why a checkpoint cannot be read."""
+    with warnings.catch_warnings():
+        # When a read fails Orbax leaves coroutines behind, and Python warns of each as it comes upon it.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            return read(), ""
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            why = " ".join(str(error).split())[-200:] or type(error).__name__
+        gc.collect()
+    return None, why
 
 
 def check_same_shapes(directory: str | Path, abstract: dict):

@@ -273,6 +273,7 @@ def test_a_run_may_end_with_its_data(corpora, tmp_path):
     assert f"the data ended at step {steps}" in run(corpora, tmp_path / "run", *rule, "train.budget_tokens=100000")
 
 
+@pytest.mark.slow
 def test_a_change_of_the_data_is_refused_and_can_be_accepted(corpora, tmp_path):
     copy = tmp_path / "corpora"
     shutil.copytree(corpora, copy)

@@ -81,6 +81,7 @@ def test_stopped_and_resumed_is_never_stopped(undisturbed, tmp_path, stops):
     assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
+@pytest.mark.slow
 def test_resuming_on_another_mesh_goes_on_with_the_same_data(undisturbed, tmp_path):
     run(tmp_path / "run", "train.stop_at_step=5")
     run(tmp_path / "run", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "train.accumulation_steps=1")

@@ -18,9 +18,6 @@ from easylm_mling.exits import NO_CHECKPOINT, NoUsableCheckpoint, tell
 from easylm_mling.generate import load_model
 from easylm_mling.hf.exporting import export_hf, stored_model
 
-# Orbax leaves its coroutines behind when a read fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
-
 
 @pytest.fixture(scope="module")
 def undisturbed_run(tmp_path_factory):
