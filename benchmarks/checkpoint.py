@@ -27,6 +27,7 @@ from rich.console import Console  # noqa: E402
 import easylm_mling.train  # noqa: E402
 from easylm_mling.checkpoint import Checkpoints  # noqa: E402
 from easylm_mling.config import load  # noqa: E402
+from easylm_mling.data.mixture import initial_state  # noqa: E402
 from easylm_mling.digest import digests  # noqa: E402
 from easylm_mling.metrics import read_metrics  # noqa: E402
 from easylm_mling.step import TrainState  # noqa: E402
@@ -71,13 +72,14 @@ def throughput(folder: Path, gigabytes: float, rounds: int):
     state = big_state(int(gigabytes * 1e9))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     digests(state)  # compiles
+    data = initial_state(8, 4, range(8))._asdict()
     raw = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     found: dict[str, list[float]] = {}
     for n in range(rounds):
         with Checkpoints(folder / "run", keep_last=1) as checkpoints:
             now = state._replace(step=state.step + n + 1)
             timed(found, "digests", lambda: digests(now))  # noqa: B023
-            timed(found, "blocked", lambda: checkpoints.save(now, {"lanes": np.zeros(1)}, {}))  # noqa: B023
+            timed(found, "blocked", lambda: checkpoints.save(now, data, {}))  # noqa: B023
             timed(found, "save", checkpoints.finish, found["blocked"][-1])
             timed(found, "raw write", lambda: write(folder / "raw", raw))
             drop(folder)

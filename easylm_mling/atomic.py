@@ -58,11 +58,15 @@ def write_whole(path: str | Path, content: bytes):
 def replaces_whole(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write into that takes the place of `path` once the block ends without an error."""
     draft = Path(f"{path}.{os.getpid()}.tmp")
-    with open(draft, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _check_target(target: Path):

@@ -7,6 +7,7 @@ Axis letters: B batch, T query positions, S key positions, N query heads, K key/
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,9 @@ def attention(
     """Each position attends to itself and to earlier positions of its own segment, at most `window - 1` back.
 
     q [B, T, N, H]; k, v [B, T, K, H] (N a multiple of K); segment_ids [B, T] int32; window an int32 scalar, which may be
-    traced (None: no limit). Scores x become soft_cap * tanh(x / soft_cap). Returns [B, T, N, H] in q's dtype. q must already carry the query scale. Scores and softmax are float32. Queries are taken in chunks of 512, each
-    recomputed in the backward pass, so that no [B, N, T, T] array is ever held. The result has the checkpoint name "attention".
+    traced (None: no limit). Scores x become soft_cap * tanh(x / soft_cap). Returns [B, T, N, H] in q's dtype. q must already
+    carry the query scale. Scores and softmax are float32. Queries are taken in chunks of 512, each recomputed in the backward
+    pass, so that no [B, N, T, T] array is ever held. The result has the checkpoint name "attention".
     """
     B, T, _, _ = q.shape
     assert k.shape == v.shape and k.shape[:2] == (B, T) == segment_ids.shape, (q.shape, k.shape, segment_ids.shape)
@@ -71,7 +73,9 @@ def masked_attention(
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
-def cudnn_attention(q, k, v, segment_ids, window, soft_cap: float | None, implementation: str = "cudnn") -> jax.Array:
+def cudnn_attention(
+    q, k, v, segment_ids, window, soft_cap: float | None, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> jax.Array:
     """As `attention`, by the flash attention of NVIDIA's cuDNN, which knows no soft cap.
 
     The mask goes in as an array [B, 1, T, T], 2 bytes an element: cuDNN's own form for packed documents has a largest

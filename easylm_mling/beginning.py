@@ -38,7 +38,7 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
     check_run(config, mesh)
     own_lanes(config, mesh)
     config = with_chosen_remat(config, run, console)
-    if config.init_from:
+    if config.init_from and not newest_step(run.name):
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
     run.take_lease()
     if data.changed:
@@ -68,7 +68,7 @@ def restore_or_init(
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
         params = load_params(config.init_from, abstract)
-        console.print(f"parameters taken from {config.init_from}")
+        say(console, f"parameters taken from {config.init_from}")
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
     fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
     return fresh(), None, 0

@@ -15,13 +15,15 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import fsspec
+import fsspec.config
 import tensorstore as ts
 
 from easylm_mling.config import ConfigError
@@ -91,7 +93,7 @@ class Bucket:
 
     def append(self, name: str, added: bytes, size: int) -> bool:
         """Whether the object, of `size` bytes before, now has `added` at its end (the bucket joins the two)."""
-        files, path = self._gcsfs()
+        files, path = filesystem_of(self.url)
         with _as_os_error(self.url):
             files.pipe_file(f"{path}/{name}{_ADDED}", added)
             files.merge(f"{path}/{name}", [f"{path}/{name}", f"{path}/{name}{_ADDED}"])
@@ -108,7 +110,7 @@ class Bucket:
 
     def move(self, source: str, target: str, first: str):
         """Copy every object below the folder `source`, in the bucket, then remove them: the one called `first` before others."""
-        files, path = self._gcsfs()
+        files, path = filesystem_of(self.url)
         names = [n for n in self.names() if n.startswith(f"{source}/") and not n.endswith("/")]
         with _as_os_error(self.url):
             for name in names:
@@ -116,26 +118,20 @@ class Bucket:
         self.write_all({f"{source}/{first}": None})
         self.write_all(dict.fromkeys(names))
 
-    def _gcsfs(self) -> tuple[Any, str]:
-        return filesystem_of(self.url)
-
     def _result(self, future) -> Any:
         with _as_os_error(self.url):
             return future.result(timeout=_PATIENCE)
 
 
-class _as_os_error:
+@contextmanager
+def _as_os_error(url: str) -> Iterator[None]:
     """Within it, whatever the libraries raise when storage fails becomes an OSError."""
-
-    def __init__(self, url: str):
-        self.url = url
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if isinstance(error, Exception) and not isinstance(error, ConfigError):
-            raise OSError(f"{self.url}: {one_line(error)}") from error
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url}: {one_line(error)}") from error
 
 
 class _Pushed(NamedTuple):
@@ -231,6 +227,14 @@ class Mirror:
                 self.push()
             except OSError as error:
                 print(f"warning: not pushed yet ({error})", file=sys.stderr, flush=True)
+
+
+def run_files(run_dir: str | Path) -> Path:
+    """`small_files` of what must be a run's directory; raises ConfigError if it is none."""
+    files = small_files(run_dir)
+    if not (files / CONFIG).is_file():
+        raise ConfigError(f"{run_dir}: not a run's directory (no {CONFIG})")
+    return files
 
 
 def small_files(run_dir: str | Path) -> Path:

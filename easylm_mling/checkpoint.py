@@ -7,17 +7,16 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file knows Orbax; step_folders.py and stored.py find and read steps without it. What Orbax restores it does not check: every leaf's digest (digest.py) is saved with the step and compared after a restore.
+Nothing but this file knows Orbax; step_folders.py and stored.py find and read steps without it. What Orbax restores it does
+not check: every leaf's digest (digest.py) is saved with the step and compared after a restore.
 """
 
 import asyncio
-import gc
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
+_SLICE = 16_000_000
 
 
 def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
@@ -54,6 +54,8 @@ def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> o
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = 400_000_000
+    # To cut what is smaller for each of its replicas to write takes longer than the writing.
+    saving.min_slice_bytes_for_replica_parallel = _SLICE
     saving.scoped_storage_options_creator = _chunks
     return context
 
@@ -109,7 +111,7 @@ class Checkpoints:
         self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
         self._stuck_seconds = stuck_seconds
         self._orbax = self._open()
-        self._begun, self._problem, self.failed_in_a_row = False, "", 0
+        self._begun, self._problem, self.failed_in_a_row, self.newest_begun = False, "", 0, 0
 
     def _open(self):
         return ocp.training.Checkpointer(
@@ -152,7 +154,7 @@ class Checkpoints:
         if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), prepare):
             self.failed_in_a_row += 1
         else:
-            self._begun = True
+            self._begun, self.newest_begun = True, step
             self._watch.beat()
             try:
                 self._orbax.save_checkpointables_async(step, parts, force=True)
@@ -179,8 +181,9 @@ class Checkpoints:
         self.failed_in_a_row += 1
         # After a failed save the object itself is of no use.
         until = time.monotonic() + 30
-        while is_first() and time.monotonic() < until and remove_unfinished(self._directory):
-            time.sleep(0.2)
+        with suppress(OSError):  # out of reach; the next start removes them
+            while is_first() and time.monotonic() < until and remove_unfinished(self._directory):
+                time.sleep(0.2)
         everywhere(True)
         self._orbax = self._open()
         return f"{self.path}: {problem or 'another process could not write its part'}"
@@ -212,25 +215,24 @@ class Checkpoints:
         Raises Damaged, in every process, if it cannot be read or is not what was saved.
         """
         abstract = _training(state)
-        new = {}
-
-        def read():
+        got: Any = None
+        wrong, new, data, info = "", {}, {}, {}
+        try:
             stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
             # Checkpoints had no spike guard once; its window then begins empty.
-            new.update({k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored})
+            new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
             wanted = {"params": state.params, "training": abstract}
             where = self.path / str(step)
             check_stored(where, wanted)
             data, info = read_data(where), unpacked(read_strings(where))
-            return self._orbax.load_checkpointables(step, wanted), data, info
-
-        found, wrong = _result_of(read)
-        if wrong and self._bucket:
-            # If all of it is out of reach, that says nothing about the step: this raises.
-            self._bucket.names()
+            got = self._orbax.load_checkpointables(step, wanted)
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            wrong = " ".join(str(error).split())[-200:]
+            if self._bucket:
+                # If all of it is out of reach, that says nothing about the step: this raises.
+                self._bucket.names()
         if not everywhere(not wrong):
             raise Damaged(wrong or "another process cannot read it")
-        got, data, info = found
         # Checkpoints had no digests once.
         if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data})):
             raise Damaged(f"{leaf} is not what was saved")
@@ -297,28 +299,17 @@ def load_params(directory: str | Path, abstract: dict, step: int | None = None) 
     where = step_directory(directory, step)
     info = load_info(directory, int(where.name))
     check_stored(where, {"params": abstract})
-    with _context():
-        params, why = _result_of(lambda: ocp.load_checkpointables(str(where), {"params": abstract})["params"])
-    if why:
-        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy")
+    try:
+        with _context():
+            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[-200:]
+        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
     # Checkpoints had no digests once.
     saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
     if saved and (leaf := differing(saved, {"params": params})):
         raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
     return params
-
-
-def _result_of(read: Callable[[], Any]) -> tuple[Any, str]:
-    """What `read` returns and "", or None and why a checkpoint cannot be read."""
-    with warnings.catch_warnings():
-        # When a read fails Orbax leaves coroutines behind, and Python warns of each as it comes upon it.
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        try:
-            return read(), ""
-        except (KeyError, ValueError, FileNotFoundError) as error:
-            why = " ".join(str(error).split())[-200:] or type(error).__name__
-        gc.collect()
-    return None, why
 
 
 def check_same_shapes(directory: str | Path, abstract: dict):

@@ -45,11 +45,11 @@ class MetricsLog:
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
     """The lines of one kind in order of steps; where a resumed run wrote a step again, the later line counts."""
-    by_step = {entry["step"]: entry for entry in read_events(path, kind)}
+    by_step = {entry["step"]: entry for entry in read_lines(path, kind)}
     return [by_step[step] for step in sorted(by_step)]
 
 
-def read_events(path: Path, kind: str) -> list[dict]:
+def read_lines(path: Path, kind: str) -> list[dict]:
     """All lines of one kind in the order they were written."""
     return [entry for entry in read_records(path) if entry["kind"] == kind]
 

@@ -42,5 +42,5 @@ def decay_mask(config: RunConfig) -> dict:
 def clip_by_global_norm(gradients, limit: float):
     """Gradients scaled to a global norm of at most `limit`, and the norm before (float32 scalar)."""
     norm = optax.tree.norm(gradients)
-    scale = limit / jnp.maximum(norm, limit)
+    scale = jnp.minimum(1.0, limit / norm)
     return jax.tree.map(lambda g: g * scale, gradients), norm

@@ -6,6 +6,7 @@ Kernels keep the orientation of Hugging Face's Linear weights, (out, in), with t
 A Hugging Face tensor is therefore a plain reshape of one layer's slice: import and export copy bytes.
 """
 
+import math
 from dataclasses import dataclass
 
 from easylm_mling.config import ModelConfig
@@ -70,13 +71,7 @@ def _layer_rows(m: ModelConfig) -> list[Parameter]:
 
 
 def parameter_count(m: ModelConfig) -> int:
-    total = 0
-    for p in parameter_table(m):
-        size = 1
-        for n in p.shape:
-            size *= n
-        total += size
-    return total
+    return sum(math.prod(p.shape) for p in parameter_table(m))
 
 
 def to_nested(flat: dict) -> dict:

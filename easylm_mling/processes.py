@@ -148,10 +148,10 @@ def _collect(port: int, count: int, until: float) -> str:
             server.settimeout(left)
             with suppress(TimeoutError):
                 caller, _ = server.accept()
-                caller.settimeout(1)
-                said = caller.recv(16)
-                if said.strip().isdigit() and 0 < int(said) < count:
-                    called[int(said)] = caller
+                if 0 < (number := _said(caller)) < count:
+                    called[number] = caller
+                else:
+                    caller.close()
     missing = sorted(set(range(1, count)) - set(called))
     listed = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
     answer = f"process{'es' if len(missing) > 1 else ''} {listed}" if missing else "go"
@@ -160,6 +160,15 @@ def _collect(port: int, count: int, until: float) -> str:
             caller.sendall(answer.encode())
             caller.close()
     return answer
+
+
+def _said(caller: socket.socket) -> int:
+    """Its number, 0 if it says none: whoever scans ports calls, too."""
+    caller.settimeout(1)
+    said = b""
+    with suppress(OSError):
+        said = caller.recv(16).strip()
+    return int(said) if said.isdigit() else 0
 
 
 def _call(host: str, port: int, index: int, until: float) -> str | None:

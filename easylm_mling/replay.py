@@ -11,17 +11,14 @@ import jax
 import orjson
 from jax.sharding import Mesh
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import NOT_OF_THE_STEP, RunConfig
 from easylm_mling.digest import digests
 from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import MetricsLog, read_events
+from easylm_mling.metrics import MetricsLog, read_lines
 from easylm_mling.processes import everywhere, is_first
 from easylm_mling.rewind import batches_left_out
 from easylm_mling.run_data import RunData
 from easylm_mling.step import TrainState
-
-# Of `train`, what changes no bit of a step.
-_NO_MATTER = ("stop_at_step", "log_every_steps", "max_skipped_in_a_row", "stuck_minutes", "rewind", "skip_batches")
 
 
 class Replay:
@@ -32,7 +29,7 @@ class Replay:
         self._before: dict[int, dict[str, str]] = {}
         if self._every and is_first():
             self._program = _program(config, mesh, {"left_out": batches_left_out(data.run), **data.fingerprints})
-            for line in read_events(data.run.metrics_file, "digests"):
+            for line in read_lines(data.run.metrics_file, "digests"):
                 if line["program"] == self._program:
                     self._remember(line["step"], line["digests"])
 
@@ -62,7 +59,7 @@ class Replay:
 
 def _program(config: RunConfig, mesh: Mesh, batches: dict) -> str:
     """A digest of all that a step's bits may depend on: replays are only compared where it is the same."""
-    train = {k: v for k, v in asdict(config.train).items() if k not in _NO_MATTER}
+    train = {k: v for k, v in asdict(config.train).items() if k not in NOT_OF_THE_STEP}
     parts = {name: asdict(getattr(config, name)) for name in ("model", "data", "optimizer")}
     device = mesh.devices.flat[0]
     # On the CPU a process that joined others, or itself, sums in another order than one on its own.

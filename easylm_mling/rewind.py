@@ -8,8 +8,9 @@ from rich.console import Console
 
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ConfigError, TrainConfig
+from easylm_mling.console import say
 from easylm_mling.events import EventLog
-from easylm_mling.metrics import MetricsLog, read_events
+from easylm_mling.metrics import MetricsLog, read_lines
 from easylm_mling.processes import first_says, is_first
 from easylm_mling.run_dir import RunDirectory
 
@@ -24,7 +25,7 @@ def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, even
         return
     done = _past(run)[-1:]
     if first_says(bool(done) and (done[0]["step"], done[0]["skip_batches"]) == (to, skip)):
-        console.print(f"train.rewind={to}: the run did so before, and goes on", highlight=False)
+        say(console, f"train.rewind={to}: the run did so before, and goes on")
         return
     steps = checkpoints.steps()
     if to not in steps:
@@ -35,7 +36,7 @@ def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, even
         with MetricsLog(run.rewinds_file) as past:
             past.write("rewind", to, skip_batches=skip, from_step=steps[-1])
         events.write("rewound", to, skip_batches=skip, from_step=steps[-1])
-    console.print(f"rewound to step {to} from {steps[-1]}, leaving out {skip} batches", highlight=False, soft_wrap=True)
+    say(console, f"rewound to step {to} from {steps[-1]}, leaving out {skip} batches")
 
 
 def count_rewinds(run: RunDirectory) -> int:
@@ -55,4 +56,4 @@ def batches_left_out(run: RunDirectory) -> int:
 
 
 def _past(run: RunDirectory) -> list[dict]:
-    return read_events(run.rewinds_file, "rewind") if is_first() and run.rewinds_file.exists() else []
+    return read_lines(run.rewinds_file, "rewind") if is_first() and run.rewinds_file.exists() else []

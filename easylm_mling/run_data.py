@@ -5,7 +5,7 @@ from pathlib import Path
 import orjson
 
 from easylm_mling.atomic import write_whole
-from easylm_mling.config import ConfigError, RunConfig, to_tree
+from easylm_mling.config import ConfigError, RunConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog, reopen_catalog
 from easylm_mling.data.changes import carry_over
 from easylm_mling.data.estimates import load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
@@ -53,7 +53,8 @@ class RunData:
         self._check_stages(info)
         news: list[str] = []
         changed = [what for what, value in self.fingerprints.items() if info[what] != value]
-        now, then = to_tree(self.config.data), info["config"]["data"]
+        # Through the config, which fills in what there was no key for when the checkpoint was made.
+        now, then = (to_tree(c.data) for c in (self.config, from_tree(RunConfig, info["config"])))
         changed += [f"data.{key}" for key in ("sources", "weighting") if now[key] != then[key]]
         if changed and not self.accept_change:
             raise ConfigError(

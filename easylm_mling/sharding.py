@@ -87,7 +87,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def own_rows(mesh: Mesh, rows: int) -> range:
     """Which of a batch's `rows` lie on this process's devices, for arrays sharded as `batch_sharding` says."""
-    held = [index[0].indices(rows) for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    held = [index[0].indices(rows) for index in indices if index]
     own = range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
     assert len(own) == sum(stop - start for start, stop, _ in set(held)), f"rows of one process lie apart: {held}"
     return own

@@ -74,16 +74,17 @@ def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
 
 def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:
     """Shapes, dtypes and shardings of the parameters, without memory for them."""
-    shapes = jax.eval_shape(partial(init_params, m, 0))
-    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, shapes, parameter_shardings(m, mesh))
+    return _placed(jax.eval_shape(partial(init_params, m, 0)), parameter_shardings(m, mesh))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state, without memory for it."""
     shapes = jax.eval_shape(partial(init_state, config=config), abstract_params(config.model, mesh))
-    place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, shapes, state_shardings(config, mesh))
+    return _placed(shapes, state_shardings(config, mesh))
+
+
+def _placed(shapes, shardings):
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from easylm_mling.console import say
 from easylm_mling.exits import INTERRUPTED, STUCK
 
 # What a process wishes for; the largest of all processes' wishes counts.
@@ -43,7 +44,7 @@ class Stop:
             # As hard as a kill, which everything on disk is made to survive: an orderly end would wait for the save.
             os._exit(INTERRUPTED)
         self._signalled = True
-        self._console.print(f"{signal.Signals(number).name}: saving at the next step; once more stops at once")
+        say(self._console, f"{signal.Signals(number).name}: saving at the next step; once more stops at once")
 
 
 class Watchdog:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from easylm_mling.bucket import small_files
-from easylm_mling.config import ConfigError, RunConfig, from_tree
-from easylm_mling.console import make_console
+from easylm_mling.bucket import run_files
+from easylm_mling.config import RunConfig, from_tree
+from easylm_mling.console import make_console, say
 from easylm_mling.data.mixture import DataState
 from easylm_mling.metrics import read_metrics
 from easylm_mling.run_data import load_ledger
@@ -17,18 +18,14 @@ from easylm_mling.stored import load_data_state, load_info
 
 def print_summary(run_dir: str, console: Console | None = None):
     """Print the table of the run in `run_dir` as of its newest checkpoint, and where it was exported to."""
-    files = small_files(run_dir)
+    files = run_files(run_dir)
     metrics_file = files / "metrics.jsonl"
-    if not (files / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
     console = console or make_console()
     config = from_tree(RunConfig, load_info(run_dir)["config"])
     state = DataState(**load_data_state(run_dir))
     console.print(summary_table(config, metrics_file, load_ledger(config, files).sources(state)))
     for export in read_metrics(metrics_file, "export"):
-        console.print(
-            f"step {export['step']} exported in {export['dtype']} to {export['path']}", highlight=False, soft_wrap=True
-        )
+        say(console, f"step {export['step']} exported in {export['dtype']} to {export['path']}")
 
 
 def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dict]) -> Table:
@@ -44,7 +41,7 @@ def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dic
         return ["-" if x is None else f"{x:.3f}" for x in found]
 
     table = Table(
-        title=f"{config.run_dir}: tokens of each source, and its held-out loss (nats a token)",
+        title=f"{escape(config.run_dir)}: tokens of each source, and its held-out loss (nats a token)",
         title_justify="left",
         box=box.SIMPLE,
     )

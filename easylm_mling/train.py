@@ -16,7 +16,7 @@ from rich.console import Console
 from easylm_mling.beginning import open_run, restore_or_init, select_devices
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.compiling import compile_ahead, keep_programs
-from easylm_mling.config import RunConfig, to_tree
+from easylm_mling.config import ConfigError, RunConfig, to_tree
 from easylm_mling.console import make_console, say
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
@@ -241,12 +241,13 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     begun = False
     while last or not begun:
         with run.watch.speed.pausing() as pause:
-            lost = checkpoints.finish()
+            before, lost = checkpoints.newest_begun, checkpoints.finish()
             if begun and not lost:
                 return
             unsaved = checkpoints.save(state, data_state._asdict(), info, partial(write_before, run, step, data_state))
-        for problem in filter(None, (lost, unsaved)):
-            run.watch.save_failed(step, problem, checkpoints.failed_in_a_row)
+        for of, problem in ((before, lost), (step, unsaved)):
+            if problem:
+                run.watch.save_failed(of, problem, checkpoints.failed_in_a_row)
         if not unsaved:
             run.watch.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
         if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
@@ -270,7 +271,10 @@ def skip_batches(run: Run, step: int, count: int) -> DataState:
         if (item := next_everywhere(run.loader)) is None:
             break
         own = item[1]
-    assert own is not None
+    if own is None:
+        raise ConfigError(
+            f"train.skip_batches={count}: the data has ended at step {step}, and there is none to leave out; rewind further"
+        )
     state = run.gathering.start(GO_ON, own)().state
     # Audits of later steps draw them from here.
     run.data.keep(step, state)

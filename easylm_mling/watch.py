@@ -165,7 +165,10 @@ class Watch:
             return
         self._looked = time.monotonic()
         step, values = self._saving
-        if newest_step(self.config.run_dir) >= step:
+        newest = 0
+        with suppress(OSError):  # a bucket out of reach is the save's to tell
+            newest = newest_step(self.config.run_dir)
+        if newest >= step:
             self.events.write("saved", step, **values)
             self._saved, self._saving = (self._looked, values["seconds"]), None
 

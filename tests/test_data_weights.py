@@ -123,6 +123,15 @@ def test_a_weight_of_zero_leaves_a_source_out_of_every_weighting(root):
         assert share[1] == 0 and share.sum() == pytest.approx(1)
 
 
+def test_a_sample_without_a_good_document_is_told(tmp_path):
+    (tmp_path / "web.jsonl").write_text('{"text": null}\n' * 20)
+    config, catalog = mixture(tmp_path, weighting=WeightingConfig(by="tokens"), web={})
+    with pytest.raises(
+        ConfigError, match="data.weighting.by=tokens: no good document was found in a sample of any source"
+    ):
+        shares(config, catalog)
+
+
 def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(root):
     config, catalog = mixture(root)
     found = estimate(catalog, tokenizer())

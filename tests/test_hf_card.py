@@ -63,7 +63,7 @@ def run(tmp_path_factory):
 
 def card(run, name="me/mine", languages=(), step=STEP):
     with tempfile.TemporaryDirectory() as folder:
-        write_card(Path(folder), run, stored_model(run), step, "bfloat16", name, languages)
+        write_card(Path(folder), run, Path(run), stored_model(run), step, "bfloat16", name, languages)
         _, front, body = (Path(folder) / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(front), body
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from easylm_mling.atomic import appears_whole
+from easylm_mling.atomic import appears_whole, replaces_whole
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.hf.exporting import export_hf
@@ -99,6 +99,14 @@ def test_a_writer_that_lives_keeps_its_draft(tmp_path, caplog):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.1.partial", "out"]
     assert "removing .out.1.partial" in caplog.text
+
+
+def test_a_file_that_could_not_be_written_leaves_no_draft(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="full"), replaces_whole(tmp_path / "file") as file:
+        file.write(b"half")
+        raise OSError("full")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

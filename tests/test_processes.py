@@ -3,7 +3,11 @@
 import json
 import random
 import signal
+import socket
+import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import jax
 import numpy as np
@@ -23,7 +27,7 @@ from processes import (
 
 from easylm_mling.config import ConfigError
 from easylm_mling.data.mixture import BLOCK, DataState
-from easylm_mling.processes import Gathering, Place, find_place, own_quarantine
+from easylm_mling.processes import Gathering, Place, find_place, own_quarantine, roll_call
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,23 @@ def test_who_is_missing_is_said_by_name(tmp_path):
     assert ends(tmp_path / "other", [lost], 60) == [1]
     assert "process 0 did not answer at localhost:" in printed(tmp_path / "other").splitlines()[-1]
     assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()
+
+
+def test_a_caller_that_hangs_up_does_not_end_the_roll_call():
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    zero, one = (Place(f"localhost:{port}", 2, index) for index in (0, 1))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(roll_call, zero, 30)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            with suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)) as stranger:
+                # It is reset when it is closed.
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                break
+        time.sleep(0.2)
+        roll_call(one, 30)
+        waiting.result()
 
 
 def test_the_place_of_a_process(monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +99,11 @@ def test_a_checkpoint_keeps_the_order_of_the_sources(undisturbed):
 
 
 def test_init_from_takes_parameters_but_not_the_past(undisturbed, tmp_path):
-    run(tmp_path / "next", f"init_from={undisturbed}", "train.stop_at_step=1")
+    shutil.copytree(undisturbed, tmp_path / "base")
+    run(tmp_path / "next", f"init_from={tmp_path}/base", "train.stop_at_step=1")
+    shutil.rmtree(tmp_path / "base")
+    # The run goes on from its own checkpoint.
+    run(tmp_path / "next", f"init_from={tmp_path}/base", "train.stop_at_step=2")
     first = read_metrics(tmp_path / "next" / "metrics.jsonl", "eval")[0]
     assert first["step"] == 0
     assert first["sources"] == read_metrics(undisturbed / "metrics.jsonl", "eval")[-1]["sources"]

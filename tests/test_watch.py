@@ -29,7 +29,7 @@ from easylm_mling.data.loader import holdout_rows
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.events import KINDS, EventLog, goodput, read_event_log
 from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import TIMINGS, MetricsLog, read_events, read_metrics
+from easylm_mling.metrics import TIMINGS, MetricsLog, read_lines, read_metrics
 from easylm_mling.sinks import Sinks, check_sinks, numbers
 from easylm_mling.speed import Speed
 from easylm_mling.validation import by_language
@@ -259,7 +259,7 @@ def tensorboard_values(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_gets_what_metrics_get(watched):
     run_dir, _ = watched
-    found, lines = tensorboard_values(run_dir / "tensorboard"), read_events(run_dir / "metrics.jsonl", "train")
+    found, lines = tensorboard_values(run_dir / "tensorboard"), read_lines(run_dir / "metrics.jsonl", "train")
     assert found["train/loss"] == [(x["step"], float(np.float32(x["loss"]))) for x in lines]
     assert [step for step, _ in found["train/sources/skypile"]] == list(range(1, 11))
     assert [step for step, _ in found["eval/bits_per_byte"]] == [0, 4, 8, 10]

@@ -10,6 +10,7 @@ from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, Stage
 from easylm_mling.config.loading import differences, from_tree, load, to_tree, to_yaml
 from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
 from easylm_mling.config.run import (
+    NOT_OF_THE_STEP,
     REMAT_NAMES,
     CheckpointConfig,
     EvalConfig,
@@ -23,6 +24,7 @@ from easylm_mling.config.run import (
 
 __all__ = [
     "FAMILIES",
+    "NOT_OF_THE_STEP",
     "REMAT_NAMES",
     "CheckpointConfig",
     "ConfigError",

@@ -11,6 +11,11 @@ from easylm_mling.config.model import ModelConfig
 # What a layer keeps for its backward pass; model.py says what each name means.
 REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
 OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
+# Of `train`, what neither the step's program nor a bit that it computes depends on.
+NOT_OF_THE_STEP = (
+    "stop_at_step", "log_every_steps", "digest_every_steps", "max_skipped_in_a_row", "stuck_minutes", "rewind", "skip_batches",
+    "remat_memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,8 @@ class MeshConfig:
     tensor: int = 1
     # Run on the CPU and simulate this many devices (0: use the accelerators that are there).
     cpu_devices: int = 0
-    # The TPU slice that the run is meant for: `v4-64`, or `2xv4-64` for two of them. Only `plan` reads it; plan/slices.py
-    # has those known.
+    # The TPU slice that the run is meant for: `v4-64`, or `2xv4-64` for two of them. `plan` and `remat: auto` read it;
+    # plan/slices.py has those known.
     slice: str | None = None
 
     def __post_init__(self):

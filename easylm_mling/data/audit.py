@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from easylm_mling.bucket import small_files
+from easylm_mling.bucket import run_files
 from easylm_mling.config import ConfigError, RunConfig, StageConfig, from_tree, load
 from easylm_mling.data.blocks import EpochOrder, windows
-from easylm_mling.data.catalog import Catalog, build_catalog
+from easylm_mling.data.catalog import Catalog, reopen_catalog
 from easylm_mling.data.estimates import load_estimates, tokens_per_byte
 from easylm_mling.data.loader import Batch, Loader
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW, DataState, initial_state
@@ -34,16 +34,16 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
 
     Raises ConfigError if the step is not of the run's past, or the files are not what they were.
     """
-    run = small_files(run_dir)
-    config, before, fingerprints = _state_before(run, step)
+    run = run_files(run_dir)
+    config, before, fingerprints = _state_before(run, step, run_dir)
     if row is not None and not 0 <= row < config.train.batch_size:
         raise ConfigError(f"--row {row}: a batch has rows 0 to {config.train.batch_size - 1}")
     catalog, tokenizer = Catalog.load(run / CATALOG), Tokenizer(config.data.tokenizer)
     if fingerprints != {"data": catalog.fingerprint, "tokenizer": tokenizer.fingerprint}:
         raise ConfigError(
-            f"{run}: step {step} was drawn before the data was changed (--accept-data-change); only later steps can be audited"
+            f"{run_dir}: step {step} was drawn before the data was changed (--accept-data-change); only later steps can be audited"
         )
-    catalog.check(build_catalog(config.data))
+    catalog = reopen_catalog(catalog, config.data)
     plan = make_plan(config, catalog, tokens_per_byte(load_estimates(run / ESTIMATES)))
     state, drawn = before
     if state is None:
@@ -55,13 +55,11 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
         return _rows(config, tokenizer, loader.orders, state, next(loader)[0], row)
 
 
-def _state_before(run: Path, step: int) -> tuple[RunConfig, tuple[DataState | None, int], dict]:
+def _state_before(run: Path, step: int, name: str | Path) -> tuple[RunConfig, tuple[DataState | None, int], dict]:
     """The config by which the batch of `step` was drawn, the newest state before it with its step, and fingerprints."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: not a run's directory (no config.yaml)")
     kept = kept_steps(run / STATES)
     if step < 1 or step > max(kept, default=0):
-        raise ConfigError(f"--step {step}: the checkpoints of {run} hold steps 1 to {max(kept, default=0)}")
+        raise ConfigError(f"--step {step}: the checkpoints of {name} hold steps 1 to {max(kept, default=0)}")
     earlier, later = [k for k in kept if k < step], [k for k in kept if k >= step]
     # The stages are those that held when the next checkpoint was made: a run may have gone on with other ones.
     info = load_state(run / STATES, later[0]).info
@@ -79,13 +77,13 @@ def _rows(
     found, length = [], config.data.sequence_length
     per_lane = config.train.batch_size // config.lanes
     for lane in range(config.lanes) if row is None else [row // per_lane]:
-        readers: dict[int, Iterator[dict]] = {}
+        readers: dict[int, Iterator[list[dict]]] = {}
         for r in range(lane * per_lane, (lane + 1) * per_lane):
             source = int(batch["source"][r])
             if source not in readers:
                 cursor = before.lanes[lane, source]
                 readers[source] = _pieces(orders[source], tokenizer, cursor, config.lanes, length)
-            documents = next(readers[source])["documents"]
+            documents = next(readers[source])
             tokens = batch["tokens"][r]
             made = np.concatenate([d.pop("ids") for d in documents])
             if not np.array_equal(made, tokens[: len(made)]) or (tokens[len(made) :] != tokenizer.pad_id).any():
@@ -96,8 +94,10 @@ def _rows(
     return found
 
 
-def _pieces(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int, length: int) -> Iterator[dict]:
-    """The documents of each row of a lane's stream from `cursor` on: `{"documents": [...]}`, with `ids` of each."""
+def _pieces(
+    order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int, length: int
+) -> Iterator[list[dict]]:
+    """The documents of each row of a lane's stream from `cursor` on, with `ids` of each."""
     row, room = [], length
     for document in _documents(order, tokenizer, cursor, lanes):
         ids, first = document.pop("ids"), document["first"]
@@ -106,10 +106,10 @@ def _pieces(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: 
             row.append({**document, "first": first, "tokens": len(part), "ids": part})
             first, room = first + len(part), room - len(part)
             if not room:
-                yield {"documents": row}
+                yield row
                 row, room = [], length
     if row:
-        yield {"documents": row}
+        yield row
 
 
 def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from easylm_mling.data.catalog import Source
+from easylm_mling.config import RunConfig
+from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.readers import Bad, read_unit
-from easylm_mling.data.weights import ONE, first_epoch_after, language_rates
+from easylm_mling.data.weights import ONE, Plan, first_epoch_after, language_rates
 
 # Tells the hash that samples a source from the one that holds documents out.
 _SAMPLE_SALT = b"sample"
@@ -119,6 +120,12 @@ class EpochOrder:
         # Renumbered after a unit larger than a block, for a block must not be empty: a lane takes every V-th block, and
         # might meet empty ones only, for ever.
         return units, np.unique((np.cumsum(sizes) - sizes) // self.block_bytes, return_inverse=True)[1]
+
+
+def open_orders(config: RunConfig, catalog: Catalog, plan: Plan) -> list[EpochOrder]:
+    """The order of every source, as the loader and whoever tokenises ahead of it read them."""
+    rates, data = plan.language_rates, config.data
+    return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
 
 
 def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", skip: int = 0) -> Iterator[Window]:

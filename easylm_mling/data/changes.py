@@ -9,10 +9,11 @@ gone. Shares hold from here on; nothing is owed for the past.
 import numpy as np
 
 from easylm_mling.data.catalog import Catalog, Source
-from easylm_mling.data.mixture import COUNTERS, EXTRA, OFFSET, ROWS, DataState, initial_state
+from easylm_mling.data.mixture import EXTRA, OFFSET, ROWS, DataState, initial_state
 from easylm_mling.data.weights import Plan, planned_as_if
 
-_CURSOR = COUNTERS.index("rows")
+# The counters before are the cursor.
+_CURSOR = ROWS
 
 
 def carry_over(

@@ -7,7 +7,7 @@ the others. Sizes are estimates (see estimates.py), and so is everything here.
 from dataclasses import dataclass
 
 from easylm_mling.config import RunConfig
-from easylm_mling.data.blocks import EpochOrder
+from easylm_mling.data.blocks import open_orders
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.weights import ONE, Plan
 
@@ -43,7 +43,7 @@ def forecast(config: RunConfig, catalog: Catalog, plan: Plan, sizes: dict[str, l
     budget = config.total_steps * config.tokens_per_step
     rules = [config.data.sources[name] for name in names]
     limits = [rule.max_epochs * sum(sizes[name]) or float("inf") for rule, name in zip(rules, names, strict=True)]
-    holders = [_holders(config, catalog, plan, name) for name in names]
+    holders = [order.blocks_up_to(lanes) for order in open_orders(config, catalog, plan)]
     taken, used_up, now = [0.0] * len(names), {}, 0.0
     while now < budget:
         shares = plan.shares_at(int(now / per_round + 1e-6))
@@ -67,13 +67,6 @@ def forecast(config: RunConfig, catalog: Catalog, plan: Plan, sizes: dict[str, l
     # The last row of every lane's stream of a source that ends.
     padding = sum(holders[i] for i in used_up) * config.data.sequence_length
     return Forecast(now, padding, sources)
-
-
-def _holders(config: RunConfig, catalog: Catalog, plan: Plan, name: str) -> int:
-    rates = plan.language_rates[name]
-    return EpochOrder(catalog.sources[name], config.data.seed, config.data.block_bytes, rates).blocks_up_to(
-        config.lanes
-    )
 
 
 def _rates(shares: list[float], most: list[float], used_up: set[int]) -> list[float]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easylm_mling.config import ConfigError, RunConfig
+from easylm_mling.console import tokens_text
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.forecast import forecast
@@ -64,7 +65,9 @@ def print_inspection(found: dict, console: Console):
     for name, source in found["sources"].items():
         console.print(f"  {name}: {source['note']}", highlight=False, soft_wrap=True)
     if found["tokens"] < found["budget"]:
-        console.print(f"  the data ends after {_short(found['tokens'])} tokens, before the budget", highlight=False)
+        console.print(
+            f"  the data ends after {tokens_text(found['tokens'])} tokens, before the budget", highlight=False
+        )
     console.print(f"  padding: at most {found['padding'] / max(1, found['tokens']):.3%} of the tokens", highlight=False)
     for name, source in found["sources"].items():
         if len(source["languages"]) > 1:
@@ -104,7 +107,7 @@ def _plot_sources(axis, found: dict):
     axis.set_yticks(range(len(names)), names)
     axis.margins(x=0.12)
     axis.set_xlabel("% of tokens")
-    axis.set_title(f"{_short(found['tokens'])} tokens from {_short(there)} (estimated)")
+    axis.set_title(f"{tokens_text(found['tokens'])} tokens from {tokens_text(there)} (estimated)")
     axis.legend(loc="best")
 
 
@@ -130,7 +133,7 @@ def _plot_languages(axis, name: str, languages: dict):
 def _note(expected, rule: str) -> str:
     if expected.used_up_at is not None:
         after = {"stop": "the run stops there", "redistribute": "then the others take over"}[rule]
-        return f"used up after {_short(expected.used_up_at)} tokens; {after}"
+        return f"used up after {tokens_text(expected.used_up_at)} tokens; {after}"
     if not expected.taken:
         return "not used"
     if expected.epochs < 1:
@@ -140,16 +143,16 @@ def _note(expected, rule: str) -> str:
 
 def _source_table(found: dict) -> Table:
     headings = ("files", "bytes", "tokens", "per byte", "share", "taken", "epochs")
-    table = _table(f"budget: {_short(found['budget'])} tokens", "source", headings)
+    table = _table(f"budget: {tokens_text(found['budget'])} tokens", "source", headings)
     for name, s in found["sources"].items():
         texts = sum(x["tokens"] / x["tokens_per_byte"] for x in s["languages"].values() if x["tokens_per_byte"])
         per_byte = f"{s['tokens'] / texts:.3f}" if texts else "-"
-        numbers = (f"{s['files']:,}", _short(s["bytes"]), _short(s["tokens"]), per_byte, f"{s['share']:.2%}")
-        table.add_row(name, *numbers, _short(s["taken"]), f"{s['epochs']:.3g}")
+        numbers = (f"{s['files']:,}", tokens_text(s["bytes"]), tokens_text(s["tokens"]), per_byte, f"{s['share']:.2%}")
+        table.add_row(name, *numbers, tokens_text(s["taken"]), f"{s['epochs']:.3g}")
     table.add_section()
     totals = [sum(s[k] for s in found["sources"].values()) for k in ("files", "bytes", "tokens", "taken")]
     files, size, tokens, taken = totals
-    table.add_row("all", f"{files:,}", _short(size), _short(tokens), "", "", _short(taken), "")
+    table.add_row("all", f"{files:,}", tokens_text(size), tokens_text(tokens), "", "", tokens_text(taken), "")
     return table
 
 
@@ -163,7 +166,12 @@ def _language_table(name: str, languages: dict) -> Table:
             if i == _SHOWN:
                 table.add_row(f"... {len(ordered) - 2 * _SHOWN} more")
             continue
-        numbers = (_short(x["bytes"]), _short(x["tokens"]), f"{x['tokens_per_byte']:.3f}", _short(x["taken"]))
+        numbers = (
+            tokens_text(x["bytes"]),
+            tokens_text(x["tokens"]),
+            f"{x['tokens_per_byte']:.3f}",
+            tokens_text(x["taken"]),
+        )
         table.add_row(language, *numbers, f"{x['epochs']:.3g}")
     return table
 
@@ -174,11 +182,3 @@ def _table(title: str, first: str, headings: tuple[str, ...]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def _short(n: float) -> str:
-    """1234567 as '1.23M'."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= scale:
-            return f"{n / scale:.3g}{letter}"
-    return f"{n:.3g}"

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import ConfigError, RunConfig
-from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows
+from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows, open_orders
 from easylm_mling.data.cache import TokenCache
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
@@ -204,12 +204,6 @@ class Loader:
                 f"data.sources.{name}: {bad} of {bad + read} records are bad, more than data.max_bad_fraction={limit}; "
                 f"{where}; repair the files or raise the limit"
             )
-
-
-def open_orders(config: RunConfig, catalog: Catalog, plan: Plan) -> list[EpochOrder]:
-    """The order of every source, as the loader and whoever tokenises ahead of it read them."""
-    rates, data = plan.language_rates, config.data
-    return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
 
 
 def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:

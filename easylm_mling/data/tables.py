@@ -29,9 +29,9 @@ def portions(path: str, layout: str, start: int, column: str, retry: Retry) -> I
     return (_arrow_portions if layout == "arrow" else _arrow_file_portions)(path, start, column, retry)
 
 
-def open_parquet(file, pre_buffer: bool = False) -> pq.ParquetFile:
+def open_parquet(file) -> pq.ParquetFile:
     # Unbuffered reading would hold a whole column chunk of a row group, which may be hundreds of megabytes.
-    return pq.ParquetFile(file, buffer_size=LOCAL_CHUNK, pre_buffer=pre_buffer)
+    return pq.ParquetFile(file, buffer_size=LOCAL_CHUNK, pre_buffer=False)
 
 
 def _parquet_portions(path, start, column, retry):
@@ -66,7 +66,7 @@ def _arrow_file_portions(path, start, column, retry):
         field = pa.ipc.open_file(source).schema.get_field_index(column)
         file = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[field]))
         for index in range(start, file.num_record_batches):
-            yield index, file.get_batch(index).column(0), _RowsBefore(path, index, retry).__add__
+            yield index, file.get_batch(index).column(0), _RowsBefore(path, index, retry)
 
 
 class _RowsBefore:
@@ -75,7 +75,7 @@ class _RowsBefore:
     def __init__(self, path: str, index: int, retry: Retry):
         self._path, self._index, self._retry, self._rows = path, index, retry, -1
 
-    def __add__(self, row: int) -> int:
+    def __call__(self, row: int) -> int:
         if self._rows < 0:
             with open_arrow(self._path, self._retry, _HEADER_CHUNK) as source:
                 source.seek(8)  # behind the magic bytes an Arrow file is a stream

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from easylm_mling.config import ConfigError, RunConfig, from_tree, to_tree
+from easylm_mling.data.blocks import open_orders
 from easylm_mling.data.cache import TokenCache
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
-from easylm_mling.data.loader import open_orders
 from easylm_mling.data.tokenizer import Tokenizer
 from easylm_mling.data.weights import Plan, make_plan, needs_estimates
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import ConfigError, RunConfig
 from easylm_mling.data.catalog import Catalog, Source
 
 ONE = 1 << 32
@@ -39,11 +39,6 @@ class Plan:
         ends = [min(end, rounds) for end in (*self.starts[1:], rounds)]
         lengths = [max(0, end - start) for start, end in zip(self.starts, ends, strict=True)]
         return [sum(n * s for n, s in zip(lengths, of, strict=True)) for of in zip(*self.shares, strict=True)]
-
-
-def constant_plan(weights: list[float]) -> Plan:
-    """A plan of one stage, with the languages of every source as they come."""
-    return Plan((0,), (integer_weights(weights),), {})
 
 
 def make_plan(config: RunConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> Plan:
@@ -157,6 +152,11 @@ def _natural_weights(config: RunConfig, catalog: Catalog, tokens: dict) -> list[
         sizes = [sum(language_bytes(s)) * s.settings["sample_fraction"] for s in catalog.sources.values()]
     else:
         sizes = [sum(tokens[name]) for name in catalog.sources]
+        if not any(size for size, use in zip(sizes, used, strict=True) if use):
+            raise ConfigError(
+                f"data.weighting.by={how.by}: no good document was found in a sample of any source, so nothing is known of their "
+                "tokens; look at the files with `data inspect`, or give weights (data.weighting.by=number)"
+            )
     sizes = [size if use else 0.0 for size, use in zip(sizes, used, strict=True)]
     if how.by == "temperature":
         return [size**how.temperature if size else 0.0 for size in sizes]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import orjson
 
-from easylm_mling.bucket import small_files
 from easylm_mling.config import ConfigError, ModelConfig, RunConfig, from_tree
 from easylm_mling.console import tokens_text
 from easylm_mling.data.catalog import Catalog
@@ -42,6 +41,7 @@ class Base:
 def write_card(
     folder: Path,
     checkpoint_dir: str | Path,
+    run: Path,
     model: ModelConfig,
     step: int,
     dtype: str,
@@ -49,8 +49,9 @@ def write_card(
     languages: tuple[str, ...] = (),
 ):
     """README.md (Markdown with YAML front matter) for the model at `step`, to be known as `name` (a hub name or a
-    folder's), and beside it a picture of the losses, if there are any and matplotlib is installed."""
-    info, run = load_info(checkpoint_dir, step), small_files(checkpoint_dir)
+    folder's), and beside it a picture of the losses, if there are any and matplotlib is installed. `run` holds the small files
+    of `checkpoint_dir`."""
+    info = load_info(checkpoint_dir, step)
     records = run / "catalog.json"
     config = from_tree(RunConfig, info["config"]) if records.is_file() else None
     base = _base(info, config)

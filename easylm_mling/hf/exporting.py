@@ -53,8 +53,8 @@ def export_hf(
     """Write the parameters at `step` (default: the newest) of a run or an imported checkpoint for transformers.
 
     README.md is the model's card; `name` (default: that of `hf_dir`) and `languages` (ISO 639 codes, beside those that
-    the data's folders name) go into it. Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file of its own. Returns warnings,
-    one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other shapes than its
+    the data's folders name) go into it. Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file
+    of its own. Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other shapes than its
     config, and for an `hf_dir` with content.
     """
     if dtype not in _TAGS:
@@ -62,16 +62,17 @@ def export_hf(
     if max_shard_bytes <= 0:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
     where = step_directory(checkpoint_dir, step)
-    check_inside(small_files(checkpoint_dir) / TOKENIZER_FOLDER)
+    files = small_files(checkpoint_dir)
+    check_inside(files / TOKENIZER_FOLDER)
     model = stored_model(checkpoint_dir, int(where.name))
     target = DTYPES[_TAGS[dtype]]
     read = open_parameters(where, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with appears_whole(hf_dir) as partial:
-        tokenizer_files = copy_tokenizer(small_files(checkpoint_dir) / TOKENIZER_FOLDER, partial)
+        tokenizer_files = copy_tokenizer(files / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))
-        write_card(partial, checkpoint_dir, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
+        write_card(partial, checkpoint_dir, files, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from easylm_mling.config import ConfigError
+from easylm_mling.data.files import one_line
 from easylm_mling.hf.files import TOKENIZER_FILES
 
 
@@ -24,7 +25,7 @@ def local_directory(name: str | Path, revision: str | None = None) -> Path:
         return Path(hub.snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, hub.errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ConfigError(
-            f"{name}: no directory here, and not to be had from the hub ({_one_line(error)}); check the name, accept the "
+            f"{name}: no directory here, and not to be had from the hub ({one_line(error)}); check the name, accept the "
             "model's licence on its page and log in with `hf auth login`, or download it and name the directory"
         ) from None
 
@@ -37,7 +38,7 @@ def push(directory: str | Path, repository: str) -> str:
         hub.upload_folder(repo_id=repository, folder_path=str(directory), commit_message="Upload by easylm-mling")
     except (OSError, ValueError, hub.errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ConfigError(
-            f"{repository}: the upload failed ({_one_line(error)}); {directory} is whole: log in with `hf auth login` and "
+            f"{repository}: the upload failed ({one_line(error)}); {directory} is whole: log in with `hf auth login` and "
             f"run `hf upload {repository} {directory}`"
         ) from None
     return f"https://huggingface.co/{repository}"
@@ -50,8 +51,3 @@ def _hub(why: str):
     import huggingface_hub.errors
 
     return huggingface_hub
-
-
-def _one_line(error: Exception) -> str:
-    # What follows a ? in an address can be a signature that opens it.
-    return re.sub(r"\?\S+", "?...", " ".join(str(error).split()))[:200]

@@ -10,16 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from easylm_mling.config import ConfigError, RunConfig, to_tree
+from easylm_mling.config import NOT_OF_THE_STEP, ConfigError, RunConfig, to_tree
+from easylm_mling.console import say
 from easylm_mling.plan.measure import Measuring
 from easylm_mling.plan.report import settings_text
 from easylm_mling.plan.slices import GiB, find_slice
+from easylm_mling.records import Records, read_records
 
 COMPILER_BYTES = 4 * GiB  # of this machine's memory: one compilation of the largest models here takes 3
-# Settings that the compiled step does not depend on.
-_NOT_COMPILED = {
-    "budget_tokens", "seed", "log_every_steps", "digest_every_steps", "stop_at_step", "max_skipped_in_a_row", "remat_memory"
-}  # fmt: skip
 
 
 def step_seconds(measured: dict) -> float:
@@ -48,12 +46,7 @@ class Book:
         self.found: dict[str, dict] = {}
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a kill cut short
+        for entry in read_records(self.path) if self.path and self.path.exists() else ():
             self.found[entry["key"]] = entry["measured"]
 
     def get(self, config: RunConfig) -> dict:
@@ -61,7 +54,7 @@ class Book:
 
     def key(self, config: RunConfig) -> str:
         tree = to_tree(config)
-        train = {k: v for k, v in tree["train"].items() if k not in _NOT_COMPILED}
+        train = {k: v for k, v in tree["train"].items() if k not in (*NOT_OF_THE_STEP, "budget_tokens", "seed")}
         data = [tree["data"]["sequence_length"], len(tree["data"]["sources"])]
         part = [tree["model"], train, tree["optimizer"], tree["mesh"], data, self.code]
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
@@ -75,7 +68,7 @@ class Book:
         at_once = max(1, min(len(os.sched_getaffinity(0)), available_memory() // COMPILER_BYTES))
         running: dict[str, tuple[RunConfig, Measuring]] = {}
         bar = Progress(
-            TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[last]}"),
+            TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[last]}", markup=False),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         task = bar.add_task("", total=len(configs), completed=len(configs) - len(todo), last="")
@@ -93,7 +86,7 @@ class Book:
                             self._put(key, measured)
                             bar.update(task, advance=1, last=outcome(config, measured))
                             if tell and not console.is_terminal:
-                                console.print(outcome(config, measured), highlight=False, soft_wrap=True)
+                                say(console, outcome(config, measured))
         finally:
             for _, measuring in running.values():
                 measuring.close()
@@ -101,9 +94,14 @@ class Book:
     def _put(self, key: str, measured: dict):
         self.found[key] = measured
         if self.path and "error" not in measured:  # errors may be this machine's
-            cut_short = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(("\n" if cut_short else "") + json.dumps({"key": key, "measured": measured}) + "\n")
+            records = Records(self.path)
+            records.append({"key": key, "measured": measured})
+            records.close()
+
+
+def fastest(configs: list[RunConfig], book: Book) -> list[RunConfig]:
+    """Those that fit, fastest first."""
+    return sorted((c for c in configs if fits(c, book.get(c))), key=lambda c: step_seconds(book.get(c)))
 
 
 def outcome(config: RunConfig, measured: dict) -> str:
@@ -133,4 +131,4 @@ def available_memory() -> int:
     for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo holds no MemAvailable: --search needs Linux")
+    raise ConfigError("/proc/meminfo holds no MemAvailable: plans are made on Linux")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from easylm_mling.atomic import write_whole
-from easylm_mling.bucket import Bucket, is_bucket, small_files
+from easylm_mling.bucket import Bucket, is_bucket, run_files
 from easylm_mling.config import ConfigError, RunConfig, load
 from easylm_mling.metrics import read_metrics
 from easylm_mling.model_flops import model_flops
@@ -24,9 +24,7 @@ def calibrate(run_dir: str, make_plan: Callable[[RunConfig], dict]) -> tuple[flo
 
     A run without a plan is planned with `make_plan`. Raises ConfigError where there is too little to compare.
     """
-    run = small_files(run_dir)
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
+    run = run_files(run_dir)
     measured = measured_step(run / "metrics.jsonl")
     if measured is None:
         raise ConfigError(f"{run_dir}: fewer than {_FEWEST_STEPS} steps in metrics.jsonl; let it train on first")

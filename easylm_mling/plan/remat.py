@@ -10,7 +10,8 @@ import math
 from rich.console import Console
 
 from easylm_mling.config import REMAT_NAMES, ConfigError, RunConfig
-from easylm_mling.plan.book import Book, fits, peak_bytes, step_seconds
+from easylm_mling.console import say
+from easylm_mling.plan.book import Book, fastest, fits, peak_bytes, step_seconds
 from easylm_mling.plan.slices import find_slice
 
 _BASES = 2  # of the policies that fit, the fastest: what a mixture builds on
@@ -56,12 +57,6 @@ def _corrected(mixture: RunConfig, a_layer: float, limit: float, book: Book) -> 
     return with_remat(mixture, t.remat, t.remat_first, layers)
 
 
-def best_of(configs: list[RunConfig], book: Book) -> RunConfig | None:
-    """The fastest that fits; None where none does."""
-    found = [c for c in configs if fits(c, book.get(c))]
-    return min(found, key=lambda c: step_seconds(book.get(c)), default=None)
-
-
 def choose_remat(config: RunConfig, book: Book, console: Console) -> RunConfig:
     """The config with `train.remat: auto` replaced by the fastest policy or mixture that fits; any other as it is.
 
@@ -71,17 +66,17 @@ def choose_remat(config: RunConfig, book: Book, console: Console) -> RunConfig:
         return config
     find_slice(config.mesh.slice or "")
     tried = fill_memory(config, book, console)
-    best = best_of(tried, book)
-    if best is None:
+    fitting = fastest(tried, book)
+    if not fitting:
         errors = [m["error"] for m in (book.get(c) for c in tried) if "error" in m]
         raise ConfigError(
             errors[0] if errors else f"train.remat=auto: nothing fits a chip of {config.mesh.slice}; {_LESS}"
         )
-    t = best.train
+    best, t = fitting[0], fitting[0].train
     first = (
         f" train.remat_first={t.remat_first} train.remat_first_layers={t.remat_first_layers}"
         if t.remat_first_layers
         else ""
     )
-    console.print(f"train.remat=auto is train.remat={t.remat}{first}", highlight=False, soft_wrap=True)
+    say(console, f"train.remat=auto is train.remat={t.remat}{first}")
     return best

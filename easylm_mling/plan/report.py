@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easylm_mling.config import RunConfig
-from easylm_mling.console import tokens_text
+from easylm_mling.console import say, tokens_text
 from easylm_mling.plan.slices import GiB, find_slice
 
 _KINDS = {
@@ -21,10 +21,10 @@ _SPEND = "train.remat=auto finds out how much of what is free can be spent on sp
 
 
 def print_plan(config: RunConfig, plan: dict, console: Console):
-    console.print(heading(config, plan), highlight=False, soft_wrap=True)
+    say(console, heading(config, plan))
     for label, lines in sections(config, plan).items():
         for i, line in enumerate(lines):
-            console.print(f" {label if i == 0 else '':<11} {line}", highlight=False, soft_wrap=True)
+            say(console, f" {label if i == 0 else '':<11} {line}")
 
 
 def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:

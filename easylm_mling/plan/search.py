@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from easylm_mling.config import ConfigError, RunConfig
-from easylm_mling.plan.book import Book, fits, step_seconds
+from easylm_mling.plan.book import Book, fastest
 from easylm_mling.plan.remat import fill_memory, with_remat
 from easylm_mling.plan.slices import find_slice
 
@@ -39,10 +39,6 @@ def search(config: RunConfig, folder: str, console: Console) -> list[tuple[RunCo
     for finalist in fastest(tried, book)[:FILLED]:
         tried += [c for c in fill_memory(finalist, book, console) if c not in tried]
     return [(c, book.get(c)) for c in tried]
-
-
-def fastest(configs: list[RunConfig], book: Book) -> list[RunConfig]:
-    return sorted((c for c in configs if fits(c, book.get(c))), key=lambda c: step_seconds(book.get(c)))
 
 
 def laid_out(config: RunConfig, data: int, tensor: int, sequences: int) -> RunConfig | None:

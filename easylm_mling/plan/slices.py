@@ -28,7 +28,6 @@ class Chip:
     hbm_bytes: int  # that a program may use
     link_bytes: float  # one ring on one axis of the torus
     dcn_bytes: float  # the data-centre network between slices
-    memory_bytes: float  # HBM
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class Slice:
 CHIPS = {
     c.name: c
     for c in (
-        Chip("v4", "TPU v4", "v4", "megacore", 275e12, 1.05e9, int(30.75 * GiB), 90e9, 3.1e9, 1.2e12),
-        Chip("v5p", "TPU v5", "v5", "megacore", 459e12, 1.75e9, int(95.74 * GiB), 180e9, 6.2e9, 2.76e12),
-        Chip("v5e", "TPU v5 lite", "v5e", "default", 197e12, 1.5e9, int(15.75 * GiB), 90e9, 3.1e9, 0.82e12),
-        Chip("v6e", "TPU v6 lite", "v6e", "default", 918e12, 1.75e9, int(31.25 * GiB), 180e9, 12.5e9, 1.64e12),
+        Chip("v4", "TPU v4", "v4", "megacore", 275e12, 1.05e9, int(30.75 * GiB), 90e9, 3.1e9),
+        Chip("v5p", "TPU v5", "v5", "megacore", 459e12, 1.75e9, int(95.74 * GiB), 180e9, 6.2e9),
+        Chip("v5e", "TPU v5 lite", "v5e", "default", 197e12, 1.5e9, int(15.75 * GiB), 90e9, 3.1e9),
+        Chip("v6e", "TPU v6 lite", "v6e", "default", 918e12, 1.75e9, int(31.25 * GiB), 180e9, 12.5e9),
     )
 }
 

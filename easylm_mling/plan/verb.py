@@ -10,6 +10,7 @@ from rich.console import Console
 from easylm_mling.atomic import write_whole
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.config import ConfigError, RunConfig, to_tree, to_yaml
+from easylm_mling.console import say
 from easylm_mling.plan.book import Book, fits, step_seconds
 from easylm_mling.plan.calibrate import PLAN_FILE, calibrate
 from easylm_mling.plan.predict import predict
@@ -45,7 +46,7 @@ def plan(configs: dict[str, RunConfig], wishes: Wishes, console: Console) -> int
     if wishes.calibrate:
         factor, news = calibrate(wishes.calibrate, lambda config: _predicted(config, 1.0, None, book, console))
         for line in news:
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
     elif not configs:
         raise ConfigError("plan: name the run's configs, as for train")
     if wishes.search:
@@ -92,18 +93,15 @@ def _keep(config: RunConfig, found: dict):
 
 
 def _tell_misfit(config: RunConfig, found: dict, book: Book, console: Console):
-    console.print(does_not_fit_text(config, found["does_not_fit"]), highlight=False, soft_wrap=True)
+    say(console, does_not_fit_text(config, found["does_not_fit"]))
     for other in remedies(config)[:REMEDIES]:
         measured = _measured(other, book, console)
         if "does_not_fit" not in measured:
-            console.print(
-                f" what would fit: {other.mesh.slice} with {settings_text(other)}, {measured['memory']['peak'] / GiB:.1f} GiB a chip, "
-                f"{step_seconds(measured):.2f} s a step",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            amount = f"{measured['memory']['peak'] / GiB:.1f} GiB a chip, {step_seconds(measured):.2f} s a step"
+            say(console, f" what would fit: {other.mesh.slice} with {settings_text(other)}, {amount}")
             return
-        console.print(f" {other.mesh.slice} with {settings_text(other)} does not fit either", highlight=False)
-    console.print(" nothing tried fits; a larger slice, or --search, may find what does")
+        say(console, f" {other.mesh.slice} with {settings_text(other)} does not fit either")
+    say(console, " nothing tried fits; a larger slice, or --search, may find what does")
 
 
 def remedies(config: RunConfig) -> list[RunConfig]:
@@ -135,9 +133,9 @@ def _search(configs: dict[str, RunConfig], wishes: Wishes, factor: float, consol
         console.print(ranking(found))
     failed = [m["error"] for _, m in tried if "error" in m]
     large, share = len(tried) - len(failed) - len(found), config.train.remat_memory
-    console.print(f"{len(tried)} tried, {large} do not fit {share:.0%} of a chip's memory", highlight=False)
+    say(console, f"{len(tried)} tried, {large} do not fit {share:.0%} of a chip's memory")
     for error in sorted(set(failed)):
-        console.print(f"{failed.count(error)} failed: {error}", highlight=False, soft_wrap=True)
+        say(console, f"{failed.count(error)} failed: {error}")
     if not found:
         return 1
     best, predicted = found[0]
@@ -145,5 +143,5 @@ def _search(configs: dict[str, RunConfig], wishes: Wishes, factor: float, consol
     write_whole(target, to_yaml(best).encode())
     if wishes.keep:
         _keep(best, predicted)
-    console.print(f"the best is written to {target}: easylm-mling train {target}", highlight=False, soft_wrap=True)
+    say(console, f"the best is written to {target}: easylm-mling train {target}")
     return 0

@@ -4,8 +4,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from easylm_mling.bucket import small_files
-from easylm_mling.config import ConfigError, RunConfig, load
+from easylm_mling.bucket import run_files
+from easylm_mling.config import RunConfig, load
 from easylm_mling.events import ENDS, Goodput, read_event_log
 from easylm_mling.records import read_records
 from easylm_mling.report.curve import Curve
@@ -70,9 +70,7 @@ class Findings:
 
 def collect(run_dir: str | Path) -> Findings:
     """Raises ConfigError where there is no run."""
-    run = small_files(run_dir)
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: not a run's directory (no config.yaml)")
+    run = run_files(run_dir)
     found = Findings(load([str(run / "config.yaml")]), (run / "config.yaml").read_text(encoding="utf-8"))
     found.curves = {name: Curve() for name in WHOLE}
     for line in read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else ():

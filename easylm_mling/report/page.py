@@ -7,7 +7,7 @@ from pathlib import Path
 from easylm_mling.atomic import write_whole
 from easylm_mling.bucket import Bucket, is_bucket
 from easylm_mling.console import duration_text, tokens_text
-from easylm_mling.events import KINDS, without_secrets
+from easylm_mling.events import without_secrets
 from easylm_mling.model_flops import model_flops
 from easylm_mling.params import parameter_count
 from easylm_mling.report.collect import Findings, collect
@@ -210,7 +210,7 @@ def _goodput(found: Findings) -> str:
     total = sum(seconds.values())
     if not total:
         return ""
-    order = [k for k in _SPENT if k in KINDS and seconds[k] > 0]
+    order = [k for k in _SPENT if seconds[k] > 0]
     bar = "".join(f'<i class="c{i}" style="width:{100 * seconds[k] / total:.2f}%"></i>' for i, k in enumerate(order))
     legend = "".join(
         f'<li><i class="key c{i}"></i>{_SPENT[k]} <b>{duration_text(seconds[k])}</b> ({seconds[k] / total:.1%})</li>'

@@ -36,7 +36,7 @@ def chart(
     ticks = log_ticks(min(ys), max(ys)) if log else nice_ticks(min(ys), max(ys))
     low, high = min(min(ys), ticks[0]), max(max(ys), ticks[-1])
     x0, x1 = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    height = (lambda y: math.log10(y)) if log else (lambda y: y)
+    height = math.log10 if log else (lambda y: y)
     span = (height(high) - height(low)) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:

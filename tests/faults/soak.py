@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from processes import ends, printed, start  # noqa: E402
 
 from easylm_mling.hf.exporting import open_stores, stored_model  # noqa: E402
-from easylm_mling.metrics import TIMINGS, read_events, read_metrics  # noqa: E402
+from easylm_mling.metrics import TIMINGS, read_lines, read_metrics  # noqa: E402
 from easylm_mling.stored import load_data_state, load_info  # noqa: E402
 
 SETTINGS = (
@@ -57,7 +57,7 @@ def launch(run_dir: Path, processes: int, *overrides: str):
 
 def steps_done(run_dir: Path) -> list[int]:
     metrics = run_dir / "metrics.jsonl"
-    return [x["step"] for x in read_events(metrics, "train")] if metrics.exists() else []
+    return [x["step"] for x in read_lines(metrics, "train")] if metrics.exists() else []
 
 
 def wait_until(processes, done, seconds=900):
@@ -143,7 +143,7 @@ def draw(run_dir: Path, undisturbed: Path, picture: Path, interruptions: int):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5))
-    lines = read_events(run_dir / "metrics.jsonl", "train")
+    lines = read_lines(run_dir / "metrics.jsonl", "train")
     whole = read_metrics(undisturbed / "metrics.jsonl", "train")
     axes.plot([x["step"] for x in whole], [x["loss"] for x in whole], lw=4, color="#bbccee", label="never stopped")
     label = f"interrupted {interruptions} times: {len(lines)} steps done for {len(whole)}"

@@ -13,7 +13,7 @@ import easylm_mling.train
 from easylm_mling.checkpoint import load_params
 from easylm_mling.config import load
 from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import read_events, read_metrics
+from easylm_mling.metrics import read_lines, read_metrics
 from easylm_mling.sharding import make_mesh
 from easylm_mling.step import abstract_params
 
@@ -134,7 +134,7 @@ def test_a_bit_that_flips_in_memory_is_found_by_a_replay(tmp_path, monkeypatch):
         TrainingStopped, match=r"step 6, done again, gave other bits .* first in \['params'\]\['norm'\]"
     ):
         train_here(tmp_path / "run", digests, "train.rewind=4")
-    assert len(read_events(tmp_path / "run" / "metrics.jsonl", "digests")) == 7 + 2
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl", "digests")) == 7 + 2
     train_here(tmp_path / "run", digests)
     assert_same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed"))
 
@@ -145,7 +145,7 @@ def test_replays_of_another_program_are_not_compared(tmp_path):
     train_here(tmp_path / "run", *digests, "train.stop_at_step=6")
     train_here(tmp_path / "run", *digests, "train.stop_at_step=6", "train.rewind=4", "mesh.data=1", "mesh.fsdp=4")
     train_here(tmp_path / "run", *digests, "train.stop_at_step=6", "train.rewind=2", "train.skip_batches=1")
-    lines = read_events(tmp_path / "run" / "metrics.jsonl", "digests")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl", "digests")
     assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6, 5, 6, 3, 4, 5, 6] and len(
         {x["program"] for x in lines}
     ) == 3

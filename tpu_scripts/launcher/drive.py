@@ -74,7 +74,8 @@ class Driver:
         # Whoever starts a run again has looked at what went wrong.
         self.state.ended, self.state.crashes = "", 0
         self._upload()
-        self.bucket.write("launch/wanted", "run")
+        if not (answer := self.bucket.write("launch/wanted", "run")).ok:
+            raise NoAnswer(answer.why)
         while True:
             try:
                 code = self._turn()

@@ -6,7 +6,10 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from typing import Callable, NamedTuple
+
+_MISSING = "gcloud is not on the PATH: install the Google Cloud CLI, then `gcloud auth login`"
 
 
 class Answer(NamedTuple):
@@ -36,7 +39,7 @@ class Gcloud:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             )
         except FileNotFoundError:
-            return Answer(-1, "", "gcloud is not on the PATH: install the Google Cloud CLI, then `gcloud auth login`")
+            return Answer(-1, "", _MISSING)
         try:
             out, err = process.communicate(stdin.encode(), timeout)
         except subprocess.TimeoutExpired:
@@ -52,6 +55,7 @@ class Gcloud:
         try:
             return subprocess.call(["gcloud", *arguments])
         except FileNotFoundError:
+            print(f"error: {_MISSING}", file=sys.stderr)
             return 127
 
 
