@@ -22,7 +22,7 @@ from easylm_mling.exits import TrainingStopped
 from easylm_mling.metrics import TIMINGS, read_metrics
 from easylm_mling.sharding import make_mesh
 from easylm_mling.step import abstract_params
-from easylm_mling.stored import load_data_state, load_info
+from easylm_mling.stored import load_data_state, load_info, packed
 from easylm_mling.train import train
 
 TINY = [*SMALL, "mesh.cpu_devices=0"]
@@ -96,6 +96,16 @@ def test_a_checkpoint_keeps_the_order_of_the_sources(undisturbed):
     names = list(tiny(undisturbed).data.sources)
     assert names != sorted(names)
     assert list(load_info(undisturbed)["config"]["data"]["sources"]) == names
+
+
+def test_a_checkpoint_from_before_there_was_a_setting_goes_on(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    stored = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda p: int(p.name)) / "info" / "_strings.json"
+    info = json.loads(json.loads(stored.read_text())["json"])
+    for source in info["config"]["data"]["sources"].values():
+        del source["when_used_up"]
+    stored.write_text(json.dumps(packed(info)))
+    assert run(tmp_path / "run") == 0
 
 
 def test_init_from_takes_parameters_but_not_the_past(undisturbed, tmp_path):
