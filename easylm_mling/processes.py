@@ -16,7 +16,7 @@ from functools import partial
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -245,7 +245,11 @@ class Said(NamedTuple):
 
 
 class Gathering:
-    """Brings what every process says at a step together, without waiting for it: the answer is asked for a step later."""
+    """Brings what every process says at a step together, without waiting for it: the answer is asked for a step later.
+
+    On CPU devices it does wait, for the step and for the answer. There programs that do not depend on one another run side
+    by side, and two that talk to the same devices take each other's messages for their own.
+    """
 
     def __init__(self, lanes: range):
         self._lanes = lanes
@@ -253,17 +257,25 @@ class Gathering:
         self._mesh = Mesh(np.array([devices[i] for i in sorted(devices)]), ("process",))
         self._each = NamedSharding(self._mesh, PartitionSpec("process"))
         self._copy = jax.jit(lambda x: x, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        self._waits = self._mesh.devices.flat[0].platform == "cpu"
 
-    def start(self, wish: int, state: DataState) -> Callable[[], Said]:
-        """`state` is this process's own (mixture.own_state). All processes must call it at the same steps."""
+    def start(self, wish: int, state: DataState, under_way: Any = None) -> Callable[[], Said]:
+        """`state` is this process's own (mixture.own_state); `under_way` is what comes of all that was launched before.
+
+        All processes must call it at the same steps.
+        """
         if not several():
             return lambda: Said(wish, state)
         own = state.lanes[self._lanes.start : self._lanes.stop]
         head = np.array([wish, self._lanes.start], np.int64)
         # JAX would make 32-bit numbers of 64-bit ones.
         said = np.concatenate([head, own.reshape(-1), state.languages.reshape(-1)]).view(np.uint32)
+        if self._waits:
+            jax.block_until_ready(under_way)
         with jax.set_mesh(self._mesh):
             gathered = self._copy(jax.make_array_from_process_local_data(self._each, said[None]))
+        if self._waits:
+            jax.block_until_ready(gathered)
         return lambda: self._read(np.asarray(gathered), state)
 
     def _read(self, gathered: np.ndarray, like: DataState) -> Said:

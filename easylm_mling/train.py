@@ -187,7 +187,7 @@ def run_steps(
         run.watch.launching(step)
         state, metrics = train_step(state, to_device(batch, run.mesh, PartitionSpec(BATCH_AXES)))
         metrics |= run.watch.norms(step, state.params)
-        answer = run.gathering.start(run.stop.wish(), consumed)
+        answer = run.gathering.start(run.stop.wish(), consumed, (state, metrics))
         if waiting:
             wish, data_state = report(run, data_state, *waiting)
         waiting = step, metrics, answer

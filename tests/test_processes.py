@@ -5,6 +5,8 @@ import random
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -133,6 +135,26 @@ def test_a_killed_process_ends_the_others_and_costs_no_bit(undisturbed, tmp_path
     check_the_survivor(tmp_path / "run", 1 - killed, codes[1 - killed])
     run(tmp_path / "run", 1)
     assert_same_bits(outcome(tmp_path / "run"), undisturbed)
+
+
+@pytest.mark.faults
+def test_what_processes_say_does_not_get_between_the_messages_of_a_step(tmp_path):
+    """On a busy machine: programs side by side on CPU devices once took each other's messages, which ended every such run."""
+    small = (
+        "train.batch_size=8",
+        "data.sequence_length=64",
+        "train.budget_tokens=100000",
+        "checkpoint.every_steps=1000",
+    )
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        processes = start(tmp_path / "run", 4, *small, "eval.every_steps=0", "train.stop_at_step=30", settings=(), devices=8,
+                          environment={"XLA_FLAGS": ""})  # fmt: skip
+        assert ends(tmp_path / "run", processes, 400) == [0] * 4, printed(tmp_path / "run")
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_who_is_missing_is_said_by_name(tmp_path):

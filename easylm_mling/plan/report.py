@@ -130,7 +130,10 @@ def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
     """A row for each config that fits, fastest first."""
     table = Table(box=box.SIMPLE)
     for heading in ("", "mesh", "a chip", "accum.", "remat", "GiB", "step s", "waiting", "MFU", "days"):
-        table.add_column(heading, justify="left" if heading in ("mesh", "remat") else "right", no_wrap=True)
+        # What is too wide for a terminal is broken there, and no number is cut off.
+        table.add_column(
+            heading, justify="left" if heading in ("mesh", "remat") else "right", no_wrap=heading != "remat"
+        )
     for place, (c, p) in enumerate(fits, 1):
         step = p["step"]
         table.add_row(
