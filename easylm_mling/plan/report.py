@@ -128,7 +128,7 @@ def does_not_fit_text(config: RunConfig, misfit: dict) -> str:
 
 def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
     """A row for each config that fits, fastest first."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for heading in ("", "mesh", "a chip", "accum.", "remat", "GiB", "step s", "waiting", "MFU", "days"):
         # What is too wide for a terminal is broken there, and no number is cut off.
         table.add_column(
