@@ -130,10 +130,9 @@ def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
     """A row for each config that fits, fastest first."""
     table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for heading in ("", "mesh", "a chip", "accum.", "remat", "GiB", "step s", "waiting", "MFU", "days"):
-        # What is too wide for a terminal is broken there, and no number is cut off.
-        table.add_column(
-            heading, justify="left" if heading in ("mesh", "remat") else "right", no_wrap=heading != "remat"
-        )
+        # What is too wide for a terminal is broken in the column of words, and no number is cut off.
+        words = heading in ("mesh", "remat")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "remat", overflow="fold")
     for place, (c, p) in enumerate(fits, 1):
         step = p["step"]
         table.add_row(
