@@ -41,7 +41,6 @@ _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
-_SLICE = 16_000_000
 
 
 def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
@@ -55,7 +54,7 @@ def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> o
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = 400_000_000
     # To cut what is smaller for each of its replicas to write takes longer than the writing.
-    saving.min_slice_bytes_for_replica_parallel = _SLICE
+    saving.min_slice_bytes_for_replica_parallel = 16_000_000
     saving.scoped_storage_options_creator = _chunks
     return context
 

@@ -152,8 +152,8 @@ def _is_dead(found: dict) -> bool:
         os.kill(found["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # it is another user's
-        pass
+    except PermissionError:
+        return False  # it lives, and is another user's
     return False
 
 

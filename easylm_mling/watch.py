@@ -165,10 +165,11 @@ class Watch:
             return
         self._looked = time.monotonic()
         step, values = self._saving
-        newest = 0
-        with suppress(OSError):  # a bucket out of reach is the save's to tell
-            newest = newest_step(self.config.run_dir)
-        if newest >= step:
+        try:
+            there = newest_step(self.config.run_dir) >= step
+        except OSError:  # a bucket out of reach, which the save will tell of
+            return
+        if there:
             self.events.write("saved", step, **values)
             self._saved, self._saving = (self._looked, values["seconds"]), None
 

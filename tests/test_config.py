@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from easylm_mling import config as c
@@ -138,3 +140,7 @@ def test_the_last_step_passes_the_budget_by_less_than_a_batch(minimal):
     for budget in (1, 63, 64, 65, 1000):
         got = c.load([minimal], [f"train.budget_tokens={budget}"])
         assert 0 <= got.total_steps * got.tokens_per_step - budget < got.tokens_per_step
+
+
+def test_what_is_not_of_the_step_is_of_train():
+    assert set(c.NOT_OF_THE_STEP) <= {field.name for field in dataclasses.fields(c.TrainConfig)}

@@ -15,6 +15,7 @@ sys.path.insert(0, str(TPU_SCRIPTS))
 
 from launcher import decide as d  # noqa: E402
 from launcher import machine as m  # noqa: E402
+from launcher.bucket import Bucket, NoAnswer  # noqa: E402
 from launcher.gcloud import Answer  # noqa: E402
 from launcher.machine import Machine, look  # noqa: E402
 from launcher.rehearse import rehearsal  # noqa: E402
@@ -194,6 +195,12 @@ def test_an_old_python_runs_it():
         text=True,
     )
     assert printed.returncode == 0 and "queued-resources create mling-7b" in printed.stdout, printed.stderr
+
+
+def test_what_is_asked_for_is_written_down_or_is_an_error():
+    bucket = Bucket(lambda *arguments, **_: Answer(1, "", "ERROR: 503"), "gs://bucket/run")
+    with pytest.raises(NoAnswer, match="ERROR: 503"):
+        bucket.want("run")
 
 
 def _runs(program: str) -> bool:

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NoAnswer as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: the run's bucket gives no answer: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
@@ -156,7 +156,7 @@ def _cp(a, run: RunFile) -> int:
 
 def _stop(a, run: RunFile) -> int:
     gcloud = _gcloud(a, run)
-    _want(gcloud, run, "stop")
+    Bucket(gcloud, run.url).want("stop")
     workers = Workers(gcloud, run).stop(run.stop_minutes * 60)
     for worker in sorted(workers):
         ended = f"ended with {worker.code}" if worker.code is not None else worker.state
@@ -172,7 +172,8 @@ def _stop(a, run: RunFile) -> int:
 
 def _down(a, run: RunFile) -> int:
     gcloud = _gcloud(a, run)
-    bucket = _want(gcloud, run, "down")
+    bucket = Bucket(gcloud, run.url)
+    bucket.want("down")
     state = bucket.state()
     if state is None:
         raise WrongInput(f"{run.url} knows of no machine of this run, so there is none to delete")
@@ -186,14 +187,6 @@ def _down(a, run: RunFile) -> int:
         remove(gcloud, run, state.owner, _say, sleep)
     _say("no machine is left, and nothing is billed but the bucket")
     return 0
-
-
-def _want(gcloud, run: RunFile, what: str) -> Bucket:
-    bucket = Bucket(gcloud, run.url)
-    answer = bucket.write("launch/wanted", what)
-    if not answer.ok:
-        raise NoAnswer(f"{run.url} gives no answer: {answer.why}")
-    return bucket
 
 
 if __name__ == "__main__":

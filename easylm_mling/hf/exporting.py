@@ -54,8 +54,8 @@ def export_hf(
 
     README.md is the model's card; `name` (default: that of `hf_dir`) and `languages` (ISO 639 codes, beside those that
     the data's folders name) go into it. Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file
-    of its own. Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other shapes than its
-    config, and for an `hf_dir` with content.
+    of its own. Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds
+    other shapes than its config, and for an `hf_dir` with content.
     """
     if dtype not in _TAGS:
         raise ConfigError(f"dtype={dtype!r} cannot be exported; use one of {', '.join(_TAGS)}")

@@ -58,6 +58,23 @@ def test_a_disk_that_stays_full_stops_the_run(tmp_path, monkeypatch):
         train_here(tmp_path / "other", "train.stop_at_step=1")
 
 
+def test_a_save_that_fails_is_told_as_the_step_it_was_of(tmp_path, monkeypatch):
+    saves = [0]
+
+    def fails():
+        saves[0] += 1
+        if saves[0] == 1:
+            raise OSError("no answer")
+
+    def opened(config, run, watch):
+        return Checkpoints(run.name, before_commit=fails)
+
+    monkeypatch.setattr(easylm_mling.train, "open_checkpoints", opened)
+    train_here(tmp_path / "run", "checkpoint.every_steps=4", "train.stop_at_step=8")
+    failed = [e["step"] for e in read_event_log(tmp_path / "run" / "events.jsonl") if e["event"] == "save_failed"]
+    assert failed == [4]
+
+
 def test_the_last_save_is_tried_again(undisturbed, tmp_path, monkeypatch):
     left = [2]
 
@@ -72,7 +89,7 @@ def test_the_last_save_is_tried_again(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(easylm_mling.train, "open_checkpoints", opened)
     train_here(tmp_path / "run", "checkpoint.every_steps=10")
     failed = [e for e in read_event_log(tmp_path / "run" / "events.jsonl") if e["event"] == "save_failed"]
-    assert [e["in_a_row"] for e in failed] == [1, 2]
+    assert [(e["step"], e["in_a_row"]) for e in failed] == [(10, 1), (10, 2)]
     assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
 
 

@@ -94,22 +94,22 @@ def test_an_override_is_the_text_that_it_is():
 
 @pytest.mark.slow
 def test_odd_names_of_folders_and_files(tmp_path, capsys):
-    """Spaces, quotes, a line break, what a shell would run, and letters of other scripts, in every path that a run has."""
+    """Spaces, quotes, a line break, what a shell would run, letters of other scripts and markup, in every path that a run has."""
     odd = tmp_path / "a  b \"c\" 'd' $(touch OWNED) ; # %s 한국어 日本\nnext"
     shutil.copytree(ROOT / "data/sample", odd / "data/sample")
     settings = [x for x in TINY if "mesh" not in x] + ["mesh.cpu_devices=0"]
     paths = [f"data.tokenizer={odd}/data/sample/tokenizer/tokenizer.model"]
     for name, source in load([str(ROOT / "configs/demo.yaml")]).data.sources.items():
         paths.append(f"data.sources.{name}.paths={odd}/{source.paths[0]}")
-    command = ["train", str(ROOT / "configs/demo.yaml"), *settings, *paths, f"run_dir={odd}/run"]
+    command = ["train", str(ROOT / "configs/demo.yaml"), *settings, *paths, f"run_dir={odd}/run [/b]"]
     assert main([*command, "train.stop_at_step=1"]) == 0, capsys.readouterr().err
     assert main([*command, "train.stop_at_step=2", "train.digest_every_steps=1"]) == 0
-    assert main(["export-hf", f"{odd}/run", f"{odd}/hf"]) == 0
-    assert main(["summary", f"{odd}/run"]) == 0
-    assert main(["data", "audit", f"{odd}/run", "--step", "2", "--row", "0"]) == 0
-    assert main([*command, f"init_from={odd}/run", f"run_dir={odd}/next", "train.stop_at_step=1"]) == 0
+    assert main(["export-hf", f"{odd}/run [/b]", f"{odd}/hf"]) == 0
+    assert main(["summary", f"{odd}/run [/b]"]) == 0
+    assert main(["data", "audit", f"{odd}/run [/b]", "--step", "2", "--row", "0"]) == 0
+    assert main([*command, f"init_from={odd}/run [/b]", f"run_dir={odd}/next", "train.stop_at_step=1"]) == 0
     assert "resumed from the checkpoint of step 1" in capsys.readouterr().out
-    assert sorted(p.name for p in odd.iterdir()) == ["data", "hf", "next", "run"]
+    assert sorted(p.name for p in odd.iterdir()) == ["data", "hf", "next", "run ["]
     assert [p.name for p in tmp_path.iterdir()] == [odd.name] and not list(Path.cwd().glob("OWNED"))
 
 

@@ -66,6 +66,12 @@ class Bucket:
         new = ["--if-generation-match=0"] if only_new else []
         return self.gcloud("storage", "cp", "-", f"{self.url}/{name}", *new, stdin=text)
 
+    def want(self, what: str):
+        """Write down what was asked for: run, stop or down. Raises NoAnswer."""
+        answer = self.write("launch/wanted", what)
+        if not answer.ok:
+            raise NoAnswer(answer.why)
+
     def list(self, name: str) -> list[str]:
         """The objects below a folder, as names below the run's URL."""
         answer = self.gcloud("storage", "ls", "--recursive", f"{self.url}/{name}/")

@@ -74,8 +74,7 @@ class Driver:
         # Whoever starts a run again has looked at what went wrong.
         self.state.ended, self.state.crashes = "", 0
         self._upload()
-        if not (answer := self.bucket.write("launch/wanted", "run")).ok:
-            raise NoAnswer(answer.why)
+        self.bucket.want("run")
         while True:
             try:
                 code = self._turn()
