@@ -22,9 +22,12 @@ from easylm_mling.data.files import one_line
 from easylm_mling.exits import STOPPED, STUCK
 
 NAME = "lease"
+LOCK = ".__lock"  # how tensorstore ends the name of a file's lock
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
 # Without an answer for so long, one beat has failed.
 _ANSWER_SECONDS = 20.0
+# A write's lock file that is as old as this is a dead process's: a write takes milliseconds.
+_LOCK_SECONDS = 10.0
 # What tensorstore raises when storage fails.
 _ERRORS = (ValueError, RuntimeError, OSError, KeyError)
 
@@ -158,6 +161,24 @@ def _is_dead(found: dict) -> bool:
 
 
 def file_store(folder: Path) -> Any:
-    """For a file system without locks: tensorstore then makes lock files of its own."""
+    """For a file system without locks: tensorstore then makes a lock file of its own, for as long as a write takes.
+
+    A process that is killed in that moment leaves it, and it would keep everyone out for ever: one that stays the same
+    for _LOCK_SECONDS is taken away.
+    """
+    lock = folder / f"{NAME}{LOCK}"
+    found, until = _version(lock), time.monotonic() + _LOCK_SECONDS
+    while found and _version(lock) == found:
+        if time.monotonic() > until:
+            lock.unlink(missing_ok=True)
+        time.sleep(0.1)
     locking = {"file_io_locking": {"mode": "lockfile", "acquire_timeout": "30s"}}
     return ts.KvStore.open({"driver": "file", "path": f"{folder}/", "context": locking}).result()
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

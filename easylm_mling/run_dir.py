@@ -33,7 +33,7 @@ from easylm_mling.atomic import appears_whole, write_whole
 from easylm_mling.bucket import CONFIG, Bucket, Mirror, is_bucket, local_folder
 from easylm_mling.config import ConfigError, RunConfig, differences, load, to_yaml
 from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
-from easylm_mling.lease import Lease, file_store
+from easylm_mling.lease import LOCK, Lease, file_store
 
 # Settings that change how a run is carried out but not what it computes; all others are fixed for a run's life.
 FREE_KEYS = (
@@ -71,7 +71,7 @@ FREE_KEYS = (
 # What --accept-data-change lets change besides.
 DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
 # What may lie in a directory that no run has begun in.
-NOT_OF_A_RUN = {"plan.json", "lease", "launch", "logs"}
+NOT_OF_A_RUN = {"plan.json", "lease", f"lease{LOCK}", "launch", "logs"}
 REASONS = {
     "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
     "data.lanes": "every lane reads its own blocks",

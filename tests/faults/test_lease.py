@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from processes import ROOT, TINY
 
 import easylm_mling.lease
 from easylm_mling.config import ConfigError, load
-from easylm_mling.lease import NAME, Lease, file_store
+from easylm_mling.lease import LOCK, NAME, Lease, file_store
 from easylm_mling.run_dir import RunDirectory
 
 ENDS = """
@@ -31,6 +32,7 @@ time.sleep(60)
 def store(tmp_path, monkeypatch):
     monkeypatch.setattr(easylm_mling.lease, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(easylm_mling.lease, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 2.0)
     return file_store(tmp_path)
 
 
@@ -55,6 +57,7 @@ def test_the_living_keep_it_and_the_dead_do_not(store, tmp_path):
         with pytest.raises(ConfigError, match=rf"run_dir=run is being trained by process {process.pid} on "):
             Lease(store, "run", 0).take()
         process.kill()
+    store = file_store(tmp_path)  # it may have been killed in a write
     began = time.monotonic()
     lease = Lease(store, "run", 0)
     lease.take()  # at once: that process of this machine is no more
@@ -62,6 +65,26 @@ def test_the_living_keep_it_and_the_dead_do_not(store, tmp_path):
     time.sleep(0.3)
     lease.release()
     assert store.list().result() == []
+
+
+def test_a_lock_file_is_taken_away_if_its_process_is_dead_and_only_then(store, tmp_path, monkeypatch):
+    (tmp_path / f"other{LOCK}").touch()
+    with pytest.raises(TimeoutError):
+        store.write("other", b"").result(timeout=0.5)
+    lock = tmp_path / f"{NAME}{LOCK}"
+    lock.touch()
+    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 0.5)
+    lease = Lease(file_store(tmp_path), "run", 0)
+    lease.take()
+    lease.release()
+    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 60.0)
+    for done_by_the_living in (lock.unlink, lambda: os.utime(lock)):  # a write is over; and another one began
+        lock.touch()
+        threading.Timer(0.3, done_by_the_living).start()
+        began = time.monotonic()
+        file_store(tmp_path)
+        assert 0.2 < time.monotonic() - began < 60
+    assert lock.exists()
 
 
 def test_an_owner_out_of_reach_is_waited_for_and_then_taken_over(store, tmp_path):
@@ -99,7 +122,10 @@ def test_a_file_system_without_locks_has_one_trainer_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(easylm_mling.lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 0.3)
     config = load(["configs/demo.yaml"], [*TINY, f"run_dir={tmp_path / 'run'}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{NAME}{LOCK}").touch()  # of one that was killed before the run began
     first, second = RunDirectory(config), RunDirectory(config)
     first.take_lease()
     with pytest.raises(ConfigError, match=r"is being trained by process \d+ on "):
