@@ -9,6 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
+import easylm_mling.plan.compiled
 from easylm_mling.__main__ import main
 from easylm_mling.config import (
     REMAT_NAMES,
@@ -576,7 +577,7 @@ def test_what_cannot_be_cut_is_refused_in_one_line(change, message):
 @needs_libtpu
 @pytest.mark.tpu_compiler
 def test_a_flag_that_the_compiler_does_not_know_is_refused_in_one_line():
-    mesh = MeshConfig(1, 4, 1, slice="v4-8")
+    mesh = MeshConfig(1, 4, 1, slice="v5e-4")
     train = TrainConfig(budget_tokens=1, batch_size=4, compiler_flags={"xla_no_such_flag": "1"})
     config = dataclasses.replace(make_config(), mesh=mesh, train=train, model=ModelConfig(256, 128, 256, 1, 1, 1, 128))
     found = measure(config)["error"]
@@ -589,6 +590,29 @@ def test_flags_may_be_written_as_they_are_meant(tmp_path):
     config = load([str(tmp_path / "a.yaml")], flags)
     assert config.train.compiler_flags == {"xla_a": "true", "xla_b": "32", "xla_c": "x"}
     assert load([str(tmp_path / "a.yaml")], flags) == from_tree(RunConfig, to_tree(config))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_a_step_compiled_in_short_is_planned_as_the_whole(monkeypatch):
+    # Of Gemma 7B's width: operations that are compiled twice are the large ones.
+    config = make_config("v6e-8", rows=8, remat="save_dots")
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 8, 1, slice="v6e-8"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=1))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=2))
+    options, compiled = [], easylm_mling.plan.compiled._compiled
+
+    def seen(lowered, chosen):
+        options.append(chosen)
+        return compiled(lowered, chosen)
+
+    monkeypatch.setattr(easylm_mling.plan.compiled, "_compiled", seen)
+    short = measure(config)
+    monkeypatch.setattr(easylm_mling.plan.compiled, "_IN_SHORT", {})
+    whole = measure(config)
+    assert len(options) == 2 and options[0] and not options[1]
+    assert short | {"compile_seconds": 0} == whole | {"compile_seconds": 0}
 
 
 @needs_libtpu

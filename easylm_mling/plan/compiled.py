@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,15 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     # A program out of the cache would leave no dump.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+# What the compiler does with an operation once it has estimated it is not asked for. Memory, schedule and estimates come out
+# the same with these, and Gemma 7B for a v6e-64 compiles in 135 s instead of 184 on 2 cores. Not for v4: with so little vector
+# memory the first attempt at an operation often fails.
+_IN_SHORT = {
+    # The second attempt is for code that is too long, and as long as the first.
+    "xla_tpu_llo_compilation_max_retries": "0",
+    "xla_jf_critical_path_scheduler": "false",
+    "xla_jf_xlu_optimizer": "false",
 }
 _SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -85,21 +95,31 @@ def compile_step(config: RunConfig) -> CompiledStep:
     where = find_slice(config.mesh.slice or "")
     mesh = make_mesh(config.mesh, slice_devices(where))
     check_run(config, mesh)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), tempfile.TemporaryDirectory() as dump:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jit_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh))
-        start = time.monotonic()
+    if where.chip.name != "v4":
+        # Another version may not know those options; and what is wrong with the config is to be told as training would.
+        with suppress(ConfigError, jax.errors.JaxRuntimeError):
+            return _compiled(lowered, _IN_SHORT)
+    return _compiled(lowered, {})
+
+
+def _compiled(lowered, options: dict[str, str]) -> CompiledStep:
+    import jax
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as dump:
         try:
             # The dump and not `as_text()`: that fails on some asynchronous instructions of v5p.
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+            compiled = lowered.compile(compiler_options={**options, "xla_dump_to": dump})
         except jax.errors.JaxRuntimeError as error:
             raise _explained(error, dump) from None
-        seconds = time.monotonic() - start
         hlo, live_ranges = (_dumped(dump, name) for name in ("after_codegen.txt", "live-range.txt"))
     m = compiled.memory_analysis()
     assert m is not None
     host = m.host_argument_size_in_bytes + m.host_temp_size_in_bytes
     memory = Memory(m.peak_memory_in_bytes, m.argument_size_in_bytes, m.temp_size_in_bytes, host)
-    return CompiledStep(hlo, live_ranges, memory, seconds)
+    return CompiledStep(hlo, live_ranges, memory, time.monotonic() - start)
 
 
 def _dumped(folder: str, ending: str) -> str:
