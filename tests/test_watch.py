@@ -22,7 +22,7 @@ from processes import ROOT, TINY, train_here
 from rich.console import Console
 
 import easylm_mling.sinks as sinks_module
-from easylm_mling.config import ConfigError, LogConfig, ProfileConfig, load
+from easylm_mling.config import ConfigError, LogConfig, ProfileConfig, load, to_yaml
 from easylm_mling.console import ProgressLine, sources_table, warn
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.loader import holdout_rows
@@ -275,11 +275,17 @@ def test_a_profile_of_the_steps_asked_for(watched):
     )  # XLA's work, and no hooks into Python's threads
 
 
-def test_a_profile_window_is_checked_at_the_start():
+def test_a_profile_window_is_checked_at_the_start(tmp_path):
     assert ProfileConfig("100:105").window == (100, 105) and ProfileConfig().window == (0, 0)
     # YAML would make a number of it.
-    assert config("r", "profile.steps=2:5").profile.window == (2, 5)
-    for wrong in ("5:2", "0:3", "a:b", "3", "1:2:3", "-1:4"):
+    asked = config("r", "profile.steps=2:5")
+    assert asked.profile.window == (2, 5)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(asked))
+    assert load([str(tmp_path / "resolved.yaml")]) == asked
+    (tmp_path / "bare.yaml").write_text("profile: {steps: 2:5}")
+    with pytest.raises(ConfigError, match="profile.steps=125 must be FIRST:LAST, such as 100:105; in a file in quotes"):
+        load(["configs/demo.yaml", str(tmp_path / "bare.yaml")])
+    for wrong in ("5:2", "0:3", "a:b", "3", "100", "1:2:3", "-1:4"):
         with pytest.raises(ConfigError, match="must be FIRST:LAST"):
             ProfileConfig(wrong)
     with pytest.raises(ConfigError, match=r"profile.steps=5:100 goes beyond the run \(10 steps\)"):

@@ -54,11 +54,14 @@ def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _override(text: str):
-    """What an override says: YAML, but a text as it stands. (YAML would end a path at ` #`, and fold its line breaks.)"""
+    """What an override says: YAML, but a text as it stands. (YAML would end a path at ` #`, fold its line breaks, and take
+    1:40 for 100 seconds.)"""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text  # `*.txt`, say
+    if isinstance(value, (int, float)) and ":" in text:
+        return text
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return value if quoted or value is None or isinstance(value, (bool, int, float, list, dict)) else text
 

@@ -218,16 +218,15 @@ class ProfileConfig:
     steps: str = ""
 
     def __post_init__(self):
-        wrong = f"profile.steps={self.steps} must be FIRST:LAST, such as 100:105"
-        check(not self.steps or re.fullmatch(r"\d{1,9}(:\d{1,9})?", self.steps) is not None, wrong)
+        wrong = f"profile.steps={self.steps} must be FIRST:LAST, such as 100:105; in a file in quotes: YAML takes 1:40 for 100"
+        check(not self.steps or re.fullmatch(r"\d{1,9}:\d{1,9}", self.steps) is not None, wrong)
         check(not self.steps or 0 < self.window[0] <= self.window[1], wrong)
 
     @property
     def window(self) -> tuple[int, int]:
         """The first and the last step, (0, 0) if there are none."""
         first, _, last = self.steps.partition(":")
-        # YAML reads 10:15 as ten minutes and fifteen seconds: 615.
-        return (int(first), int(last)) if last else divmod(int(first or 0), 60)
+        return int(first or 0), int(last or 0)
 
 
 @dataclass(frozen=True)
