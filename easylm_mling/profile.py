@@ -20,8 +20,8 @@ class Profile:
         # A resumed run may begin inside the window.
         if self._first <= step <= self._last and not self._tracing:
             options = jax.profiler.ProfileOptions()
-            # It hooks into every thread's Python, the loader's and the saves', too, and on a busy machine its start once ended
-            # in a segmentation fault. What the devices and XLA do is traced without.
+            # Python's own tracer hooks into every thread, the loader's and the saves', too, and on a busy machine the start of a
+            # trace with it once was a segmentation fault. What the devices and XLA do is traced without.
             options.python_tracer_level = 0
             try:
                 jax.profiler.start_trace(str(self._folder), profiler_options=options)

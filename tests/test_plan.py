@@ -360,7 +360,6 @@ def measured(matrix=8.0, waiting=2.0, peak=20 * GiB) -> dict:
     return {
         "memory": {"peak": peak, "arguments": 1, "temporaries": 1, "host": 0},
         "buffers": [{"name": "f", "bytes": GiB, "shape": "f32[8]", "what": "jit(train_step)/while/body/transpose(jvp())/add"}],
-        "compile_seconds": 60.0,
         "times": {
             "matrix": matrix, "other": 1.0, "attention": 1.0, "waiting": waiting, "product_flops": 2e15, "kernel_flops": 5e14,
         },
@@ -576,12 +575,13 @@ def test_what_cannot_be_cut_is_refused_in_one_line(change, message):
 
 @needs_libtpu
 @pytest.mark.tpu_compiler
-def test_a_flag_that_the_compiler_does_not_know_is_refused_in_one_line():
+@pytest.mark.parametrize("flag", ["xla_no_such_flag", "xla_jf_xlu_optimizer"])
+def test_a_flag_that_the_compiler_refuses_is_told_in_one_line(flag):
     mesh = MeshConfig(1, 4, 1, slice="v5e-4")
-    train = TrainConfig(budget_tokens=1, batch_size=4, compiler_flags={"xla_no_such_flag": "1"})
+    train = TrainConfig(budget_tokens=1, batch_size=4, compiler_flags={flag: "neither"})
     config = dataclasses.replace(make_config(), mesh=mesh, train=train, model=ModelConfig(256, 128, 256, 1, 1, 1, 128))
     found = measure(config)["error"]
-    assert "train.compiler_flags.xla_no_such_flag" in found and "\n" not in found
+    assert f"train.compiler_flags.{flag}" in found and "\n" not in found
 
 
 def test_flags_may_be_written_as_they_are_meant(tmp_path):
@@ -612,7 +612,7 @@ def test_a_step_compiled_in_short_is_planned_as_the_whole(monkeypatch):
     monkeypatch.setattr(easylm_mling.plan.compiled, "_IN_SHORT", {})
     whole = measure(config)
     assert len(options) == 2 and options[0] and not options[1]
-    assert short | {"compile_seconds": 0} == whole | {"compile_seconds": 0}
+    assert short == whole
 
 
 @needs_libtpu

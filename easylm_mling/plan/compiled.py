@@ -6,7 +6,6 @@
 import os
 import re
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,7 @@ ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 # What the compiler does with an operation once it has estimated it is not asked for. Memory, schedule and estimates come out
-# the same with these, and Gemma 7B for a v6e-64 compiles in 135 s instead of 184 on 2 cores. Not for v4: with so little vector
+# the same with these, and Gemma 7B for a v6e-64 compiles in 132 s instead of 183 on 2 cores. Not for v4: with so little vector
 # memory the first attempt at an operation often fails.
 _IN_SHORT = {
     # The second attempt is for code that is too long, and as long as the first.
@@ -53,7 +52,6 @@ class CompiledStep(NamedTuple):
     hlo: str  # scheduled, as text
     live_ranges: str  # the compiler's report
     memory: Memory
-    seconds: float
 
 
 class DoesNotFit(Exception):
@@ -100,14 +98,13 @@ def compile_step(config: RunConfig) -> CompiledStep:
     if where.chip.name != "v4":
         # Another version may not know those options; and what is wrong with the config is to be told as training would.
         with suppress(ConfigError, jax.errors.JaxRuntimeError):
-            return _compiled(lowered, _IN_SHORT)
+            return _compiled(lowered, {**_IN_SHORT, **config.train.compiler_flags})
     return _compiled(lowered, {})
 
 
 def _compiled(lowered, options: dict[str, str]) -> CompiledStep:
     import jax
 
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as dump:
         try:
             # The dump and not `as_text()`: that fails on some asynchronous instructions of v5p.
@@ -119,7 +116,7 @@ def _compiled(lowered, options: dict[str, str]) -> CompiledStep:
     assert m is not None
     host = m.host_argument_size_in_bytes + m.host_temp_size_in_bytes
     memory = Memory(m.peak_memory_in_bytes, m.argument_size_in_bytes, m.temp_size_in_bytes, host)
-    return CompiledStep(hlo, live_ranges, memory, time.monotonic() - start)
+    return CompiledStep(hlo, live_ranges, memory)
 
 
 def _dumped(folder: str, ending: str) -> str:

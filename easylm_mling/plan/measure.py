@@ -43,7 +43,6 @@ def measure(config: RunConfig) -> dict:
     return {
         "memory": compiled.memory._asdict(),
         "buffers": [b._asdict() for b in largest_live(compiled.live_ranges, module)],
-        "compile_seconds": round(compiled.seconds, 1),
         "times": {name: getattr(times, name) for name in TIMES},
         "collectives": [
             {**vars(c), "times": n, "waited": times.waits[c]}

@@ -49,7 +49,6 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
         },
         "collectives": measured["collectives"],
         "kernels": measured["kernels"],
-        "compile_seconds": measured["compile_seconds"],
         "assumptions": assumptions(where, factor, bool(config.train.offload)),
     }
 
