@@ -24,13 +24,13 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-import easylm_mling.train  # noqa: E402
-from easylm_mling.checkpoint import Checkpoints  # noqa: E402
+import easylm_mling.run.train  # noqa: E402
+from easylm_mling.checkpoint.checkpoint import Checkpoints  # noqa: E402
 from easylm_mling.config import load  # noqa: E402
 from easylm_mling.data.mixture import initial_state  # noqa: E402
-from easylm_mling.digest import digests  # noqa: E402
-from easylm_mling.metrics import read_metrics  # noqa: E402
-from easylm_mling.step import TrainState  # noqa: E402
+from easylm_mling.monitoring.metrics import read_metrics  # noqa: E402
+from easylm_mling.training.digests import digests  # noqa: E402
+from easylm_mling.training.step import TrainState  # noqa: E402
 
 FILE = 400_000_000
 
@@ -48,7 +48,7 @@ def main():
 
 def demo(run_dir: Path):
     """The demo's model and batches, a save every 5 steps of 40."""
-    blocked, save = [], easylm_mling.train.save
+    blocked, save = [], easylm_mling.run.train.save
 
     def timed(*args, **kwargs):
         jax.block_until_ready(args[1])
@@ -56,9 +56,9 @@ def demo(run_dir: Path):
         save(*args, **kwargs)
         blocked.append(time.perf_counter() - began)
 
-    easylm_mling.train.save = timed
+    easylm_mling.run.train.save = timed
     overrides = [f"run_dir={run_dir}", "train.stop_at_step=40", "checkpoint.every_steps=5", "eval.every_steps=0"]
-    easylm_mling.train.train(load(["configs/demo.yaml"], overrides), Console(file=io.StringIO()))
+    easylm_mling.run.train.train(load(["configs/demo.yaml"], overrides), Console(file=io.StringIO()))
     lines = read_metrics(run_dir / "metrics.jsonl", "train")
     steps = [b["time"] - a["time"] for a, b in zip(lines[5:], lines[6:], strict=False) if b["step"] % 5 not in (0, 1)]
     # The first compiles the digests.

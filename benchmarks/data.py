@@ -30,12 +30,12 @@ from pathlib import Path
 import numpy as np
 
 from easylm_mling import config as c
-from easylm_mling.data.blocks import windows
-from easylm_mling.data.cache import TokenCache
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader, open_orders
-from easylm_mling.data.tokenize import blocks
-from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.data.shuffle import windows
+from easylm_mling.data.token_cache import TokenCache
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.data.tools.pretokenize import blocks
 from easylm_mling.data.weights import make_plan
 
 LANES = 16  # of one host: 256 lanes on 16 hosts
@@ -238,7 +238,7 @@ def huggingface(config: c.RunConfig):
     )
 
 
-class Records:
+class JsonlWriter:
     """Random access to a source's texts, as Grain wants it: here by the Arrow files that datasets makes of them."""
 
     def __init__(self, config: c.RunConfig, name: str):
@@ -261,7 +261,7 @@ def grain(config: c.RunConfig):
     def encode(text):
         return {"tokens": np.concatenate([[2], tokenizer.encode([text])[0], [1]]).astype(np.int32)}
 
-    parts = [grain.MapDataset.source(Records(config, n)).seed(0).shuffle().repeat() for n in config.data.sources]
+    parts = [grain.MapDataset.source(JsonlWriter(config, n)).seed(0).shuffle().repeat() for n in config.data.sources]
     mixed = grain.MapDataset.mix(parts, [s.weight for s in config.data.sources.values()]).map(encode)
     rows = ConcatThenSplitIterDataset(mixed.to_iter_dataset(), length_struct={"tokens": length})
     return (int(np.count_nonzero(row["tokens"])) for row in rows)

@@ -23,10 +23,10 @@ import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from easylm_mling.config import RunConfig, load
-from easylm_mling.model_flops import model_flops
-from easylm_mling.params import parameter_count, parameter_table, to_nested
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import init_state, jit_train_step, state_shardings
+from easylm_mling.model.flops import model_flops
+from easylm_mling.model.params import parameter_count, parameter_table, to_nested
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.training.step import init_state, jit_train_step, state_shardings
 
 SHAPE = [
     "model.vocab_size=16384", "model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=8",

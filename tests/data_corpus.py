@@ -14,9 +14,9 @@ import sentencepiece
 import zstandard
 
 from easylm_mling.config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
-from easylm_mling.data.blocks import EpochOrder, epoch_windows
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.data.shuffle import EpochOrder, epoch_windows
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 
 LAYOUTS = ("jsonl", "jsonl.gz", "jsonl.zst", "json.gz", "parquet", "arrow", "arrow-file")
 WORDS = "river stone 日本 は 雨 small вода light 바람 tree ten 7 été night ส้ม walk 😀 house open grey salt".split()

@@ -21,12 +21,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from easylm_mling.config import ConfigError, MeshConfig
+from easylm_mling.config import MeshConfig
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params
-from easylm_mling.model import logits
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import model_graph
+from easylm_mling.model.decoder import logits
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.training.step import model_graph
 
 TINY = dict(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=3, head_dim=32)
 HEADS = [(4, 4), (4, 2), (4, 1)]

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from easylm_mling.bucket import small_files
-from easylm_mling.checkpoint import load_params
+from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.reading import load_data_state
 from easylm_mling.config import load
-from easylm_mling.metrics import TIMINGS, read_metrics
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import abstract_params
-from easylm_mling.stored import load_data_state
-from easylm_mling.train import train
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
+from easylm_mling.run.train import train
+from easylm_mling.storage.object_store import small_files
+from easylm_mling.training.step import abstract_params
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

@@ -12,17 +12,18 @@ import pytest
 from data_corpus import documents, tokenizer_path, write
 from rich.console import Console
 
-from easylm_mling.__main__ import main
-from easylm_mling.config import ConfigError, load
-from easylm_mling.data.audit import audit
+from easylm_mling.checkpoint.reading import load_data_state, load_info
+from easylm_mling.cli.main import main
+from easylm_mling.config import load
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DOCUMENTS, EPOCH, OFFSET, ROWS, TOKENS
-from easylm_mling.data.tokenizer import Tokenizer
-from easylm_mling.metrics import read_metrics
-from easylm_mling.stored import load_data_state, load_info
-from easylm_mling.summary import print_summary
-from easylm_mling.train import train
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.data.tools.audit import audit
+from easylm_mling.errors import ConfigError
+from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.run.summary import print_summary
+from easylm_mling.run.train import train
 
 CONFIG = """
 model: {{vocab_size: 1200, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1,

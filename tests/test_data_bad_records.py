@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path
 
-from easylm_mling.config import ConfigError
-from easylm_mling.data import files, lines, readers
-from easylm_mling.data.blocks import EpochOrder, windows
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.files import Retry
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS
+from easylm_mling.data.shuffle import EpochOrder, windows
+from easylm_mling.data.sources import lines, readers
+from easylm_mling.errors import ConfigError
+from easylm_mling.storage import files
+from easylm_mling.storage.files import Retry
 
 T = 32
 GIGANTIC = "gigantic" + " river stone tree" * 500_000 + " " * 2_000_000
@@ -178,7 +179,7 @@ def test_a_line_without_end_costs_no_memory_and_no_other_line(tmp_path, suffix, 
         finally:
             tracemalloc.stop()
         assert peak < (20_000_000 if suffix.endswith("gz") else 1_000_000)
-        bad = readers.Bad("line longer than 64 MiB", str(path), len(rows[0]) + 1, b"x" * 200)
+        bad = readers.BadRecord("line longer than 64 MiB", str(path), len(rows[0]) + 1, b"x" * 200)
         assert records == ([b"a", bad, b"b"] if start == 0 else [b"b"])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data_corpus import data_config, documents, epoch_documents, epoch_order, write
 
-from easylm_mling.data.blocks import seeded_bits, seeded_order, windows
+from easylm_mling.data.shuffle import seeded_bits, seeded_order, windows
 
 
 def test_seeded_bits_are_pinned():
@@ -37,7 +37,7 @@ def test_units_and_the_documents_of_a_block_are_each_in_a_new_order_every_epoch(
 
 def listed(found) -> list:
     """Windows as tuples that can be compared."""
-    return [tuple(w._replace(places=w.places.tolist())) for w in found]
+    return [tuple(w._replace(provenance=w.provenance.tolist())) for w in found]
 
 
 def test_a_block_does_not_depend_on_what_was_read_before(tmp_path):

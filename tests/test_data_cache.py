@@ -8,13 +8,14 @@ import pytest
 from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path, write
 from rich.console import Console
 
-from easylm_mling.config import ConfigError, SourceConfig
-from easylm_mling.data import tokenizer as tokenizer_module
-from easylm_mling.data.cache import TokenCache
+from easylm_mling.config import SourceConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader, open_orders
-from easylm_mling.data.tokenize import blocks, tokenize
+from easylm_mling.data.token_cache import TokenCache
+from easylm_mling.data.tokenization import tokenizer as tokenizer_module
+from easylm_mling.data.tools.pretokenize import blocks, tokenize
 from easylm_mling.data.weights import make_plan
+from easylm_mling.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

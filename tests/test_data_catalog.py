@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from data_corpus import LAYOUTS, data_config, documents, write
 
-from easylm_mling.config import ConfigError, SourceConfig
+from easylm_mling.config import SourceConfig
 from easylm_mling.data.catalog import Catalog, build_catalog
+from easylm_mling.errors import ConfigError
 
 
 def message_of(call, *args) -> str:

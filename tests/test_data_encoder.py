@@ -10,8 +10,8 @@ from data_corpus import documents, tokenizer_path, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easylm_mling.data import encoder as encoder_module
-from easylm_mling.data.encoder import Encoder
+from easylm_mling.data.tokenization import encoder as encoder_module
+from easylm_mling.data.tokenization.encoder import Encoder
 
 ALPHABET = st.characters(exclude_categories=("Cs",)) | st.sampled_from("▁<>bos \nthe雨日本7é")
 

@@ -10,10 +10,11 @@ import pytest
 from data_corpus import assert_same, data_config, documents, run_config, tokenizer, tokenizer_path, write
 from jax.sharding import PartitionSpec as P
 
-from easylm_mling.config import ConfigError, SourceConfig
+from easylm_mling.config import SourceConfig
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.loader import DataError, Loader, holdout_rows, to_device
+from easylm_mling.data.loader import Loader, holdout_rows, to_device
 from easylm_mling.data.mixture import BAD, DOCUMENTS, ROWS, TOKENS, whole_state
+from easylm_mling.errors import ConfigError, DataError
 
 BATCH, LANES, T = 8, 4, 32
 

@@ -5,16 +5,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from easylm_mling.config import ConfigError
 from easylm_mling.data.mixture import ROWS, DataState, initial_state, next_round, own_state, row_arrays, whole_state
-from easylm_mling.data.weights import Plan, integer_weights
+from easylm_mling.data.weights import MixingPlan, integer_weights
+from easylm_mling.errors import ConfigError
 
 WEIGHTS = st.lists(st.floats(0, 1) | st.integers(0, 3), min_size=1, max_size=6).filter(lambda w: sum(w) > 1e-6)
 
 
-def constant_plan(weights: list[float]) -> Plan:
+def constant_plan(weights: list[float]) -> MixingPlan:
     """Of one stage, with the languages of every source as they come."""
-    return Plan((0,), (integer_weights(weights),), {})
+    return MixingPlan((0,), (integer_weights(weights),), {})
 
 
 def play(weights, lanes, rounds, seed=0):

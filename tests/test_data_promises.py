@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from easylm_mling.config import SourceConfig, StageConfig
-from easylm_mling.data.blocks import EpochOrder
 from easylm_mling.data.catalog import Catalog, File, Source, build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EXTRA, PADDING, ROWS, TOKENS, whole_state
+from easylm_mling.data.shuffle import EpochOrder
 from easylm_mling.data.weights import ONE, language_rates, make_plan
 
 T = 32
@@ -251,7 +251,7 @@ def test_500_real_languages_are_read_as_often_as_the_cap_says(tmp_path):
 
 def test_the_state_of_256_lanes_and_5_sources_is_small(tmp_path):
     from easylm_mling.data.mixture import initial_state
-    from easylm_mling.data.states import KeptState, keep_state
+    from easylm_mling.data.state_archive import KeptState, keep_state
 
     state = initial_state(256, 5, range(256), 412)
     assert sum(a.nbytes for a in state) < 200 * 1024

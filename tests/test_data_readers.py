@@ -12,17 +12,19 @@ from data_corpus import LAYOUTS, data_config, documents, epoch_documents, epoch_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easylm_mling.config import ConfigError
-from easylm_mling.data.blocks import windows
-from easylm_mling.data.layouts import layout_of
-from easylm_mling.data.readers import Bad, read_unit
+from easylm_mling.data.shuffle import windows
+from easylm_mling.data.sources.readers import BadRecord, read_unit
+from easylm_mling.data.sources.splitting import layout_of
+from easylm_mling.errors import ConfigError
 
 
 def read(path, layout=None, row="document", start=0, end=None):
     """(documents, bad records) of a unit, by default of all."""
     end = path.stat().st_size if end is None else end
     records = list(read_unit(str(path), layout or layout_of(str(path)), start, end, "text", row))
-    return [r.decode() for r in records if not isinstance(r, Bad)], [r for r in records if isinstance(r, Bad)]
+    return [r.decode() for r in records if not isinstance(r, BadRecord)], [
+        r for r in records if isinstance(r, BadRecord)
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,7 +116,7 @@ def test_a_bad_line_costs_itself_only(tmp_path, line, reason):
     path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
     good, bad = read(path)
     assert good == ["before", "after"]
-    assert bad == [Bad(reason, str(path), 19, line[:200])]
+    assert bad == [BadRecord(reason, str(path), 19, line[:200])]
 
 
 @pytest.mark.parametrize("layout", ["parquet", "arrow", "arrow-file"])

@@ -21,12 +21,13 @@ from data_corpus import (
 )
 from http_server import serve
 
-from easylm_mling.config import ConfigError, HubDataset, SourceConfig
-from easylm_mling.data import files
-from easylm_mling.data.blocks import EpochOrder, windows
+from easylm_mling.config import HubDataset, SourceConfig
 from easylm_mling.data.catalog import Catalog, build_catalog, reopen_catalog
-from easylm_mling.data.files import Retry, open_binary
 from easylm_mling.data.loader import Loader
+from easylm_mling.data.shuffle import EpochOrder, windows
+from easylm_mling.errors import ConfigError
+from easylm_mling.storage import files
+from easylm_mling.storage.files import Retry, open_binary
 
 FAST = {"retry_seconds": 0.001}
 

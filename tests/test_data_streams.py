@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from data_corpus import data_config, documents, epoch_order, tokenizer, write
 
-from easylm_mling.config import ConfigError
 from easylm_mling.data import streams
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS, initial_state
-from easylm_mling.data.streams import LaneStream, Shelf
-from easylm_mling.data.tokenizer import join_documents
+from easylm_mling.data.streams import LaneStream, SpillFile
+from easylm_mling.data.tokenization.tokenizer import join_documents
+from easylm_mling.errors import ConfigError
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def open_stream():
     with contextlib.ExitStack() as stack:
 
         def make(order, state, lane=0, on_window=lambda window: None):
-            shelf = stack.enter_context(contextlib.closing(Shelf()))
+            spill_file = stack.enter_context(contextlib.closing(SpillFile()))
             languages = np.zeros((len(order.source.languages), 3), np.int64)
-            return LaneStream(order, tokenizer(), lane, len(state), state[lane, 0], languages, shelf, on_window)
+            return LaneStream(order, tokenizer(), lane, len(state), state[lane, 0], languages, spill_file, on_window)
 
         yield make
 

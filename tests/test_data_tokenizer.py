@@ -7,8 +7,9 @@ from data_corpus import tokenizer, tokenizer_path, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easylm_mling.config import ConfigError, ModelConfig
-from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.config import ModelConfig
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.errors import ConfigError
 
 NASTY = [
     "", " ", "   a  b   ", "\t\ttab\t", "\n\n\n", "\r\n", "x" * 5000, " " * 3000, "<bos> <eos> <pad> <unk>",

@@ -19,14 +19,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import multihost_utils
 
-from easylm_mling.config import ConfigError, SourceConfig, StageConfig, WeightingConfig
-from easylm_mling.data.blocks import EpochOrder
+from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
-from easylm_mling.data.weights import ONE, Plan, integer_weights, language_tokens, make_plan, planned_as_if, spread
-from easylm_mling.train import next_everywhere
+from easylm_mling.data.shuffle import EpochOrder
+from easylm_mling.data.weights import (
+    ONE,
+    MixingPlan,
+    integer_weights,
+    language_tokens,
+    make_plan,
+    planned_as_if,
+    spread,
+)
+from easylm_mling.errors import ConfigError
+from easylm_mling.run.train import next_everywhere
 
 T, LANES = 32, 4
 SIZES = st.lists(st.floats(1, 1e6), min_size=1, max_size=8)
@@ -48,7 +57,7 @@ def test_spread_keeps_the_cap_and_the_total_and_shares_the_rest_by_temperature(s
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), min_size=1, max_size=4), st.data())
 def test_a_target_is_the_sum_of_the_stages_shares(weights, data):
     gaps = data.draw(st.lists(st.integers(1, 9), min_size=len(weights) - 1, max_size=len(weights) - 1))
-    plan = Plan((0, *np.cumsum(gaps).tolist()), tuple(integer_weights(w) for w in weights), {})
+    plan = MixingPlan((0, *np.cumsum(gaps).tolist()), tuple(integer_weights(w) for w in weights), {})
     total = [0, 0, 0]
     for turn in range(40):
         assert plan.target(turn) == total
@@ -251,7 +260,7 @@ def test_stop_ends_the_run_before_the_row_that_is_missing_on_all_numbers_of_host
 def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
     """As the trainer of a pod asks, with the answer of another host made up."""
     config, catalog = mixture(root, books={"max_epochs": 1, "when_used_up": "stop"})
-    monkeypatch.setattr("easylm_mling.train.several", lambda: True)
+    monkeypatch.setattr("easylm_mling.run.train.is_multiprocess", lambda: True)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([bool(x), theirs]))
     with Loader(config, catalog, tokenizer()) as loader:
         if mine:

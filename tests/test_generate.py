@@ -12,14 +12,15 @@ import torch
 from flax import nnx
 from transformers import GemmaForCausalLM
 
-from easylm_mling import generate as module
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, MeshConfig, ModelConfig, to_tree
-from easylm_mling.generate import generate, load_model, sample_text
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.config import MeshConfig, ModelConfig, to_tree
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.model import logits
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import model_graph
+from easylm_mling.inference import generate as module
+from easylm_mling.inference.generate import generate, load_model, sample_text
+from easylm_mling.model.decoder import logits
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.training.step import model_graph
 
 PROMPTS = [[2, 17, 40, 5], [2], [2, 9, 9, 250, 31, 77, 8, 120, 44], [2, 299, 3]]
 
@@ -243,7 +244,7 @@ def train_tokenizer(path: Path):
 
 
 def test_sample_text_adds_one_bos_and_finds_the_tokenizer(directory, tmp_path, monkeypatch):
-    from easylm_mling.data.tokenizer import Tokenizer
+    from easylm_mling.data.tokenization.tokenizer import Tokenizer
 
     prompts = ["the quick", "", "<bos> dog"]
     with pytest.raises(ConfigError, match="no tokenizer.model here"):

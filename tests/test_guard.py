@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from test_step import compiled, make_batch, make_config
 
-from easylm_mling.config import ConfigError, TrainConfig
-from easylm_mling.guard import LEARNT, NOT_FINITE, SPIKE, WINDOW, judge, nothing_recent
-from easylm_mling.sharding import batch_sharding, make_mesh
+from easylm_mling.config import TrainConfig
+from easylm_mling.errors import ConfigError
+from easylm_mling.model.sharding import batch_sharding, make_mesh
+from easylm_mling.training.spike_guard import ACCEPTED, NOT_FINITE, SPIKE, WINDOW, judge, nothing_recent
 
 
 def judged(losses, norms=None, sigmas=6.0):
@@ -30,7 +31,7 @@ def steady(count, seed=0):
 def test_the_limit_is_so_many_deviations_above_the_last_steps():
     losses, norms = steady(300), steady(300, 1)
     verdicts, limits, recent = judged(losses, norms)
-    assert set(verdicts) == {LEARNT} and recent.count == 300
+    assert set(verdicts) == {ACCEPTED} and recent.count == 300
     for step in (64, 100, 200, 299):
         last = np.stack([losses, norms])[:, max(0, step - WINDOW) : step].astype(np.float64)
         np.testing.assert_allclose(limits[step], last.mean(1) + 6 * last.std(1), rtol=1e-5)
@@ -45,11 +46,11 @@ def test_a_spike_of_either_is_skipped_and_does_not_hide_the_next(which):
     losses, norms = steady(103), steady(103, 1)
     {"loss": losses, "norm": norms}[which][[100, 102]] = 1000, 5
     verdicts, limits, recent = judged(losses, norms)
-    assert verdicts == [LEARNT] * 100 + [SPIKE, LEARNT, SPIKE]
+    assert verdicts == [ACCEPTED] * 100 + [SPIKE, ACCEPTED, SPIKE]
     # It entered as the limit that it passed.
     row = ["loss", "norm"].index(which)
     assert recent.values[row, 100] == limits[100][row] < 4
-    assert judged(losses, norms, sigmas=0.0)[0] == [LEARNT] * 103
+    assert judged(losses, norms, sigmas=0.0)[0] == [ACCEPTED] * 103
 
 
 def test_what_is_not_finite_is_no_spike_and_never_enters():
@@ -58,13 +59,13 @@ def test_what_is_not_finite_is_no_spike_and_never_enters():
     verdicts, _, recent = judged(losses, norms)
     assert [i for i, v in enumerate(verdicts) if v == NOT_FINITE] == [80, 81, 82, 83]
     clean = judged(np.delete(losses, range(80, 84)), np.delete(norms, range(80, 84)))
-    assert set(clean[0]) == {LEARNT}
+    assert set(clean[0]) == {ACCEPTED}
     jax.tree.map(np.testing.assert_array_equal, recent, clean[2])
 
 
 def test_a_level_that_lasts_is_learnt():
     verdicts, _, _ = judged([*steady(128), *(steady(128) + 0.7)])
-    assert 1 <= verdicts.count(SPIKE) <= 3 and set(verdicts[-100:]) == {LEARNT}
+    assert 1 <= verdicts.count(SPIKE) <= 3 and set(verdicts[-100:]) == {ACCEPTED}
 
 
 def test_a_step_that_spikes_changes_nothing_and_is_counted_apart():
@@ -82,7 +83,7 @@ def test_a_step_that_spikes_changes_nothing_and_is_counted_apart():
             # The step takes its state's memory.
             state, seen = step(jax.tree.map(jnp.copy, states[-1]), jax.device_put(batch, batch_sharding(mesh)))
             states, metrics = [*states[-3:], state], [*metrics, seen]
-    assert [int(m["verdict"]) for m in metrics[-4:]] == [LEARNT, SPIKE, NOT_FINITE, LEARNT]
+    assert [int(m["verdict"]) for m in metrics[-4:]] == [ACCEPTED, SPIKE, NOT_FINITE, ACCEPTED]
     assert [int(m["skipped_in_a_row"]) for m in metrics[-4:]] == [0, 1, 2, 0]
     assert (int(state.skipped), int(state.spikes), int(state.optimizer[0].count)) == (2, 1, 71)
     before, *rejected, after = [(s.params, s.optimizer) for s in jax.device_get(states)]

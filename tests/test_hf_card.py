@@ -15,17 +15,18 @@ import yaml
 from data_corpus import data_config, documents, run_config, tokenizer, write
 from hf_models import save, transformers_model
 
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, SourceConfig, to_tree
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.config import SourceConfig, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog
 from easylm_mling.data.estimates import open_estimates
 from easylm_mling.data.mixture import COUNTERS
-from easylm_mling.guard import nothing_recent
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import write_card
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.metrics import MetricsLog
-from easylm_mling.step import TrainState, init_params
+from easylm_mling.monitoring.metrics import MetricsLog
+from easylm_mling.training.spike_guard import nothing_recent
+from easylm_mling.training.step import TrainState, init_params
 
 STEP = 3
 # Source -> (tokens, documents); not in the order of the alphabet.

@@ -9,11 +9,12 @@ from hf_models import FAMILIES, FAR, NEAR, TINY, save, transformers_model
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from easylm_mling.config import ConfigError, ModelConfig, from_tree
+from easylm_mling.config import ModelConfig, from_tree
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.params import parameter_count
+from easylm_mling.model.params import parameter_count
 
 
 def test_config_speaks_both_dialects(hf_source, imported, tmp_path):

@@ -21,15 +21,16 @@ from hf_models import (
 from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
 
-from easylm_mling import checkpoint
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, ModelConfig, to_tree
-from easylm_mling.guard import nothing_recent
+from easylm_mling.checkpoint import checkpoint
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.config import ModelConfig, to_tree
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf import exporting, importing
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf, widest_mesh
-from easylm_mling.sharding import parameter_shardings
-from easylm_mling.step import TrainState, init_params
+from easylm_mling.model.sharding import parameter_shardings
+from easylm_mling.training.spike_guard import nothing_recent
+from easylm_mling.training.step import TrainState, init_params
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import huggingface_hub
 import pytest
 from hf_models import raw_tensors, save, transformers_model
 
-from easylm_mling import __main__ as command
-from easylm_mling.config import ConfigError
+from easylm_mling.checkpoint.reading import load_info
+from easylm_mling.cli import main as command
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf import hub
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.hub import local_directory, push
-from easylm_mling.stored import load_info
 
 
 @pytest.fixture

@@ -20,14 +20,15 @@ from hf_models import (
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
-from easylm_mling.checkpoint import Checkpoints, load_params
-from easylm_mling.config import ConfigError, MeshConfig, ModelConfig
+from easylm_mling.checkpoint.checkpoint import Checkpoints, load_params
+from easylm_mling.config import MeshConfig, ModelConfig
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params, widest_mesh
-from easylm_mling.params import parameter_table, to_flat
-from easylm_mling.sharding import make_mesh, parameter_shardings
-from easylm_mling.step import abstract_params
+from easylm_mling.model.params import parameter_table, to_flat
+from easylm_mling.model.sharding import make_mesh, parameter_shardings
+from easylm_mling.training.step import abstract_params
 
 
 def test_import_is_sharded_and_bit_equal_to_one_device(hf_source):

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from easylm_mling.atomic import appears_whole, replaces_whole
-from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.hf.exporting import export_hf
-from easylm_mling.step import init_params
+from easylm_mling.storage.atomic import atomic_directory, atomic_file
+from easylm_mling.training.step import init_params
 
 # One process loads the libraries, which takes seconds, and forks one for each export: of those, only exporting is left.
 # Writes a line a kill: the moment as a share of the whole export, and "done" if it had ended before.
@@ -91,11 +91,11 @@ def test_a_writer_that_lives_keeps_its_draft(tmp_path, caplog):
     (tmp_path / ".other.1.partial").mkdir()
     lock = os.open(draft, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with appears_whole(tmp_path / "out"):
+    with atomic_directory(tmp_path / "out"):
         pass
     assert draft.exists() and not caplog.text
     os.close(lock)
-    with appears_whole(tmp_path / "out"):
+    with atomic_directory(tmp_path / "out"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.1.partial", "out"]
     assert "removing .out.1.partial" in caplog.text
@@ -103,7 +103,7 @@ def test_a_writer_that_lives_keeps_its_draft(tmp_path, caplog):
 
 def test_a_file_that_could_not_be_written_leaves_no_draft(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError, match="full"), replaces_whole(tmp_path / "file") as file:
+    with pytest.raises(OSError, match="full"), atomic_file(tmp_path / "file") as file:
         file.write(b"half")
         raise OSError("full")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]

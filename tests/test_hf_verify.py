@@ -9,7 +9,7 @@ import torch
 from hf_models import FAMILIES, save, transformers_model
 from safetensors.torch import load_file, save_file
 
-from easylm_mling import __main__ as command
+from easylm_mling.cli import main as command
 from easylm_mling.hf import verify
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.hf.verify import VerificationError, verify_export

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from easylm_mling.checkpoint import load_params
-from easylm_mling.config import ConfigError, MeshConfig
-from easylm_mling.generate import sample_text
+from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.config import MeshConfig
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import abstract_params
+from easylm_mling.inference.generate import sample_text
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.training.step import abstract_params
 
 ROWS = 460  # of the old model; its tokenizer has 400 pieces
 NEW = ["안녕", "\u2581hello\u2581there", "새벽에", "the"] + [f"piece{i}" for i in range(76)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from easylm_mling import exits
+from easylm_mling import errors as exits
 
 TPU_SCRIPTS = Path(__file__).parent.parent / "tpu_scripts"
 sys.path.insert(0, str(TPU_SCRIPTS))

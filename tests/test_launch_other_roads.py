@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from easylm_mling import exits
+from easylm_mling import errors as exits
 from easylm_mling.config import load
 
 ROOT = Path(__file__).parent.parent

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easylm_mling.attention import attention, cudnn_attention
-from easylm_mling.config import REMAT_NAMES, ConfigError, MeshConfig, ModelConfig
+from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
-from easylm_mling.embedding import lookup
-from easylm_mling.gated import activated, gated_down
-from easylm_mling.loss import cross_entropy
-from easylm_mling.model import REMAT_POLICIES, Remat, logits, rms_norm, rotary, rotary_frequencies
-from easylm_mling.params import parameter_table, to_flat, to_nested
-from easylm_mling.sharding import make_mesh, parameter_shardings, partition_spec
-from easylm_mling.splash import splash_attention
-from easylm_mling.step import init_params, model_graph
+from easylm_mling.errors import ConfigError
+from easylm_mling.model.attention import attention, cudnn_attention
+from easylm_mling.model.decoder import REMAT_POLICIES, Remat, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.model.embedding import lookup
+from easylm_mling.model.gated_mlp import activated, gated_down
+from easylm_mling.model.params import parameter_table, to_flat, to_nested
+from easylm_mling.model.sharding import make_mesh, parameter_shardings, partition_spec
+from easylm_mling.model.splash_attention import splash_attention
+from easylm_mling.training.loss import cross_entropy
+from easylm_mling.training.step import init_params, model_graph
 
 M = ModelConfig(
     vocab_size=96,

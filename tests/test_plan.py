@@ -9,11 +9,10 @@ import json
 import pytest
 from rich.console import Console
 
-import easylm_mling.plan.compiled
-from easylm_mling.__main__ import main
+import easylm_mling.plan.compilation
+from easylm_mling.cli.main import main
 from easylm_mling.config import (
     REMAT_NAMES,
-    ConfigError,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -25,20 +24,23 @@ from easylm_mling.config import (
     to_tree,
     to_yaml,
 )
-from easylm_mling.model_flops import model_flops
-from easylm_mling.plan.book import Book, fits
+from easylm_mling.errors import ConfigError
+from easylm_mling.hardware import GiB
+from easylm_mling.model.flops import model_flops
+from easylm_mling.monitoring.plan_comparison import compare_with_plan
 from easylm_mling.plan.buffers import largest_live
-from easylm_mling.plan.calibrate import beside, calibrate
+from easylm_mling.plan.calibrate import calibrate
+from easylm_mling.plan.command import PlanOptions, plan, remedies
 from easylm_mling.plan.hlo import flops, parse, trip_count
 from easylm_mling.plan.measure import measure
+from easylm_mling.plan.measurements import MeasurementCache, fits
 from easylm_mling.plan.predict import predict
 from easylm_mling.plan.remat import choose_remat, with_remat
-from easylm_mling.plan.report import sections
 from easylm_mling.plan.schedule import walk
 from easylm_mling.plan.search import search
-from easylm_mling.plan.slices import SLICES, GiB, find_slice
-from easylm_mling.plan.verb import Wishes, plan, remedies
-from easylm_mling.run_dir import RunDirectory
+from easylm_mling.plan.slices import SLICES, find_slice
+from easylm_mling.plan.text import sections
+from easylm_mling.run.directory import RunDirectory
 
 V4 = find_slice("v4-64")
 GATHERED = 4 * 1024 * 1024 * 31  # bytes that a chip takes in: 31 others' f32[1024,1024]
@@ -417,15 +419,15 @@ class FakeCompiler:
 @pytest.fixture
 def fake_compiler(monkeypatch):
     FakeCompiler.started = []
-    monkeypatch.setattr("easylm_mling.plan.book.Measuring", FakeCompiler)
+    monkeypatch.setattr("easylm_mling.plan.measurements.Measuring", FakeCompiler)
     # The real one asks for the version of libtpu, which need not be installed for this.
-    monkeypatch.setattr("easylm_mling.plan.book.code_fingerprint", lambda: "code")
+    monkeypatch.setattr("easylm_mling.plan.measurements.code_fingerprint", lambda: "code")
     return FakeCompiler.started
 
 
 def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(tmp_path, fake_compiler, capsys):
     config = make_config(run_dir=tmp_path / "run")
-    wishes = Wishes(search=str(tmp_path / "plans"), keep=True)
+    wishes = PlanOptions(search=str(tmp_path / "plans"), keep=True)
     assert plan({"": config}, wishes, Console(width=120)) == 0
     tried = list(fake_compiler)
     assert {128 // 32 // c.train.accumulation_steps for c in tried if c.mesh.tensor == 1} == {1, 2, 4}
@@ -448,7 +450,7 @@ def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(t
 
 def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compiler, capsys):
     config = make_config(remat="auto")
-    chosen = choose_remat(config, Book(), Console(width=120))
+    chosen = choose_remat(config, MeasurementCache(), Console(width=120))
     seconds = {}
     for tried in {to_yaml(c): c for c in fake_compiler}.values():
         found = FakeCompiler(tried).result()
@@ -461,18 +463,20 @@ def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compile
     found = FakeCompiler(richer).result()
     assert "does_not_fit" in found or found["memory"]["peak"] > 0.92 * 30.75 * GiB
     assert f"train.remat={chosen.train.remat} train.remat_first=" in capsys.readouterr().out
-    assert choose_remat(chosen, Book(), Console()) is chosen
+    assert choose_remat(chosen, MeasurementCache(), Console()) is chosen
 
 
 def test_auto_remat_leaves_what_goes_to_the_host_alone(fake_compiler):
-    chosen = choose_remat(make_config(remat="auto", offload=("gate",)), Book(), Console(file=io.StringIO()))
+    chosen = choose_remat(make_config(remat="auto", offload=("gate",)), MeasurementCache(), Console(file=io.StringIO()))
     assert chosen.train.offload == ("gate",) and "none" not in {c.train.remat for c in FakeCompiler.started}
 
 
 def test_auto_remat_where_nothing_fits_says_what_would_need_less(fake_compiler):
     with pytest.raises(ConfigError, match="nothing fits a chip of v5e-64.*accumulation"):
         choose_remat(
-            dataclasses.replace(make_config(remat="auto"), mesh=MeshConfig(17, 1, 1, slice="v5e-64")), Book(), Console()
+            dataclasses.replace(make_config(remat="auto"), mesh=MeshConfig(17, 1, 1, slice="v5e-64")),
+            MeasurementCache(),
+            Console(),
         )
 
 
@@ -485,7 +489,7 @@ def test_a_batch_that_no_mesh_divides_is_refused_before_anything_is_compiled(tmp
 def test_what_does_not_fit_says_by_how_much_and_what_would(fake_compiler):
     out = io.StringIO()
     config = make_config(remat="none")
-    assert plan({"": config}, Wishes(), Console(file=out, width=200)) == 1
+    assert plan({"": config}, PlanOptions(), Console(file=out, width=200)) == 1
     needed = 13 + 6 * REMAT_NAMES.index("none")
     assert f"does not fit by {needed - 30:.1f} GiB: {needed:.1f} of 30.0" in out.getvalue()
     assert "what would fit: v4-64 with data 1 x fsdp 32 x tensor 1; remat full" in out.getvalue()
@@ -528,12 +532,12 @@ def test_train_puts_what_it_measures_beside_the_plan(tmp_path):
     run = tmp_path / "run"
     write_run(run, 13.0)
     config = make_config(run_dir=run)
-    bare = beside(run, config, "TPU v4", 32, 21 * GiB)
+    bare = compare_with_plan(run, config, "TPU v4", 32, 21 * GiB)
     assert bare == "13.000 s a step, MFU 52.1%, peak memory 21.0 GiB"
     (run / "plan.json").write_text(json.dumps(predict(config, measured())))
-    line = beside(run, config, "TPU v4", 32, 21 * GiB)
+    line = compare_with_plan(run, config, "TPU v4", 32, 21 * GiB)
     assert line == "13.000 s a step (12.000 planned), MFU 52.1% (56.5% planned), peak memory 21.0 GiB (20.0 planned)"
-    assert beside(tmp_path / "no", config, "TPU v4", 32, None) is None
+    assert compare_with_plan(tmp_path / "no", config, "TPU v4", 32, None) is None
 
 
 def test_a_run_may_begin_in_a_directory_that_holds_only_its_plan(tmp_path):
@@ -601,15 +605,15 @@ def test_a_step_compiled_in_short_is_planned_as_the_whole(monkeypatch):
     config = dataclasses.replace(config, mesh=MeshConfig(1, 8, 1, slice="v6e-8"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=1))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=2))
-    options, compiled = [], easylm_mling.plan.compiled._compiled
+    options, compiled = [], easylm_mling.plan.compilation._compiled
 
     def seen(lowered, chosen):
         options.append(chosen)
         return compiled(lowered, chosen)
 
-    monkeypatch.setattr(easylm_mling.plan.compiled, "_compiled", seen)
+    monkeypatch.setattr(easylm_mling.plan.compilation, "_compiled", seen)
     short = measure(config)
-    monkeypatch.setattr(easylm_mling.plan.compiled, "_IN_SHORT", {})
+    monkeypatch.setattr(easylm_mling.plan.compilation, "_IN_SHORT", {})
     whole = measure(config)
     assert len(options) == 2 and options[0] and not options[1]
     assert short == whole

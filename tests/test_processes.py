@@ -27,9 +27,10 @@ from processes import (
     wait_for_step,
 )
 
-from easylm_mling.config import ConfigError
 from easylm_mling.data.mixture import BLOCK, DataState
-from easylm_mling.processes import Gathering, Place, find_place, own_quarantine, roll_call
+from easylm_mling.distributed.processes import ProcessGroup, find_process_group, roll_call
+from easylm_mling.errors import ConfigError
+from easylm_mling.run.host_sync import HostSync, own_quarantine
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_who_is_missing_is_said_by_name(tmp_path):
 def test_a_caller_that_hangs_up_does_not_end_the_roll_call():
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    zero, one = (Place(f"localhost:{port}", 2, index) for index in (0, 1))
+    zero, one = (ProcessGroup(f"localhost:{port}", 2, index) for index in (0, 1))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(roll_call, zero, 30)
         until = time.monotonic() + 20
@@ -187,17 +188,17 @@ def test_a_caller_that_hangs_up_does_not_end_the_roll_call():
 
 
 def test_the_place_of_a_process(monkeypatch):
-    assert find_place(None, None, None) is None
-    assert find_place("a:1", 2, 1) == Place("a:1", 2, 1)
+    assert find_process_group(None, None, None) is None
+    assert find_process_group("a:1", 2, 1) == ProcessGroup("a:1", 2, 1)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "b:2")
     with pytest.raises(ConfigError, match="give all three"):
-        find_place(None, None, None)
+        find_process_group(None, None, None)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    assert find_place(None, None, 2) == Place("b:2", 3, 2)
+    assert find_process_group(None, None, 2) == ProcessGroup("b:2", 3, 2)
     for wrong in (("a", 2, 1), ("a:1", 2, 2), ("a:1", 2, -1)):
         with pytest.raises(ConfigError, match="give all three"):
-            find_place(*wrong)
+            find_process_group(*wrong)
 
 
 def test_what_processes_say_is_put_together(monkeypatch):
@@ -205,14 +206,14 @@ def test_what_processes_say_is_put_together(monkeypatch):
     rng = np.random.default_rng(0)
     whole = DataState(rng.integers(0, 1 << 60, (4, 3, 11)), rng.integers(0, 1 << 60, (5, 3)))
     said = []
-    for start_, wish, part in ((0, 0, 0.25), (2, 2, 0.75), (2, 0, 0.75)):
+    for start_, stop_request, part in ((0, 0, 0.25), (2, 2, 0.75), (2, 0, 0.75)):
         languages = whole.languages // 4 if part == 0.25 else whole.languages - whole.languages // 4
         own = whole.lanes[start_ : start_ + 2]
-        said.append(np.concatenate([[wish, start_], own.reshape(-1), languages.reshape(-1)]).view(np.uint32))
-    got = Gathering(range(2, 4))._read(
+        said.append(np.concatenate([[stop_request, start_], own.reshape(-1), languages.reshape(-1)]).view(np.uint32))
+    got = HostSync(range(2, 4))._read(
         np.array(said), DataState(np.zeros_like(whole.lanes), np.zeros_like(whole.languages))
     )
-    assert got.wish == 2
+    assert got.stop_request == 2
     jax.tree.map(np.testing.assert_array_equal, got.state, whole)
 
 

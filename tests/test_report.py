@@ -11,13 +11,14 @@ import pytest
 from processes import ROOT, TINY
 from test_watch import event
 
-from easylm_mling.__main__ import main
-from easylm_mling.config import ConfigError, load, to_yaml
-from easylm_mling.events import without_secrets
-from easylm_mling.report.collect import collect
-from easylm_mling.report.curve import Curve
-from easylm_mling.report.page import page, write_report
-from easylm_mling.report.svg import Line, chart, log_ticks, nice_ticks
+from easylm_mling.cli.main import main
+from easylm_mling.config import load, to_yaml
+from easylm_mling.errors import ConfigError
+from easylm_mling.monitoring.events import without_secrets
+from easylm_mling.monitoring.report.collect import collect
+from easylm_mling.monitoring.report.curve import Curve
+from easylm_mling.monitoring.report.page import page, write_report
+from easylm_mling.monitoring.report.svg import Line, chart, log_ticks, nice_ticks
 
 VOID = {"meta"}
 HOSTILE = "</style><script>alert('x')</script>&\"'"

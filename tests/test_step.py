@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from easylm_mling.config import (
-    ConfigError,
     DataConfig,
     Duration,
     MeshConfig,
@@ -20,10 +19,18 @@ from easylm_mling.config import (
     SourceConfig,
     TrainConfig,
 )
-from easylm_mling.optimizer import decay_mask, make_optimizer, make_schedule
-from easylm_mling.params import to_flat
-from easylm_mling.sharding import batch_sharding, check_run, make_mesh
-from easylm_mling.step import init_params, init_state, jit_eval_step, jit_train_step, model_graph, state_shardings
+from easylm_mling.errors import ConfigError
+from easylm_mling.model.params import to_flat
+from easylm_mling.model.sharding import batch_sharding, check_run, make_mesh
+from easylm_mling.training.optimizer import decay_mask, make_optimizer, make_schedule
+from easylm_mling.training.step import (
+    init_params,
+    init_state,
+    jit_eval_step,
+    jit_train_step,
+    model_graph,
+    state_shardings,
+)
 
 T = 16
 

@@ -15,15 +15,15 @@ import pytest
 from processes import ROOT, SMALL
 from rich.console import Console
 
-from easylm_mling.__main__ import main
-from easylm_mling.checkpoint import load_params
-from easylm_mling.config import ConfigError, load
-from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import TIMINGS, read_metrics
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import abstract_params
-from easylm_mling.stored import load_data_state, load_info, packed
-from easylm_mling.train import train
+from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.reading import load_data_state, load_info, packed
+from easylm_mling.cli.main import main
+from easylm_mling.config import load
+from easylm_mling.errors import ConfigError, TrainingStopped
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
+from easylm_mling.run.train import train
+from easylm_mling.training.step import abstract_params
 
 TINY = [*SMALL, "mesh.cpu_devices=0"]
 

@@ -21,18 +21,19 @@ from hypothesis import strategies as st
 from processes import ROOT, TINY, train_here
 from rich.console import Console
 
-import easylm_mling.sinks as sinks_module
-from easylm_mling.config import ConfigError, LogConfig, ProfileConfig, load, to_yaml
-from easylm_mling.console import ProgressLine, sources_table, warn
+import easylm_mling.monitoring.trackers as trackers_module
+from easylm_mling.config import LogConfig, ProfileConfig, load, to_yaml
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.loader import holdout_rows
-from easylm_mling.data.tokenizer import Tokenizer
-from easylm_mling.events import KINDS, EventLog, goodput, read_event_log
-from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import TIMINGS, MetricsLog, read_lines, read_metrics
-from easylm_mling.sinks import Sinks, check_sinks, numbers
-from easylm_mling.speed import Speed
-from easylm_mling.validation import by_language
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.errors import ConfigError, TrainingStopped
+from easylm_mling.monitoring.console import ProgressLine, sources_table, warn
+from easylm_mling.monitoring.events import EventLog, read_event_log
+from easylm_mling.monitoring.goodput import KINDS, goodput
+from easylm_mling.monitoring.metrics import TIMINGS, MetricsLog, read_lines, read_metrics
+from easylm_mling.monitoring.throughput import Throughput
+from easylm_mling.monitoring.trackers import Trackers, check_trackers, numbers
+from easylm_mling.run.validation import by_language
 
 TOKENIZER = ROOT / "data/sample/tokenizer/tokenizer.model"
 
@@ -129,7 +130,7 @@ def test_events_survive_a_kill_and_count_attempts(tmp_path):
 
 def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("easylm_mling.events.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("easylm_mling.monitoring.events.time.monotonic", lambda: clock[0])
     with EventLog(tmp_path / "events.jsonl") as log:
         for step in range(20_000):
             clock[0] += 1.0
@@ -221,24 +222,24 @@ def test_bytes_of_pieces_are_those_of_the_text():
 
 def test_speed_knows_the_peak_and_leaves_pauses_out(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("easylm_mling.speed.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("easylm_mling.monitoring.throughput.time.monotonic", lambda: clock[0])
     memory = {"bytes_in_use": 7, "peak_bytes_in_use": 9}
     device = types.SimpleNamespace(device_kind="TPU v4", memory_stats=lambda: memory)
     c = config()
-    speed = Speed(c, types.SimpleNamespace(local_devices=[device], size=4))
-    assert speed.measure(1)["step_seconds"] is None
+    throughput = Throughput(c, types.SimpleNamespace(local_devices=[device], size=4))
+    assert throughput.measure(1)["step_seconds"] is None
     clock[0] += 8.0
-    with speed.pausing() as pause:
+    with throughput.pausing() as pause:
         clock[0] += 5.0
-    with speed.waiting():
+    with throughput.waiting():
         clock[0] += 2.0
-    found = speed.measure(6)
+    found = throughput.measure(6)
     assert pause.seconds == 5 and (found["step_seconds"], found["data_wait_seconds"]) == (2.0, 0.4)
     assert (found["tokens_per_second"], found["tokens_per_second_per_chip"]) == (128.0, 32.0)
     assert found["mfu"] == pytest.approx(found["tflops_per_chip"] / 275, abs=1e-5)
     assert (found["hbm_bytes"], found["hbm_peak_bytes"]) == (7, 9)
     clock[0] += 1.0
-    assert speed.measure(7)["step_seconds"] == 1.0
+    assert throughput.measure(7)["step_seconds"] == 1.0
 
 
 def tensorboard_values(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -291,9 +292,9 @@ def test_a_profile_window_is_checked_at_the_start(tmp_path):
         config("r", "profile.steps=5:100")
 
 
-def sinks(tmp_path, warned, **which):
+def trackers(tmp_path, warned, **which):
     c = config(tmp_path / "run", *(f"log.{k}={v}" for k, v in which.items()))
-    return Sinks(c, tmp_path / "run", warned.append)
+    return Trackers(c, tmp_path / "run", warned.append)
 
 
 class Broken:
@@ -317,9 +318,9 @@ class Stuck(Broken):
 
 
 def test_a_sink_that_fails_is_told_once_and_training_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks_module, "TensorBoard", Broken)
+    monkeypatch.setattr(trackers_module, "TensorBoard", Broken)
     warned = []
-    with sinks(tmp_path, warned, tensorboard="true") as s, MetricsLog(tmp_path / "metrics.jsonl", s) as log:
+    with trackers(tmp_path, warned, tensorboard="true") as s, MetricsLog(tmp_path / "metrics.jsonl", s) as log:
         for step in range(5000):
             log.write("train", step, loss=1.0)
     assert warned == ["TensorBoard gets no more lines (the network is down); metrics.jsonl has them all"]
@@ -327,10 +328,10 @@ def test_a_sink_that_fails_is_told_once_and_training_goes_on(tmp_path, monkeypat
 
 
 def test_a_sink_that_hangs_holds_nothing_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks_module, "TensorBoard", Stuck)
-    monkeypatch.setattr(sinks_module, "_LAST_SECONDS", 0.2)
+    monkeypatch.setattr(trackers_module, "TensorBoard", Stuck)
+    monkeypatch.setattr(trackers_module, "_LAST_SECONDS", 0.2)
     warned, begun = [], time.monotonic()
-    with sinks(tmp_path, warned, tensorboard="true") as s:
+    with trackers(tmp_path, warned, tensorboard="true") as s:
         for step in range(3000):
             s.put({"kind": "train", "step": step, "time": 0.0, "loss": 1.0})
     assert time.monotonic() - begun < 5
@@ -339,15 +340,15 @@ def test_a_sink_that_hangs_holds_nothing_up(tmp_path, monkeypatch):
 
 
 def test_a_sink_whose_package_is_missing_is_an_error_before_anything_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers_module, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"log.wandb=mine needs wandb; install it with pip install 'easylm-mling\[wandb\]'"
     ):
-        check_sinks(LogConfig(wandb="mine"))
+        check_trackers(LogConfig(wandb="mine"))
     with pytest.raises(ConfigError, match="needs tensorboardX"):
         train_here(tmp_path / "run", "log.tensorboard=true")
     assert not (tmp_path / "run").exists()
-    check_sinks(LogConfig())
+    check_trackers(LogConfig())
 
 
 def test_wandb_is_given_numbers_and_no_path(tmp_path, monkeypatch):
@@ -375,7 +376,7 @@ def test_wandb_is_given_numbers_and_no_path(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     warned = []
-    with sinks(tmp_path, warned, wandb="mine") as s:
+    with trackers(tmp_path, warned, wandb="mine") as s:
         s.put({"kind": "train", "step": 7, "time": 1.0, "loss": 2.5, "sources": {"ja": 2.0}, "skipped": 0})
         s.put({"kind": "news", "step": 7, "time": 1.0, "news": ["x"]})
     assert not warned

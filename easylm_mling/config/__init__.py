@@ -5,7 +5,7 @@ YAML files merge left to right, then `key.path=value` arguments. Units are in th
 knows jax: a config must load in milliseconds on a laptop.
 """
 
-from easylm_mling.config.basics import ConfigError, Duration, check
+from easylm_mling.config.basics import Duration
 from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.config.loading import differences, from_tree, load, to_tree, to_yaml
 from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
@@ -21,6 +21,7 @@ from easylm_mling.config.run import (
     RunConfig,
     TrainConfig,
 )
+from easylm_mling.errors import ConfigError, check
 
 __all__ = [
     "FAMILIES",

@@ -3,15 +3,6 @@
 from dataclasses import dataclass
 
 
-class ConfigError(ValueError):
-    """A setting is wrong. The message is one line that names the key and the way out."""
-
-
-def check(ok: bool, message: str):
-    if not ok:
-        raise ConfigError(message)
-
-
 @dataclass(frozen=True)
 class Duration:
     """A length of training: written `2000 steps`, `1.5B tokens` or `500M tokens`."""

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from easylm_mling.config.basics import check
+from easylm_mling.errors import check
 
 
 @dataclass(frozen=True)

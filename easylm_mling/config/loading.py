@@ -13,8 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from easylm_mling.config.basics import ConfigError, Duration, check
+from easylm_mling.config.basics import Duration
 from easylm_mling.config.run import RunConfig
+from easylm_mling.errors import ConfigError, check
 
 Schema = typing.TypeVar("Schema")
 

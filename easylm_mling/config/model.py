@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from easylm_mling.config.basics import check
+from easylm_mling.errors import check
 
 
 @dataclass(frozen=True)

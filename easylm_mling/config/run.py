@@ -4,11 +4,12 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from easylm_mling.config.basics import Duration, check
+from easylm_mling.config.basics import Duration
 from easylm_mling.config.data import DataConfig
 from easylm_mling.config.model import ModelConfig
+from easylm_mling.errors import check
 
-# What a layer keeps for its backward pass; model.py says what each name means.
+# What a layer keeps for its backward pass; model/decoder.py says what each name means.
 REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
 OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
 # Of `train`, what neither the step's program nor a bit that it computes depends on.
@@ -49,19 +50,19 @@ class TrainConfig:
     # End this process (with a checkpoint) once the run has reached this step. 0: go on to the budget.
     stop_at_step: int = 0
     # A step whose loss or gradient norm is over so many standard deviations above the mean of the last 128 steps changes
-    # nothing (guard.py). 0: never. 6 is what others use; none has it on by default, and what is skipped is not learnt.
+    # nothing (training/spike_guard.py). 0: never. 6 is what others use; none has it on by default, and what is skipped is not learnt.
     spike_sigmas: float = 0.0
     # Nor does a step whose loss or gradient is not finite. This many of either kind in a row stop the run.
     max_skipped_in_a_row: int = 5
     # After every so many steps, digests of the state go to metrics.jsonl, and a step that is done again must give the same
-    # (replay.py): it finds memory and chips that err. 0: never. Costs one reading of the state.
+    # (run/replay_check.py): it finds memory and chips that err. 0: never. Costs one reading of the state.
     digest_every_steps: int = 0
     # A process that finishes no step (or the first one's compilation, or a save) in so long ends with exit code 85. 0: never.
     stuck_minutes: float = 30.0
     # Go back to the checkpoint of this step, once, and leave out so many batches after it (those of a spike, say).
     rewind: int = 0
     skip_batches: int = 0
-    # XLA's own flags for the step (`xla_name: 'value'`), over those in compiler_flags.py.
+    # XLA's own flags for the step (`xla_name: 'value'`), over those in training/xla_flags.py.
     compiler_flags: dict[str, str] = field(default_factory=dict)
     # The share of a chip's memory that `remat: auto` and `plan --search` may fill.
     remat_memory: float = 0.92
@@ -202,7 +203,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where the lines of metrics.jsonl go besides (sinks.py): into RUN/tensorboard; to a project of Weights & Biases."""
+    """Where the lines of metrics.jsonl go besides (monitoring/trackers.py): into RUN/tensorboard; to a project of Weights & Biases."""
 
     tensorboard: bool = False
     wandb: str = ""

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from easylm_mling.atomic import write_whole
-from easylm_mling.config import ConfigError, DataConfig, SourceConfig, to_tree
-from easylm_mling.data.files import DEFAULT_RETRY, Retry
-from easylm_mling.data.layouts import Cut, cut, layout_of
-from easylm_mling.data.listing import Info, find_files, size_and_fingerprint
-from easylm_mling.data.readers import DAMAGE, damaged
+from easylm_mling.config import DataConfig, SourceConfig, to_tree
+from easylm_mling.data.sources.listing import Info, find_files, size_and_fingerprint
+from easylm_mling.data.sources.readers import DAMAGE, damaged
+from easylm_mling.data.sources.splitting import Cut, cut, layout_of
+from easylm_mling.errors import ConfigError
+from easylm_mling.storage.atomic import write_atomically
+from easylm_mling.storage.files import DEFAULT_RETRY, Retry
 
 UNITS_PER_BLOCK = 4
 _VERSION = 1
@@ -89,7 +90,7 @@ class Catalog:
 
     def save(self, path: str | Path):
         """Write as JSON; a reader never sees half a file."""
-        write_whole(path, orjson.dumps(self._tree()))
+        write_atomically(path, orjson.dumps(self._tree()))
 
     @classmethod
     def load(cls, path: str | Path) -> "Catalog":

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from easylm_mling.atomic import write_whole
-from easylm_mling.data.blocks import seeded_order, unit_records
 from easylm_mling.data.catalog import Catalog, Source
-from easylm_mling.data.tokenizer import Tokenizer
+from easylm_mling.data.shuffle import seeded_order, unit_records
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import TokensPerByte
+from easylm_mling.storage.atomic import write_atomically
 
 # Units read of each source, at least one of each language.
 _UNITS = 8
@@ -42,7 +42,7 @@ def open_estimates(path: Path, catalog: Catalog, tokenizer: Tokenizer) -> Estima
     if path.exists() and pinned_fingerprints(path) == fingerprints:
         return load_estimates(path)
     fresh = estimate(catalog, tokenizer)
-    write_whole(path, json.dumps({**fingerprints, "sources": fresh}).encode())
+    write_atomically(path, json.dumps({**fingerprints, "sources": fresh}).encode())
     return fresh
 
 

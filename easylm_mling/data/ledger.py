@@ -5,13 +5,13 @@ import numpy as np
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import Estimates, tokens_per_byte
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, PADDING, ROWS, TOKENS, DataState
-from easylm_mling.data.weights import ONE, Plan, language_tokens
+from easylm_mling.data.weights import ONE, MixingPlan, language_tokens
 
 
 class Ledger:
     """Reads the ledger out of data states. Epochs are tokens consumed over the estimated tokens of the corpus."""
 
-    def __init__(self, catalog: Catalog, plan: Plan, estimates: Estimates, sequence_length: int):
+    def __init__(self, catalog: Catalog, plan: MixingPlan, estimates: Estimates, sequence_length: int):
         self._plan, self._length = plan, sequence_length
         known = tokens_per_byte(estimates)
         self._sizes = {name: language_tokens(s, known.get(name, {})) for name, s in catalog.sources.items()}
@@ -55,7 +55,9 @@ class Ledger:
         totals = {k: sum(s[k] for s in sources.values()) for k in ("tokens", "documents", "rows", "padding", "bad")}
         return {**totals, "sources": sources, "languages": self.languages(state)}
 
-    def news(self, before: DataState | None, after: DataState, ends: list[int | None], holders: list[int]) -> list[str]:
+    def news(
+        self, before: DataState | None, after: DataState, ends: list[int | None], lanes_with_data: list[int]
+    ) -> list[str]:
         """What happened to sources between two states: read 1, 2, 4, 8 ... times, or used up in some or all lanes.
 
         `ends`: for each source the epoch at which its streams end, or None (EpochOrder.epochs); `holders`: in how many
@@ -71,7 +73,7 @@ class Ledger:
                 found.append(f"{name} has been read about {'once' if power == 1 else f'{power} times'}")
             if ends[i] is None:
                 continue
-            own = holders[i]
+            own = lanes_with_data[i]
             used = [0 if s is None else int(np.sum(s.lanes[:own, i, EPOCH] >= ends[i])) for s in (after, before)]
             if used[0] > used[1] and (used[1] == 0 or used[0] == own):
                 where = "all its lanes" if used[0] == own else f"{used[0]} of its {own} lanes"

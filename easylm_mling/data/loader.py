@@ -11,9 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from easylm_mling.config import ConfigError, RunConfig
-from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows, open_orders
-from easylm_mling.data.cache import TokenCache
+from easylm_mling.config import RunConfig
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.mixture import (
@@ -28,9 +26,12 @@ from easylm_mling.data.mixture import (
     substitute,
 )
 from easylm_mling.data.quarantine import Quarantine
-from easylm_mling.data.streams import LaneStream, Shelf
-from easylm_mling.data.tokenizer import Tokenizer, join_documents
-from easylm_mling.data.weights import Plan, make_plan, needs_estimates
+from easylm_mling.data.shuffle import EpochOrder, Window, epoch_windows, open_orders
+from easylm_mling.data.streams import LaneStream, SpillFile
+from easylm_mling.data.token_cache import TokenCache
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
+from easylm_mling.errors import ConfigError, DataError
 
 _BATCHES_AHEAD = 2
 # One bad record among the first ten is no reason to stop a run.
@@ -38,10 +39,6 @@ _MIN_RECORDS = 1000
 _HOLDOUT_WINDOWS = 20_000
 
 Batch = dict[str, np.ndarray]
-
-
-class DataError(ValueError):
-    """The data is too damaged to train on. The message is one line that names the source and the way out."""
 
 
 class Loader:
@@ -63,9 +60,9 @@ class Loader:
         state: DataState | None = None,
         lanes: range | None = None,
         quarantine: str | Path | None = None,
-        plan: Plan | None = None,
+        plan: MixingPlan | None = None,
     ):
-        """`lanes`: this host's, all by default. `quarantine`: the file that lists bad records (see quarantine.py).
+        """`lanes`: this host's, all by default. `quarantine`: the file that lists bad records (see data/quarantine.py).
 
         `plan`: that of the run, made here if it is not given. Raises ConfigError for a state of other lanes or sources,
         and for a source that would end the run before its first step. What goes wrong in reading is raised by `next`.
@@ -79,8 +76,8 @@ class Loader:
         self._plan = plan
         self.orders = open_orders(config, catalog, plan)
         self._cache = TokenCache(config.data.token_cache, tokenizer) if config.data.token_cache else None
-        self.holders = [order.blocks_up_to(config.lanes) for order in self.orders]
-        self._check_holders()
+        self.lanes_with_data = [order.blocks_up_to(config.lanes) for order in self.orders]
+        self._check_lanes_with_data()
         counts = [len(s.languages) for s in catalog.sources.values()]
         self._first_language = [sum(counts[:i]) for i in range(len(counts) + 1)]
         shape = (config.lanes, len(self.orders), self._lanes)
@@ -121,25 +118,25 @@ class Loader:
         if self._quarantine:
             self._quarantine.close()
 
-    def settle(self):
+    def flush(self):
         """The bad records of what was handed out are on disk when it returns; raises OSError if there is no room for them."""
         if self._quarantine:
-            self._quarantine.settle()
+            self._quarantine.flush()
 
     def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
         data, own, lanes = self._config.data, self._lanes, self._state.lanes
         per_lane = self._config.train.batch_size // self._config.lanes
         streams: dict[tuple[int, int], LaneStream] = {}
-        with contextlib.closing(Shelf()) as shelf:
+        with contextlib.closing(SpillFile()) as spill_file:
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
                 sources, real = np.empty((2, len(own), per_lane), np.int32)
                 for turn in range(per_lane):
-                    dealt = next_round(self._plan, data.seed, lanes[..., ROWS], self.holders)
+                    dealt = next_round(self._plan, data.seed, lanes[..., ROWS], self.lanes_with_data)
                     for i, lane in enumerate(own):
                         if self._closed:
                             return
-                        got = self._take(streams, shelf, lane, int(dealt[lane]))
+                        got = self._take(streams, spill_file, lane, int(dealt[lane]))
                         if got is None:
                             return
                         sources[i, turn], row = got
@@ -149,7 +146,7 @@ class Loader:
                 mask_padding(batch, real.reshape(-1), self._tokenizer.pad_id)
                 yield {**batch, "source": sources.reshape(-1)}, self._state.copy()
 
-    def _take(self, streams: dict, shelf: Shelf, lane: int, due: int) -> tuple[int, np.ndarray] | None:
+    def _take(self, streams: dict, spill_file: SpillFile, lane: int, due: int) -> tuple[int, np.ndarray] | None:
         """(source, its row) for a lane that is due a row of source `due`; None if the run ends here."""
         data, counters = self._config.data, self._state.lanes[lane]
         shares = self._plan.shares_at(int(counters[:, ROWS].sum()))
@@ -157,7 +154,7 @@ class Loader:
         while source is not None:
             if source not in self._spent[lane]:
                 if (lane, source) not in streams:
-                    streams[lane, source] = self._stream(lane, source, shelf)
+                    streams[lane, source] = self._stream(lane, source, spill_file)
                 row = streams[lane, source].take(data.sequence_length)
                 if len(row):
                     counters[source, EXTRA] += source != due
@@ -174,19 +171,19 @@ class Loader:
         self.ended = f"every source is used up in lane {lane}"
         return None
 
-    def _stream(self, lane: int, source: int, shelf: Shelf) -> LaneStream:
+    def _stream(self, lane: int, source: int, spill_file: SpillFile) -> LaneStream:
         order, counters = self.orders[source], self._state.lanes[lane, source]
         languages = self._state.languages[self._first_language[source] : self._first_language[source + 1]]
         account = lambda window: self._account(lane, source, window)  # noqa: E731
         lanes = self._config.lanes
-        return LaneStream(order, self._tokenizer, lane, lanes, counters, languages, shelf, account, self._cache)
+        return LaneStream(order, self._tokenizer, lane, lanes, counters, languages, spill_file, account, self._cache)
 
-    def _check_holders(self):
-        for order, holders in zip(self.orders, self.holders, strict=True):
+    def _check_lanes_with_data(self):
+        for order, lanes_with_data in zip(self.orders, self.lanes_with_data, strict=True):
             name = order.source.name
-            if holders < self._config.lanes and self._config.data.sources[name].when_used_up == "stop":
+            if lanes_with_data < self._config.lanes and self._config.data.sources[name].when_used_up == "stop":
                 raise ConfigError(
-                    f"data.sources.{name}.when_used_up=stop: its max_epochs make only {holders} blocks, one for each of so "
+                    f"data.sources.{name}.when_used_up=stop: its max_epochs make only {lanes_with_data} blocks, one for each of so "
                     f"many of the {self._config.lanes} lanes, and the run would end at once; use redistribute, fewer "
                     "data.lanes or a smaller data.block_bytes"
                 )
@@ -218,7 +215,7 @@ def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, sour
     order = EpochOrder(catalog.sources[source], config.data.seed, config.data.block_bytes)
     documents, languages, total = [], [], 0
     for window in islice(epoch_windows(order, 0, "holdout"), _HOLDOUT_WINDOWS if rows else 0):
-        for text, place in zip(window.documents, window.places.tolist(), strict=True):
+        for text, place in zip(window.documents, window.provenance.tolist(), strict=True):
             if total <= rows * length:
                 documents.append(join_documents(tokenizer, [text.decode()]))
                 languages.append(int(order.source.unit_languages[place[0]]))

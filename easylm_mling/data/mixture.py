@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from easylm_mling.config import ConfigError
-from easylm_mling.data.blocks import seeded_bits, seeded_order
-from easylm_mling.data.weights import ONE, Plan
+from easylm_mling.data.shuffle import seeded_bits, seeded_order
+from easylm_mling.data.weights import ONE, MixingPlan
+from easylm_mling.errors import ConfigError
 
 # For every lane and source, what the trainer has *consumed*. The cursor of its token stream (epoch, block, window,
 # document in the window, token in the document), then the ledger: rows that the plan dealt, tokens, documents begun, bad
@@ -39,7 +39,7 @@ class DataState(NamedTuple):
         return DataState(self.lanes.copy(), self.languages.copy())
 
 
-def next_round(plan: Plan, seed: int, planned: np.ndarray, holders: list[int]) -> np.ndarray:
+def next_round(plan: MixingPlan, seed: int, planned: np.ndarray, lanes_with_data: list[int]) -> np.ndarray:
     """int32 [V]: the source of each lane's next row, given `planned`, int64 [V, S]: rows so far by lane and source.
 
     Every round has each source's share of V rows to within one row, and so have all rounds together: the rows left
@@ -57,15 +57,15 @@ def next_round(plan: Plan, seed: int, planned: np.ndarray, holders: list[int]) -
     # Equal lanes are told apart by a new permutation each round, or they would all move in step.
     place = np.repeat(seeded_order(lanes, seed, "round", done), sources)
     dealt = [-1] * lanes
-    for pair in np.lexsort((place, -behind.reshape(-1), np.tile(holders, lanes))).tolist():
+    for pair in np.lexsort((place, -behind.reshape(-1), np.tile(lanes_with_data, lanes))).tolist():
         lane, source = divmod(pair, sources)
-        if dealt[lane] < 0 and counts[source] and lane < holders[source]:
+        if dealt[lane] < 0 and counts[source] and lane < lanes_with_data[source]:
             dealt[lane] = source
             counts[source] -= 1
     for lane in (v for v in range(lanes) if dealt[v] < 0):
         # A lane that holds nothing at all is dealt something, too: it will find out that all is used up.
         due = [s for s, share in enumerate(plan.shares_at(done)) if share]
-        dealt[lane] = max(due, key=lambda s: (lane < holders[s], int(behind[lane, s])))
+        dealt[lane] = max(due, key=lambda s: (lane < lanes_with_data[s], int(behind[lane, s])))
     return np.array(dealt, np.int32)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from easylm_mling.atomic import replaces_whole
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW
-from easylm_mling.data.readers import Bad
-from easylm_mling.records import Records
+from easylm_mling.data.sources.readers import BadRecord
+from easylm_mling.storage.atomic import atomic_file
+from easylm_mling.storage.jsonl import JsonlWriter
 
 
 class Quarantine:
@@ -24,24 +24,24 @@ class Quarantine:
     def __init__(self, path: str | Path, sources: Sequence[str], state: np.ndarray | None):
         """`state`, int64 [V, S, C], is the whole run's that is resumed from; None: nothing was consumed yet."""
         self.path, self._sources = Path(path), list(sources)
-        self._records: Records | None = None  # from the first one on
+        self._records: JsonlWriter | None = None  # from the first one on
         if self.path.exists():
-            with open(self.path, "rb") as old, replaces_whole(self.path) as kept:
+            with open(self.path, "rb") as old, atomic_file(self.path) as kept:
                 kept.writelines(line for line in old if self._is_consumed(line, state))
 
-    def write(self, lane: int, source: int, counters: np.ndarray, bad: list[Bad]):
+    def write(self, lane: int, source: int, counters: np.ndarray, bad: list[BadRecord]):
         """Append the bad records of the window at a lane's `counters`, int64 [C]."""
         where = {name: int(counters[c]) for name, c in (("epoch", EPOCH), ("block", BLOCK), ("window", WINDOW))}
         entry = {"source": self._sources[source], "lane": lane, **where}
-        self._records = self._records or Records(self.path, ascii_only=False)
+        self._records = self._records or JsonlWriter(self.path, ascii_only=False)
         for b in bad:
             head = b.head.decode(errors="replace")
             self._records.append({**entry, "file": b.file, "offset": b.offset, "reason": b.reason, "head": head})
 
-    def settle(self):
+    def flush(self):
         """All that was written is on disk when it returns; raises OSError if there is no room for it."""
         if self._records:
-            self._records.settle()
+            self._records.flush()
 
     def close(self):
         """Entries that still wait are of windows that no checkpoint has: they will be read again."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from easylm_mling.config import ConfigError
-from easylm_mling.data.blocks import EpochOrder, Window, epoch_windows, windows
-from easylm_mling.data.cache import TokenCache, TokenWindow
 from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, PADDING, TOKENS, WINDOW
-from easylm_mling.data.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.shuffle import EpochOrder, Window, epoch_windows, windows
+from easylm_mling.data.token_cache import TokenCache, TokenWindow
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.errors import ConfigError
 
 # Blocks that take several windows are read by a generator that rests in between, with an open file. At most so many of
 # them rest on one host; one that had to go is read again from its block's start.
@@ -24,7 +24,7 @@ _RESTING = 256
 _BYTES_PER_TOKEN = 4
 
 
-class Shelf:
+class SpillFile:
     """What the streams of one host share: their windows' text, and their resting readers."""
 
     def __init__(self):
@@ -80,7 +80,7 @@ class LaneStream:
         lanes: int,
         counters: np.ndarray,
         languages: np.ndarray,
-        shelf: Shelf,
+        spill_file: SpillFile,
         on_window: Callable[[Window], None],
         cache: TokenCache | None = None,
     ):
@@ -92,7 +92,7 @@ class LaneStream:
         self._languages = languages
         self._order, self._tokenizer, self._lanes, self._counters = order, tokenizer, lanes, counters
         self._key = (lane, order.source.name)
-        self._shelf, self._on_window, self._cache = shelf, on_window, cache
+        self._shelf, self._on_window, self._cache = spill_file, on_window, cache
         # The open window if the cache had it; else its text is on the shelf.
         self._stored: TokenWindow | None = None
         # Where each document of the open window ends, in its tokens or its text. None: no window is open yet.
@@ -201,7 +201,7 @@ class LaneStream:
         source = self._order.source
         if len(source.languages) == 1:
             return self._language
-        return source.unit_languages[window.places[:, 0]].astype(np.int16)
+        return source.unit_languages[window.provenance[:, 0]].astype(np.int16)
 
     def _check_barren(self, documents: int, blocks: int):
         """Raise ConfigError rather than look for ever, once an epoch's worth of windows in a row gave nothing."""

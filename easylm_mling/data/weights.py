@@ -9,17 +9,18 @@ from itertools import accumulate
 
 import numpy as np
 
-from easylm_mling.config import ConfigError, RunConfig
+from easylm_mling.config import RunConfig
 from easylm_mling.data.catalog import Catalog, Source
+from easylm_mling.errors import ConfigError
 
 ONE = 1 << 32
 
-# Source -> language -> tokens in a byte of the catalog, as estimates.py finds them.
+# Source -> language -> tokens in a byte of the catalog, as data/estimates.py finds them.
 TokensPerByte = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class MixingPlan:
     """How often each source, and each language in it, is due.
 
     `starts`: the first round (a row of every lane) of each stage, from 0. `shares`: for each stage, the sources' shares
@@ -41,12 +42,12 @@ class Plan:
         return [sum(n * s for n, s in zip(lengths, of, strict=True)) for of in zip(*self.shares, strict=True)]
 
 
-def make_plan(config: RunConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> Plan:
+def make_plan(config: RunConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> MixingPlan:
     """The plan of a run; `tokens_per_byte` is not needed where `needs_estimates` says so."""
     assert tokens_per_byte is not None or not needs_estimates(config)
     tokens = {n: language_tokens(s, (tokens_per_byte or {}).get(n, {})) for n, s in catalog.sources.items()}
     starts, shares = _stages(config, catalog, tokens)
-    plan = Plan(starts, shares, {})
+    plan = MixingPlan(starts, shares, {})
     rows = config.total_steps * config.train.batch_size
     due = plan.target(rows // config.lanes)
     for i, (name, source) in enumerate(catalog.sources.items()):
@@ -124,7 +125,7 @@ def language_rates(source: Source, tokens: list[float], wanted: float) -> np.nda
     return np.array([max(1, round(rate * ONE)) for rate in rates], np.int64)
 
 
-def planned_as_if(plan: Plan, lanes: int, rounds: int) -> np.ndarray:
+def planned_as_if(plan: MixingPlan, lanes: int, rounds: int) -> np.ndarray:
     """int64 [V, S]: rows by lane and source as if the plan had held from the start, whole and `rounds` to a lane.
 
     For a run whose sources have changed: nothing is owed for the past. Phases that differ between lanes keep each

@@ -1,1 +1,1 @@
-"""Hugging Face directories: the only code, beside the parameter table, that knows their names."""
+"""Hugging Face models in and out."""

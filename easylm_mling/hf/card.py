@@ -11,16 +11,17 @@ from pathlib import Path
 
 import orjson
 
-from easylm_mling.config import ConfigError, ModelConfig, RunConfig, from_tree
-from easylm_mling.console import tokens_text
+from easylm_mling.checkpoint.reading import load_data_state, load_info
+from easylm_mling.config import ModelConfig, RunConfig, from_tree
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.mixture import DataState
+from easylm_mling.errors import ConfigError
+from easylm_mling.formatting import tokens_text
 from easylm_mling.hf.config import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
-from easylm_mling.metrics import read_metrics
-from easylm_mling.params import parameter_count
-from easylm_mling.run_data import load_ledger
-from easylm_mling.stored import load_data_state, load_info
+from easylm_mling.model.params import parameter_count
+from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.run.data import load_ledger
 
 _FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "llama": "Llama"}
 # Folders of languages are named ja or jpn_Jpan; the hub wants the part that is an ISO 639 code.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import orjson
 
-from easylm_mling.config import FAMILIES, ConfigError, ModelConfig, from_tree
+from easylm_mling.config import FAMILIES, ModelConfig, from_tree
+from easylm_mling.errors import ConfigError
 
 _SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 _REQUIRED = (*_SHAPES, "num_attention_heads", "num_key_value_heads")

@@ -14,18 +14,19 @@ import numpy as np
 import orjson
 import tensorstore as ts
 
-from easylm_mling.atomic import appears_whole
-from easylm_mling.bucket import Bucket, is_bucket, small_files
-from easylm_mling.config import ConfigError, ModelConfig, from_tree
-from easylm_mling.digest import Pieces, leaf_name
+from easylm_mling.checkpoint.layout import step_directory
+from easylm_mling.checkpoint.reading import load_info, open_store
+from easylm_mling.config import ModelConfig, from_tree
+from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import write_card
 from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
-from easylm_mling.hf.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.hf.importing import DTYPES, INDEX
-from easylm_mling.metrics import MetricsLog
-from easylm_mling.params import Parameter, parameter_table
-from easylm_mling.step_folders import step_directory
-from easylm_mling.stored import load_info, open_store
+from easylm_mling.model.params import Parameter, parameter_table
+from easylm_mling.monitoring.metrics import MetricsLog
+from easylm_mling.storage.atomic import atomic_directory
+from easylm_mling.storage.object_store import Bucket, is_bucket, small_files
+from easylm_mling.training.digests import Pieces, leaf_name
 
 _TAGS = {"bfloat16": "BF16", "float32": "F32"}
 _PIECE = 64_000_000  # bytes read at a time
@@ -68,7 +69,7 @@ def export_hf(
     target = DTYPES[_TAGS[dtype]]
     read = open_parameters(where, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
-    with appears_whole(hf_dir) as partial:
+    with atomic_directory(hf_dir) as partial:
         tokenizer_files = copy_tokenizer(files / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))

@@ -4,9 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from easylm_mling.config import ConfigError
-from easylm_mling.data.files import one_line
-from easylm_mling.hf.files import TOKENIZER_FILES
+from easylm_mling.data.tokenization.files import TOKENIZER_FILES
+from easylm_mling.errors import ConfigError, one_line
 
 
 def local_directory(name: str | Path, revision: str | None = None) -> Path:

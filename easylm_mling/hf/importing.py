@@ -16,16 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from easylm_mling.atomic import appears_whole
-from easylm_mling.bucket import Bucket, is_bucket
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, MeshConfig, ModelConfig, to_tree
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.config import MeshConfig, ModelConfig, to_tree
+from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf, read_json
-from easylm_mling.hf.files import TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.hf.hub import local_directory
 from easylm_mling.hf.vocabulary import grow, spelled
-from easylm_mling.params import Parameter, parameter_table, to_flat, to_nested
-from easylm_mling.sharding import make_mesh, parameter_shardings
+from easylm_mling.model.params import Parameter, parameter_table, to_flat, to_nested
+from easylm_mling.model.sharding import make_mesh, parameter_shardings
+from easylm_mling.storage.atomic import atomic_directory
+from easylm_mling.storage.object_store import Bucket, is_bucket
 
 # Where a multimodal Gemma 3 keeps its text model (transformers 4 and 5), and what is not of it.
 _TEXT_PREFIXES = {
@@ -75,7 +76,7 @@ def import_hf(
 def _new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
     """A folder for files, and the directory for checkpoints, which both are `target` once the block ends without an error."""
     if not is_bucket(target):
-        with appears_whole(target) as partial:
+        with atomic_directory(target) as partial:
             yield partial, partial
         return
     bucket = Bucket(str(target))

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from easylm_mling.config import ConfigError, ModelConfig
+from easylm_mling.config import ModelConfig
+from easylm_mling.errors import ConfigError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # Gemma's and Llama's names of the rows; an untied head grows as the embedding does.

@@ -1,1 +1,1 @@
-"""What a run will need and how fast it will be on a TPU slice, said by the real compiler before one is paid for."""
+"""The plan: memory, speed and cost of a run, by the TPU's own compiler, before a chip is paid for."""

@@ -9,8 +9,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from easylm_mling.hardware import Chip
 from easylm_mling.plan.hlo import Array, Computation, Instruction
-from easylm_mling.plan.slices import Chip
 
 # Milliseconds of (forward, dq, dkv) for [16 heads, 8192 positions, head_dim 256] with segment ids, causal, by the product
 # of query and key block. On v4 and v5p the forward is split over both cores, and the backward is not unless the kernel is

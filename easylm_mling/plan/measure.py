@@ -11,13 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from easylm_mling.atomic import write_whole
-from easylm_mling.config import ConfigError, RunConfig, load, to_yaml
+from easylm_mling.config import RunConfig, load, to_yaml
+from easylm_mling.errors import ConfigError
 from easylm_mling.plan.buffers import largest_live
-from easylm_mling.plan.compiled import ENVIRONMENT, DoesNotFit, compile_step
+from easylm_mling.plan.compilation import ENVIRONMENT, DoesNotFit, compile_step
 from easylm_mling.plan.hlo import parse
 from easylm_mling.plan.schedule import walk
 from easylm_mling.plan.slices import find_slice
+from easylm_mling.storage.atomic import write_atomically
 
 TIMES = ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops")
 
@@ -85,4 +86,4 @@ class Measuring:
 
 
 if __name__ == "__main__":
-    write_whole(Path(sys.argv[2]), json.dumps(measure(load([sys.argv[1]]))).encode())
+    write_atomically(Path(sys.argv[2]), json.dumps(measure(load([sys.argv[1]]))).encode())

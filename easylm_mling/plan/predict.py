@@ -1,8 +1,8 @@
 """From a measurement to what a person decides by: does it fit, how fast, how many days, what cost."""
 
 from easylm_mling.config import RunConfig
-from easylm_mling.model_flops import model_flops
-from easylm_mling.params import parameter_count
+from easylm_mling.model.flops import model_flops
+from easylm_mling.model.params import parameter_count
 from easylm_mling.plan.schedule import HOST_BYTES
 from easylm_mling.plan.slices import Slice, find_slice
 
@@ -13,7 +13,7 @@ TEXT_BYTES_A_TOKEN = 4.0
 
 def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float | None = None) -> dict:
     """Seconds, bytes, rates and cost of the run, from `measure`'s result. `factor`: measured over predicted step time of an
-    earlier run (see calibrate.py); `price`: of one chip for one hour."""
+    earlier run (see plan/calibrate.py); `price`: of one chip for one hour."""
     where = find_slice(config.mesh.slice or "")
     times, rows, T = measured["times"], config.train.batch_size, config.data.sequence_length
     hidden = times["matrix"] + times["other"] + times["attention"]

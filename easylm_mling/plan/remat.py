@@ -9,9 +9,10 @@ import math
 
 from rich.console import Console
 
-from easylm_mling.config import REMAT_NAMES, ConfigError, RunConfig
-from easylm_mling.console import say
-from easylm_mling.plan.book import Book, fastest, fits, peak_bytes, step_seconds
+from easylm_mling.config import REMAT_NAMES, RunConfig
+from easylm_mling.errors import ConfigError
+from easylm_mling.monitoring.console import say
+from easylm_mling.plan.measurements import MeasurementCache, fastest, fits, peak_bytes, step_seconds
 from easylm_mling.plan.slices import find_slice
 
 _BASES = 2  # of the policies that fit, the fastest: what a mixture builds on
@@ -23,7 +24,7 @@ def with_remat(config: RunConfig, policy: str, first: str = "none", layers: int 
     return dataclasses.replace(config, train=changed)
 
 
-def fill_memory(config: RunConfig, book: Book, console: Console) -> list[RunConfig]:
+def fill_memory(config: RunConfig, book: MeasurementCache, console: Console) -> list[RunConfig]:
     """The config with every uniform policy and the mixtures between those that fit and those that do not: all measured in
     `book`. A peak of more than `train.remat_memory` of the chip's memory does not fit."""
     limit = config.train.remat_memory * find_slice(config.mesh.slice or "").chip.hbm_bytes
@@ -46,7 +47,7 @@ def fill_memory(config: RunConfig, book: Book, console: Console) -> list[RunConf
     return [*uniform.values(), *(c for c, _ in mixtures.values()), *corrected]
 
 
-def _corrected(mixture: RunConfig, a_layer: float, limit: float, book: Book) -> RunConfig | None:
+def _corrected(mixture: RunConfig, a_layer: float, limit: float, book: MeasurementCache) -> RunConfig | None:
     """The mixture with as many layers as its measured peak leaves room for; None where it had that many already."""
     peak, t = peak_bytes(book.get(mixture)), mixture.train
     if peak is None:
@@ -57,7 +58,7 @@ def _corrected(mixture: RunConfig, a_layer: float, limit: float, book: Book) -> 
     return with_remat(mixture, t.remat, t.remat_first, layers)
 
 
-def choose_remat(config: RunConfig, book: Book, console: Console) -> RunConfig:
+def choose_remat(config: RunConfig, book: MeasurementCache, console: Console) -> RunConfig:
     """The config with `train.remat: auto` replaced by the fastest policy or mixture that fits; any other as it is.
 
     Raises ConfigError where nothing fits, or what `plan` raises.

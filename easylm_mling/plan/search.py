@@ -1,7 +1,7 @@
 """Which mesh, micro-batch and remat are fastest on a slice, within the config's global batch.
 
 First every mesh with full remat and one sequence a chip at a time, which needs the least memory; then, for the fastest
-that fit, more sequences; then, for the fastest of these, everything that remat can do (see remat.py). Measurements are kept
+that fit, more sequences; then, for the fastest of these, everything that remat can do (see plan/remat.py). Measurements are kept
 in the search's directory: the same search again goes on where it was stopped.
 """
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from easylm_mling.config import ConfigError, RunConfig
-from easylm_mling.plan.book import Book, fastest
+from easylm_mling.config import RunConfig
+from easylm_mling.errors import ConfigError
+from easylm_mling.plan.measurements import MeasurementCache, fastest
 from easylm_mling.plan.remat import fill_memory, with_remat
 from easylm_mling.plan.slices import find_slice
 
@@ -20,8 +21,8 @@ MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4))  # data and tensor shards of a
 
 
 def search(config: RunConfig, folder: str, console: Console) -> list[tuple[RunConfig, dict]]:
-    """Every config tried with its measurement (see measure.py), in no order. Raises ConfigError where none can be tried."""
-    book = Book(Path(folder))
+    """Every config tried with its measurement (see plan/measure.py), in no order. Raises ConfigError where none can be tried."""
+    book = MeasurementCache(Path(folder))
     tried = [c for c in (laid_out(config, data, tensor, 1) for data, tensor in MESHES) if c]
     if not tried:
         chips = find_slice(config.mesh.slice or "").chips

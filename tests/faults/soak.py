@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from processes import ends, printed, start  # noqa: E402
 
+from easylm_mling.checkpoint.reading import load_data_state, load_info  # noqa: E402
 from easylm_mling.hf.exporting import open_stores, stored_model  # noqa: E402
-from easylm_mling.metrics import TIMINGS, read_lines, read_metrics  # noqa: E402
-from easylm_mling.stored import load_data_state, load_info  # noqa: E402
+from easylm_mling.monitoring.metrics import TIMINGS, read_lines, read_metrics  # noqa: E402
 
 SETTINGS = (
     "checkpoint.every_steps=3",

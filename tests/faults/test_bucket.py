@@ -12,17 +12,17 @@ from gcs_server import BUCKET, WAYS_TO_FAIL, Proxy, bucket, environment
 from processes import ROOT, assert_same_bits, ends, outcome, printed, run, start, train_here, wait_for_step
 from rich.console import Console
 
-from easylm_mling.bucket import Bucket, Mirror, local_folder, small_files
-from easylm_mling.config import ConfigError
-from easylm_mling.data.audit import audit
-from easylm_mling.events import read_event_log
-from easylm_mling.generate import load_model
+from easylm_mling.checkpoint.layout import newest_step
+from easylm_mling.data.tokenization.files import copy_tokenizer
+from easylm_mling.data.tools.audit import audit
+from easylm_mling.errors import ConfigError
 from easylm_mling.hf.exporting import export_hf, note_export
-from easylm_mling.hf.files import copy_tokenizer
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.metrics import read_metrics
-from easylm_mling.step_folders import newest_step
-from easylm_mling.summary import print_summary
+from easylm_mling.inference.generate import load_model
+from easylm_mling.monitoring.events import read_event_log
+from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.run.summary import print_summary
+from easylm_mling.storage.object_store import Bucket, Mirror, local_folder, small_files
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_damaged_step_in_a_bucket_is_set_aside(undisturbed, proxy):
 
 
 def test_only_what_has_changed_is_pushed_and_logs_grow(proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr("easylm_mling.bucket._WHOLE", 10)
+    monkeypatch.setattr("easylm_mling.storage.object_store._WHOLE", 10)
     there, folder = Bucket(f"gs://{BUCKET}/run"), tmp_path / "mirror"
     mirror = Mirror(there, folder)
     assert mirror.pull(to_train=True) == []

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from processes import ROOT, assert_same_bits, outcome, train_here
 
-import easylm_mling.train
-from easylm_mling.config import ConfigError
-from easylm_mling.metrics import read_metrics
+import easylm_mling.run.train
+from easylm_mling.errors import ConfigError
+from easylm_mling.monitoring.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,13 @@ def test_a_shard_that_is_missing_or_short_stops_the_run(shards, tmp_path, damage
     train_here(tmp_path / "run", paths)
     assert_same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
-    loader = easylm_mling.train.Loader
+    loader = easylm_mling.run.train.Loader
 
     def damaged_meanwhile(*given):
         for shard in shards:
             damage(shard)
         return loader(*given)
 
-    monkeypatch.setattr(easylm_mling.train, "Loader", damaged_meanwhile)
+    monkeypatch.setattr(easylm_mling.run.train, "Loader", damaged_meanwhile)
     with pytest.raises((ValueError, OSError), match=str(tmp_path / "shards")):
         train_here(tmp_path / "meanwhile", paths, "data.retries=0")

@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from processes import assert_same_bits, outcome, train_here
 
-import easylm_mling.checkpoint
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, to_tree
-from easylm_mling.digest import Pieces, digests, leaf_name
-from easylm_mling.exits import NO_CHECKPOINT, NoUsableCheckpoint, tell
-from easylm_mling.generate import load_model
+import easylm_mling.checkpoint.checkpoint
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.config import to_tree
+from easylm_mling.errors import NO_CHECKPOINT, ConfigError, NoUsableCheckpoint, report_error
 from easylm_mling.hf.exporting import export_hf, stored_model
+from easylm_mling.inference.generate import load_model
+from easylm_mling.training.digests import Pieces, digests, leaf_name
 
 # When a read fails Orbax leaves behind the others that are under way.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
@@ -87,7 +87,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
         NoUsableCheckpoint, match=r"every checkpoint is damaged \(step 8: \['params'\]\['embed_tokens'\] is not"
     ) as told:
         train_here(run_dir)
-    assert tell(told.value) == NO_CHECKPOINT == 3
+    assert report_error(told.value) == NO_CHECKPOINT == 3
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["4", "8"]
 
 
@@ -133,11 +133,11 @@ def test_the_host_finds_the_digest_of_a_device_piece_by_piece():
 
 
 def test_a_checkpoint_without_a_spike_guard_is_resumed_with_an_empty_one(undisturbed, tmp_path, monkeypatch):
-    """As they were before guard.py: neither the window nor its count lay in them."""
-    whole = easylm_mling.checkpoint._training
+    """As they were before training/spike_guard.py: neither the window nor its count lay in them."""
+    whole = easylm_mling.checkpoint.checkpoint._training
     with monkeypatch.context() as patch:
         older = lambda state: {k: v for k, v in whole(state).items() if k not in ("spikes", "recent")}  # noqa: E731
-        patch.setattr(easylm_mling.checkpoint, "_training", older)
+        patch.setattr(easylm_mling.checkpoint.checkpoint, "_training", older)
         train_here(tmp_path / "run", "train.stop_at_step=4")
     assert "resumed from the checkpoint of step 4" in train_here(tmp_path / "run")
     assert_same_bits(outcome(tmp_path / "run"), undisturbed)

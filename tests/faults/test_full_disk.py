@@ -15,8 +15,8 @@ from processes import assert_same_bits, ends, outcome, printed, run, start, trai
 
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader
-from easylm_mling.events import read_event_log
-from easylm_mling.records import Records, read_records
+from easylm_mling.monitoring.events import read_event_log
+from easylm_mling.storage.jsonl import JsonlWriter, read_jsonl
 
 
 class Filler(threading.Thread):
@@ -93,9 +93,9 @@ def test_bad_records_wait_for_room(tmp_path, full_of):
             for state in states:
                 assert (next(loader)[1].lanes == state.lanes).all()
             with pytest.raises(OSError, match="No space left"):
-                loader.settle()
+                loader.flush()
             (small / "filler").unlink()
-            loader.settle()
+            loader.flush()
         # How many windows are read ahead is not the same every time.
         found, wanted = listed.read_text().splitlines(), wanted.read_text().splitlines()
         assert len(found) > 5 and all(a == b for a, b in zip(found, wanted, strict=False))
@@ -107,14 +107,14 @@ def test_a_checkpoint_waits_for_the_bad_records_that_it_counts(tmp_path, monkeyp
     corpus = f"data.sources.skypile.paths={damaged_corpus(tmp_path / 'a.jsonl')}"
     settings = (corpus, "data.max_bad_fraction=1", "checkpoint.every_steps=2")
     train_here(tmp_path / "undisturbed", *settings)
-    write, run_dir = Records._write, tmp_path / "run"
+    write, run_dir = JsonlWriter._write, tmp_path / "run"
 
     def refuses(records):
         if records._path.name == "quarantine.jsonl" and "save_failed" not in (run_dir / "events.jsonl").read_text():
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(records)
 
-    monkeypatch.setattr(Records, "_write", refuses)
+    monkeypatch.setattr(JsonlWriter, "_write", refuses)
     assert "step 2: a checkpoint could not be saved: [Errno 28] No space left" in train_here(run_dir, *settings)
     failed = [e["step"] for e in read_event_log(run_dir / "events.jsonl") if e["event"] == "save_failed"]
     assert failed == [2]
@@ -125,7 +125,7 @@ def test_a_checkpoint_waits_for_the_bad_records_that_it_counts(tmp_path, monkeyp
 
 def test_a_full_disk_neither_stops_nor_blocks_the_record(tmp_path):
     """Row 17: lines wait until there is room, in their order; what was cut in the middle is continued."""
-    full = Records(tmp_path / "metrics.jsonl")
+    full = JsonlWriter(tmp_path / "metrics.jsonl")
     file, room = full._file, [10**6]
 
     class Small:
@@ -144,7 +144,7 @@ def test_a_full_disk_neither_stops_nor_blocks_the_record(tmp_path):
     for n, line in enumerate(lines):
         room[0] = {10: 5, 20: 30, 30: 10**6, 40: 0}.get(n, room[0])
         full.append(line)
-    assert list(read_records(tmp_path / "metrics.jsonl")) == lines[:40]
+    assert list(read_jsonl(tmp_path / "metrics.jsonl")) == lines[:40]
     with pytest.raises(OSError, match="No space"):
         full.close()
     with pytest.raises(OSError, match="denied"):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from processes import assert_same_bits, outcome, train_here
 
-import easylm_mling.train
-from easylm_mling.checkpoint import load_params
+import easylm_mling.run.train
+from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.config import load
-from easylm_mling.exits import TrainingStopped
-from easylm_mling.metrics import read_lines, read_metrics
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import abstract_params
+from easylm_mling.errors import TrainingStopped
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.monitoring.metrics import read_lines, read_metrics
+from easylm_mling.training.step import abstract_params
 
 
 def poisoned(value):
@@ -36,10 +36,10 @@ def hard(batch):
 
 def train_with(monkeypatch, changes, run_dir, *overrides, first=1):
     """A run, from step `first` on, some of whose batches are changed on their way to the device."""
-    to_device, steps = easylm_mling.train.to_device, itertools.count(first)
+    to_device, steps = easylm_mling.run.train.to_device, itertools.count(first)
     change = lambda batch: changes.get(next(steps), lambda b: b)(batch)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(easylm_mling.train, "to_device", lambda batch, *where: to_device(change(batch), *where))
+        patch.setattr(easylm_mling.run.train, "to_device", lambda batch, *where: to_device(change(batch), *where))
         return train_here(run_dir, *overrides)
 
 
@@ -102,7 +102,7 @@ def test_a_spike_teaches_nothing_however_the_run_was_stopped(tmp_path, monkeypat
 
 def erring(monkeypatch, at):
     """After step `at` one bit of one parameter is another."""
-    compile_ahead = easylm_mling.train.compile_ahead
+    compile_ahead = easylm_mling.run.train.compile_ahead
 
     def flip(state):
         bits = np.array(state.params["norm"]).view(np.uint32)
@@ -119,7 +119,7 @@ def erring(monkeypatch, at):
 
         return SimpleNamespace(result=lambda: with_flip)
 
-    monkeypatch.setattr(easylm_mling.train, "compile_ahead", ahead)
+    monkeypatch.setattr(easylm_mling.run.train, "compile_ahead", ahead)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import time
 import pytest
 from processes import assert_same_bits, ends, outcome, printed, run, start
 
-from easylm_mling.metrics import TIMINGS
+from easylm_mling.monitoring.metrics import TIMINGS
 
 MOMENTS = int(os.environ.get("EASYLM_MLING_KILLS", 3))
 SETTINGS = (

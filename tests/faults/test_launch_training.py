@@ -11,7 +11,7 @@ from launched import RUN_URL, end, kill, nothing_is_left, run_directory, tpu, wa
 from processes import ROOT, TINY, assert_same_bits, outcome, run
 
 from easylm_mling.hf.exporting import export_hf
-from easylm_mling.metrics import read_metrics
+from easylm_mling.monitoring.metrics import read_metrics
 
 pytestmark = pytest.mark.faults
 ON_CPU = {

@@ -11,17 +11,18 @@ import time
 import pytest
 from processes import ROOT, TINY
 
-import easylm_mling.lease
-from easylm_mling.config import ConfigError, load
-from easylm_mling.lease import LOCK, NAME, Lease, file_store
-from easylm_mling.run_dir import RunDirectory
+import easylm_mling.storage.lease
+from easylm_mling.config import load
+from easylm_mling.errors import ConfigError
+from easylm_mling.run.directory import RunDirectory
+from easylm_mling.storage.lease import LOCK, NAME, Lease, file_store
 
 ENDS = """
 import sys, time
 from pathlib import Path
-import easylm_mling.lease
+import easylm_mling.storage.lease
 from easylm_mling.lease import Lease, file_store
-easylm_mling.lease.BEAT_SECONDS = 0.1
+easylm_mling.storage.lease.BEAT_SECONDS = 0.1
 Lease(file_store(Path(sys.argv[1])), "run", float(sys.argv[2])).take()
 print("taken", flush=True)
 time.sleep(60)
@@ -30,9 +31,9 @@ time.sleep(60)
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(easylm_mling.lease, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(easylm_mling.lease, "STALE_SECONDS", 2.0)
-    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 2.0)
+    monkeypatch.setattr(easylm_mling.storage.lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(easylm_mling.storage.lease, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(easylm_mling.storage.lease, "_LOCK_SECONDS", 2.0)
     return file_store(tmp_path)
 
 
@@ -73,11 +74,11 @@ def test_a_lock_file_is_taken_away_if_its_process_is_dead_and_only_then(store, t
         store.write("other", b"").result(timeout=0.5)
     lock = tmp_path / f"{NAME}{LOCK}"
     lock.touch()
-    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(easylm_mling.storage.lease, "_LOCK_SECONDS", 0.5)
     lease = Lease(file_store(tmp_path), "run", 0)
     lease.take()
     lease.release()
-    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 60.0)
+    monkeypatch.setattr(easylm_mling.storage.lease, "_LOCK_SECONDS", 60.0)
     for done_by_the_living in (lock.unlink, lambda: os.utime(lock)):  # a write is over; and another one began
         lock.touch()
         threading.Timer(0.3, done_by_the_living).start()
@@ -121,8 +122,8 @@ def test_a_file_system_without_locks_has_one_trainer_too(tmp_path, monkeypatch):
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(easylm_mling.lease, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(easylm_mling.lease, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(easylm_mling.storage.lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(easylm_mling.storage.lease, "_LOCK_SECONDS", 0.3)
     config = load(["configs/demo.yaml"], [*TINY, f"run_dir={tmp_path / 'run'}"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f"{NAME}{LOCK}").touch()  # of one that was killed before the run began

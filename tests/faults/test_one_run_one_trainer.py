@@ -7,13 +7,13 @@ import time
 import pytest
 from processes import TINY, assert_same_bits, outcome, train_here
 
-import easylm_mling.train
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, load
-from easylm_mling.events import read_event_log
-from easylm_mling.exits import TrainingStopped
-from easylm_mling.run_dir import RunDirectory
-from easylm_mling.stored import load_data_state
+import easylm_mling.run.train
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.checkpoint.reading import load_data_state
+from easylm_mling.config import load
+from easylm_mling.errors import ConfigError, TrainingStopped
+from easylm_mling.monitoring.events import read_event_log
+from easylm_mling.run.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_a_save_that_fails_is_told_as_the_step_it_was_of(tmp_path, monkeypatch):
         if saves[0] == 1:
             raise OSError("no answer")
 
-    def opened(config, run, watch):
+    def opened(config, run, monitor):
         return Checkpoints(run.name, before_commit=fails)
 
-    monkeypatch.setattr(easylm_mling.train, "open_checkpoints", opened)
+    monkeypatch.setattr(easylm_mling.run.train, "open_checkpoints", opened)
     train_here(tmp_path / "run", "checkpoint.every_steps=4", "train.stop_at_step=8")
     failed = [e["step"] for e in read_event_log(tmp_path / "run" / "events.jsonl") if e["event"] == "save_failed"]
     assert failed == [4]
@@ -83,10 +83,10 @@ def test_the_last_save_is_tried_again(undisturbed, tmp_path, monkeypatch):
             left[0] -= 1
             raise OSError("no answer")
 
-    def opened(config, run, watch):
+    def opened(config, run, monitor):
         return Checkpoints(run.name, before_commit=fails)
 
-    monkeypatch.setattr(easylm_mling.train, "open_checkpoints", opened)
+    monkeypatch.setattr(easylm_mling.run.train, "open_checkpoints", opened)
     train_here(tmp_path / "run", "checkpoint.every_steps=10")
     failed = [e for e in read_event_log(tmp_path / "run" / "events.jsonl") if e["event"] == "save_failed"]
     assert [(e["step"], e["in_a_row"]) for e in failed] == [(10, 1), (10, 2)]
@@ -102,7 +102,7 @@ def test_a_rewind_is_done_once_and_survives_a_kill(undisturbed, tmp_path, monkey
         if name == "interrupted":
             # Killed before the first step, then the same command; then stopped, and another command goes on.
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(easylm_mling.train, "run_steps", killed)
+                patch.setattr(easylm_mling.run.train, "run_steps", killed)
                 train_here(run_dir, *asked)
             assert "the run did so before" in train_here(run_dir, *asked, "train.stop_at_step=5")
             train_here(run_dir, "train.stop_at_step=6")

@@ -9,7 +9,7 @@ import time
 import pytest
 from processes import ROOT, ends, start
 
-from easylm_mling.events import read_event_log
+from easylm_mling.monitoring.events import read_event_log
 
 WATCHED = """
 import time

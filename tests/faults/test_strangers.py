@@ -20,10 +20,11 @@ import tensorstore as ts
 import zstandard
 from processes import ROOT, TINY, ends, printed, start
 
-from easylm_mling.__main__ import main
-from easylm_mling.checkpoint import Checkpoints
-from easylm_mling.config import ConfigError, ModelConfig, load, to_tree
-from easylm_mling.step import init_params, init_state
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.cli.main import main
+from easylm_mling.config import ModelConfig, load, to_tree
+from easylm_mling.errors import ConfigError
+from easylm_mling.training.step import init_params, init_state
 
 DEMO = (ROOT / "configs/demo.yaml").read_text()
 
@@ -147,7 +148,7 @@ def hook(event, arguments):
     if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
         ran.append(event)
 sys.addaudithook(hook)
-from easylm_mling.exits import tell
+from easylm_mling.errors import tell
 IMPORTS
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = 0

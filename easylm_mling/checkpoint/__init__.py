@@ -1,0 +1,1 @@
+"""Checkpoints: save and restore with Orbax, their folders, and reading them without it."""

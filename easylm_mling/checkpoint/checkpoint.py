@@ -1,0 +1,335 @@
+"""Checkpoints of a run: one Orbax step holds everything that a resume needs.
+
+    RUN/checkpoints/STEP/params     float32 parameters
+                        /training   optimizer state and counters
+                        /data       what the mixer had consumed, two int64 arrays (data/mixture.py, DataState)
+                        /info       JSON: the resolved config, fingerprints of tokenizer and data, tokens consumed, digests
+   /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
+
+An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
+Nothing but this file knows Orbax; checkpoint/layout.py and checkpoint/reading.py find and read steps without it. What Orbax restores it does
+not check: every leaf's digest (training/digests.py) is saved with the step and compared after a restore.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from easylm_mling.checkpoint.layout import checkpoints_folder, remove_unfinished, set_aside, step_directory
+from easylm_mling.checkpoint.reading import check_stored, load_info, packed, read_data, read_strings, unpacked
+from easylm_mling.distributed.processes import all_agree, broadcast, is_multiprocess, is_primary
+from easylm_mling.distributed.watchdog import Watchdog
+from easylm_mling.errors import ConfigError, DamagedCheckpoint, NoUsableCheckpoint, one_line
+from easylm_mling.storage.files import transport_errors
+from easylm_mling.storage.object_store import Bucket, is_bucket
+from easylm_mling.training.digests import differing, digests, leaf_name
+from easylm_mling.training.step import TrainState
+
+# Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
+_policies: Any = ocp.training.preservation_policies
+_save_policies: Any = ocp.training.save_decision_policies
+# Bytes. Over 32 MiB, up to which malloc may keep what is freed.
+_CHUNK = 64_000_000
+
+
+def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
+    context = ocp.Context()
+    if wait_seconds:
+        # For the other processes, one of which may have failed.
+        context.async_options.timeout_secs = max(1, int(wait_seconds))
+    context.memory_options.write_concurrent_bytes = bytes_at_a_time
+    saving: Any = context.array.saving
+    # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
+    saving.use_compression = False
+    saving.ocdbt_target_data_file_size = 400_000_000
+    # To cut what is smaller for each of its replicas to write takes longer than the writing.
+    saving.min_slice_bytes_for_replica_parallel = 16_000_000
+    saving.scoped_storage_options_creator = _chunks
+    return context
+
+
+def _chunks(path, value):
+    """How an array is cut in storage, so that an exporter reads a layer without its neighbours, and little at a time.
+
+    A stacked parameter is cut into layers, and then, as any other array, into chunks of at most _CHUNK bytes.
+    """
+    stacked = "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
+
+
+class Restored(NamedTuple):
+    """A step's training state, data state and info; and which newer steps were damaged (step, what is wrong)."""
+
+    step: int
+    state: TrainState
+    data: dict[str, np.ndarray]
+    info: dict
+    damaged: list[tuple[int, str]]
+
+
+class Checkpoints:
+    """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way.
+
+    With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
+    without, it holds all of them a second time until everything is written. `before_commit` is called, in another thread,
+    before a step becomes visible; what it raises makes the save fail. A save that has not ended after `stuck_seconds` (0:
+    of any time) ends the process with exit code 85 (`record_stuck`: see Watchdog): Orbax itself waits for storage that is gone.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        keep_last: int = 2,
+        keep_every_steps: int = 0,
+        bytes_at_a_time: int | None = None,
+        stuck_seconds: float = 0.0,
+        before_commit: Callable[[], None] | None = None,
+        record_stuck: Callable[[str, int], None] = lambda what, code: None,
+    ):
+        keep = [_policies.LatestN(keep_last)]
+        if keep_every_steps:
+            keep.append(_policies.EveryNSteps(keep_every_steps))
+        for library in ("absl", "gcsfs"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        self._bucket = Bucket(str(directory)) if is_bucket(directory) else None
+        self._directory, self.path = directory, checkpoints_folder(directory)
+        self._first = before_commit and _First(before_commit)
+        stuck = f"a save to {self.path} has not ended in {stuck_seconds / 60:g} minutes (checkpoint.stuck_minutes)"
+        self._watch = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress(), record_stuck)
+        self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
+        self._stuck_seconds = stuck_seconds
+        self._orbax = self._open()
+        self._begun, self._problem, self.failed_in_a_row, self.newest_begun = False, "", 0, 0
+
+    def _open(self):
+        return ocp.training.Checkpointer(
+            str(self.path),
+            context=_context(self._bytes_at_a_time, self._stuck_seconds / 2),
+            save_decision_policy=_save_policies.FixedIntervalPolicy(1),
+            preservation_policy=self._keep,
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self):
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, kind, *_):
+        with closing(self._watch):
+            # After an error the others may not come to where this process would wait for them.
+            if kind is None or not is_multiprocess():
+                problem = self.finish()
+                self._orbax.close()
+                if problem and kind is None:
+                    raise OSError(problem)
+
+    def steps(self) -> list[int]:
+        return sorted(c.step for c in self._orbax.checkpoints)
+
+    def save(
+        self, state: TrainState, data: dict[str, np.ndarray], info: dict, prepare: Callable[[], None] = lambda: None
+    ) -> str:
+        """Start to save `state` as its step; returns once the device arrays are copied.
+
+        Returns why it cannot begin, "" if it does: there is no room, or `prepare`, which every process calls before, raised an
+        OSError. Call `finish` before.
+        """
+        step = int(state.step)
+        arrays = {"params": state.params, "training": _training(state), "data": data}
+        parts = {**arrays, "info": packed({**info, "digests": digests(arrays)})}
+        if self._first:
+            parts["record"] = self._first
+        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), prepare):
+            self.failed_in_a_row += 1
+        else:
+            self._begun, self.newest_begun = True, step
+            self._watch.beat()
+            try:
+                self._orbax.save_checkpointables_async(step, parts, force=True)
+            except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
+                self._problem = one_line(error)  # the other processes hear of it in `finish`
+        return no_room
+
+    def finish(self) -> str:
+        """Wait for the save under way, if there is one; returns what went wrong with it, "" if nothing did.
+
+        Of several processes all must call it; if one failed, all have.
+        """
+        if not self._begun:
+            return ""
+        try:
+            self._orbax.wait()
+        except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
+            # What Orbax says of a failed save depends on the storage.
+            self._problem = self._problem or one_line(error)
+        self._begun, problem, self._problem = False, self._problem, ""
+        if all_agree(not problem):
+            self.failed_in_a_row = 0
+            return ""
+        self.failed_in_a_row += 1
+        # After a failed save the object itself is of no use.
+        until = time.monotonic() + 30
+        with suppress(OSError):  # out of reach; the next start removes them
+            while is_primary() and time.monotonic() < until and remove_unfinished(self._directory):
+                time.sleep(0.2)
+        all_agree(True)
+        self._orbax = self._open()
+        return f"{self.path}: {problem or 'another process could not write its part'}"
+
+    def _no_room(self, needed: int, prepare: Callable[[], None]) -> str:
+        """What all say together, for no process may begin a save that another does not."""
+        free, problem = 1 << 62, ""
+        try:
+            prepare()
+            if is_primary() and not self._bucket and self.path.is_dir():
+                free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            problem = one_line(error)
+        if not all_agree(not problem):
+            return problem or "another process could not write what goes with it"
+        free = broadcast(free)
+        if free >= needed * 1.02:
+            return ""
+        return f"{self.path}: a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
+
+    def save_params(self, params: dict, info: dict):
+        """Save parameters alone, as step 0."""
+        info = info | {"digests": digests({"params": params})}
+        self._orbax.save_checkpointables(0, {"params": params, "info": packed(info)}, force=True)
+
+    def restore(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray], dict]:
+        """The training state at `step`, placed as the abstract `state` says (any mesh), the data state and the info.
+
+        Raises Damaged, in every process, if it cannot be read or is not what was saved.
+        """
+        abstract = _training(state)
+        got: Any = None
+        wrong, new, data, info = "", {}, {}, {}
+        try:
+            stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
+            # Checkpoints had no spike guard once; its window then begins empty.
+            new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
+            wanted = {"params": state.params, "training": abstract}
+            where = self.path / str(step)
+            check_stored(where, wanted)
+            data, info = read_data(where), unpacked(read_strings(where))
+            got = self._orbax.load_checkpointables(step, wanted)
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            wrong = " ".join(str(error).split())[-200:]
+            if self._bucket:
+                # If all of it is out of reach, that says nothing about the step: this raises.
+                self._bucket.names()
+        if not all_agree(not wrong):
+            raise DamagedCheckpoint(wrong or "another process cannot read it")
+        # Checkpoints had no digests once.
+        if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data})):
+            raise DamagedCheckpoint(f"{leaf} is not what was saved")
+        return TrainState(params=got["params"], **got["training"], **(_zeros(new) if new else {})), data, info
+
+    def restore_newest(self, state: TrainState) -> Restored | None:
+        """The newest step that is what was saved; damaged newer ones are then set aside. None if there are no steps.
+
+        Raises NoUsableCheckpoint, having changed nothing, if every step is damaged.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            try:
+                found = Restored(step, *self._restore_patiently(step, state), damaged)
+            except DamagedCheckpoint as error:
+                damaged.append((step, str(error)))
+                continue
+            self.set_aside([step for step, _ in damaged], "damaged")
+            return found
+        if damaged:
+            raise NoUsableCheckpoint(
+                f"{self.path}: every checkpoint is damaged (step {damaged[0][0]}: {damaged[0][1]}); restore one from a backup, "
+                "or start a new run_dir, with init_from for parameters that can be trusted"
+            )
+        return None
+
+    def _restore_patiently(self, step: int, state: TrainState):
+        """A second time, should storage have failed for a moment: to call a step damaged costs all since the one before."""
+        try:
+            return self.restore(step, state)
+        except DamagedCheckpoint:
+            return self.restore(step, state)
+
+    def set_aside(self, steps: list[int], why: str):
+        """Rename steps out of the way, so that they can be saved again."""
+        if not steps:
+            return
+        self._orbax.close()
+        if is_primary():
+            for step in steps:
+                set_aside(self._directory, step, why)
+        all_agree(True)
+        self._orbax = self._open()
+
+
+class _First:
+    """What Orbax takes for something to be saved with the rest, for which it waits before it commits the step."""
+
+    def __init__(self, call: Callable[[], None]):
+        self._call = call
+
+    async def save(self, _directory):
+        return asyncio.to_thread(self._call)
+
+    async def load(self, _directory):
+        raise AssertionError("nothing of it is stored")
+
+
+def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
+    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
+
+    Raises ConfigError if they cannot be read, or are not what was saved: it names the first one.
+    """
+    where = step_directory(directory, step)
+    info = load_info(directory, int(where.name))
+    check_stored(where, {"params": abstract})
+    try:
+        with _context():
+            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[-200:]
+        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
+    # Checkpoints had no digests once.
+    saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
+    if saved and (leaf := differing(saved, {"params": params})):
+        raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
+    return params
+
+
+def check_same_shapes(directory: str | Path, abstract: dict):
+    """Raise ConfigError that names the first parameter whose shape is not the model's."""
+    where = step_directory(directory)
+    stored = ocp.checkpointables_metadata(str(where)).metadata["params"]
+    expected = jax.tree_util.tree_leaves_with_path(abstract)
+    found = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}
+    for path, leaf in expected:
+        name = jax.tree_util.keystr(path)
+        if found.get(name) != tuple(leaf.shape):
+            raise ConfigError(
+                f"{where}: parameter {name} has shape {found.get(name)}, the model needs {tuple(leaf.shape)}; "
+                "use the model config that the checkpoint was made with"
+            )
+
+
+def _training(state: TrainState) -> dict:
+    """What is stored as `training`: all but the parameters."""
+    return {name: value for name, value in state._asdict().items() if name != "params"}
+
+
+def _zeros(abstract: dict) -> dict:
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=where)()

@@ -1,0 +1,145 @@
+"""What a step holds, read without Orbax, and at a cost that its shapes bound: a stranger may have made it."""
+
+import json
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from easylm_mling.checkpoint.layout import step_directory
+from easylm_mling.data.mixture import DataState
+from easylm_mling.errors import ConfigError, DamagedCheckpoint
+from easylm_mling.storage.object_store import store_spec
+
+# Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
+_MOST_DATA = 1 << 30
+_KINDS = {"params": "parameter", "training": "array", "data": "array"}
+
+
+def open_store(
+    where: Path, name: str, shape: tuple[int, ...], dtype: str = "float32", part: str = "params"
+) -> ts.TensorStore:
+    """The array `name` (`a.b`) of a part of the step in `where`, through tensorstore and not Orbax, which would restore
+    whole stacks.
+
+    Raises ConfigError unless it has this `shape` and `dtype`, and is stored as `save` does it: reading an array takes no
+    more memory than it has, whoever made the files. (A chunk may claim any size, and what is packed may unpack to any.)
+    """
+    store = _open(where, name, part)
+    found, wanted = (store.shape, store.dtype.name), (tuple(shape), dtype)
+    if found != wanted:
+        raise ConfigError(f"{where}: {_KINDS[part]} {name} is {found}, not {wanted}; use another step")
+    _check_chunks(where, name, part, store)
+    return store
+
+
+def read_data(where: Path) -> dict[str, np.ndarray]:
+    """The arrays of a DataState; raises ConfigError for what `open_store` refuses, and for over a GiB."""
+    found = {}
+    for name in DataState._fields:
+        store = _open(where, name, "data")
+        if store.dtype.name != "int64" or store.size * 8 > _MOST_DATA:
+            raise ConfigError(f"{where}: {name} is {(store.shape, store.dtype.name)}, not counters; use another step")
+        _check_chunks(where, name, "data", store)
+        found[name] = np.asarray(store.read().result())
+    return found
+
+
+def read_strings(where: Path) -> dict:
+    """The strings of the step's `info`; raises ValueError if there are none."""
+    found = json.loads(ts.KvStore.open(store_spec(f"{where}/info")).result().read("_strings.json").result().value)
+    if not isinstance(found, dict) or not isinstance(found.get("json"), str):
+        raise ValueError("it holds no text")
+    return found
+
+
+def load_info(directory: str | Path, step: int | None = None) -> dict:
+    """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
+    where = step_directory(directory, step)
+    try:
+        stored = read_strings(where)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
+    return unpacked(stored)
+
+
+def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """What the mixer had consumed, the arrays of a DataState by name; raises ConfigError for an imported checkpoint."""
+    where = step_directory(directory, step)
+    if not (where / "data").is_dir():
+        raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
+    return read_data(where)
+
+
+def check_stored(where: Path, abstract: dict):
+    """Raise ConfigError unless every array of these parts is stored as open_store wants it, which Orbax would not ask."""
+    for part, tree in abstract.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            open_store(where, name, leaf.shape, leaf.dtype.name, part)
+
+
+def packed(info: dict) -> dict:
+    """As one string: Orbax sorts the keys of JSON, and the order of the sources means something."""
+    text = json.dumps(info)
+    return {"json": text, "digest": _digest(text)}
+
+
+def unpacked(stored: dict) -> dict:
+    """Raises Damaged if it is not what was packed."""
+    text = stored["json"]
+    # Checkpoints had no digest of it once.
+    if stored.get("digest", _digest(text)) != _digest(text):
+        raise DamagedCheckpoint("its info is not what was saved")
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError):
+        info = None
+    if not isinstance(info, dict):
+        raise DamagedCheckpoint("its info cannot be read")
+    return info
+
+
+def _open(where: Path, name: str, part: str) -> ts.TensorStore:
+    try:
+        base = {"driver": "ocdbt", "base": store_spec(f"{where}/{part}")}
+        spec = {"driver": "zarr3", "kvstore": base | {"path": f"{name}/"}}
+        return ts.open(spec, open=True, read=True).result()
+    except ValueError as error:
+        # Without the specification that tensorstore adds to its reasons.
+        why = " ".join(re.split(r" \[[a-z_ ]+=", str(error))[0].split())[-300:]
+        raise ConfigError(f"{where}: {_KINDS[part]} {name} cannot be read ({why}); use another step") from None
+
+
+def _check_chunks(where: Path, name: str, part: str, store: ts.TensorStore):
+    layout: Any = store.chunk_layout
+    codec: Any = store.codec
+    shape = store.shape
+    chunks = [
+        *zip(layout.read_chunk.shape or (), shape, strict=True),
+        *zip(layout.write_chunk.shape or (), shape, strict=True),
+    ]
+    plain = {"bytes", "sharding_indexed", "crc32c"}
+    if any(chunk > size for chunk, size in chunks) or not set(_codecs(codec.to_json())) <= plain:
+        raise ConfigError(
+            f"{where}: {_KINDS[part]} {name} is packed, or cut in other chunks than are ever saved; do not trust it"
+        )
+
+
+def _codecs(tree) -> Iterator[str]:
+    """The names in a zarr codec's JSON."""
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(item, (dict, list)):
+            yield from _codecs(item)
+    if isinstance(tree, dict) and isinstance(tree.get("name"), str):
+        yield tree["name"]
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,196 @@
+"""The order of an epoch, and the shuffled documents of its blocks, as pure functions of the seed.
+
+An epoch is a seeded permutation of a source's units, in which a unit may stand several times or not at all (the rate of
+its language); neighbours in it are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, are
+one source: their units share blocks.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+
+from easylm_mling.config import RunConfig
+from easylm_mling.data.catalog import Catalog, Source
+from easylm_mling.data.sources.readers import BadRecord, read_unit
+from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
+
+# Tells the hash that samples a source from the one that holds documents out.
+_SAMPLE_SALT = b"sample"
+
+
+class Window(NamedTuple):
+    """A shuffled portion of a block.
+
+    The documents (UTF-8) of the wanted split, where each comes from (int64 [documents, 2]: its unit, and its number among
+    the unit's good documents), the bad records met and their units, how many good ones were read, and whether the block ends here.
+    """
+
+    documents: list[bytes]
+    provenance: np.ndarray
+    bad: list[BadRecord]
+    bad_units: list[int]
+    read: int
+    last: bool
+
+
+def seeded_bits(count: int, *key: int | str) -> np.ndarray:
+    """uint64 [count], a function of `key` alone.
+
+    Raw Philox output, because numpy promises that only raw bits stay the same in later versions.
+    """
+    digest = blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "big")).random_raw(count)
+
+
+def seeded_order(count: int, *key: int | str) -> np.ndarray:
+    """int64 [count]: a permutation, a function of `key` alone."""
+    return np.argsort(seeded_bits(count, *key), kind="stable")
+
+
+class EpochOrder:
+    """In which order the units of one source are read, epoch by epoch."""
+
+    def __init__(self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None):
+        """`rates`, int64 [languages]: how often each stands in an epoch, in 2**-32 (see data/weights.py; default: by bytes)."""
+        self.source, self.seed, self.block_bytes = source, seed, block_bytes
+        rates = language_rates(source, [], 0.0) if rates is None else rates
+        self._rates = rates[source.unit_languages]
+        self._phases = (seeded_bits(len(source.units), seed, source.name, "phase") >> 32).astype(np.int64)
+        self._cap = source.settings["max_epochs"]
+        # The number of epochs that hold anything: None is no end.
+        self.epochs = first_epoch_after(self._rates, self._phases, self._cap) if self._cap else None
+        # Known without putting the epoch in order: a lane may have to pass hundreds of epochs of a tiny source.
+        self._one_block = bool(np.all(self._rates == ONE)) and source.units[:, 3].sum() <= block_bytes
+        # The other sources' lanes are at most a few epochs apart.
+        self._epoch = lru_cache(maxsize=8)(self._order_epoch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides which document of the source comes when."""
+        source = self.source
+        about = [
+            source.name,
+            source.settings,
+            [(f.name, f.fingerprint) for f in source.files],
+            self.seed,
+            self.block_bytes,
+        ]
+        digest = blake2b(orjson.dumps(about), digest_size=16)
+        digest.update(source.units.tobytes())
+        digest.update(self._rates.tobytes())
+        return digest.hexdigest()
+
+    def blocks(self, epoch: int) -> int:
+        """How many blocks the epoch has, none of them empty."""
+        if self._one_block:
+            return int(self.epochs is None or epoch < self.epochs)
+        bundle = self._epoch(epoch)[1]
+        return int(bundle[-1]) + 1 if len(bundle) else 0
+
+    def blocks_up_to(self, limit: int) -> int:
+        """How many blocks all epochs have together, but at most `limit`."""
+        total, epoch = 0, 0
+        while self.epochs is not None and epoch < self.epochs and total < limit:
+            total, epoch = total + self.blocks(epoch), epoch + 1
+        return limit if self.epochs is None else min(total, limit)
+
+    def units(self, epoch: int, block: int) -> np.ndarray:
+        """int64 [n]: the units of one block, in reading order."""
+        units, bundle = self._epoch(epoch)
+        return units[np.searchsorted(bundle, block) : np.searchsorted(bundle, block, side="right")]
+
+    def copies(self, epoch: int) -> np.ndarray:
+        """int64 [units]: how often each unit stands in the epoch.
+
+        A rate of 2.3 means 2 or 3, and 23 times in ten epochs: seeded phases, not dice, so that a rare unit is never
+        left out for long. Over all epochs, no unit stands more than `max_epochs` times.
+        """
+        before, after = ((self._phases + e * self._rates) // ONE for e in (epoch, epoch + 1))
+        return np.minimum(after, self._cap) - np.minimum(before, self._cap) if self._cap else after - before
+
+    def _order_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        copies = self.copies(epoch)
+        units = np.repeat(np.arange(len(copies)), copies)
+        units = units[seeded_order(len(units), self.seed, self.source.name, epoch)]
+        sizes = self.source.units[units, 3]
+        # Renumbered after a unit larger than a block, for a block must not be empty: a lane takes every V-th block, and
+        # might meet empty ones only, for ever.
+        return units, np.unique((np.cumsum(sizes) - sizes) // self.block_bytes, return_inverse=True)[1]
+
+
+def open_orders(config: RunConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
+    """The order of every source, as the loader and whoever tokenises ahead of it read them."""
+    rates, data = plan.language_rates, config.data
+    return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
+
+
+def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", skip: int = 0) -> Iterator[Window]:
+    """The windows of a block from number `skip` on.
+
+    A window is cut from the documents in reading order, so both splits agree on it, and its documents are shuffled. An
+    ordinary block is one window; only what lies in units that cannot be cut small takes several, each of at most 1.5
+    blocks and a document. Skipped windows are read (a .gz knows no other way) but cost nothing more. Raises ConfigError
+    for a damaged file.
+    """
+    source, limit = order.source, order.block_bytes * 3 // 2
+    number, size, texts, provenance, bad, bad_units = 0, 0, [], [], [], []
+
+    def close(last: bool) -> Window:
+        key = (order.seed, source.name, epoch, block, number)
+        chosen = _choose(texts, split, source.settings)
+        shuffled = [chosen[i] for i in seeded_order(len(chosen), *key).tolist()]
+        where = np.array([provenance[i] for i in shuffled], np.int64).reshape(-1, 2)
+        return Window([texts[i] for i in shuffled], where, bad, bad_units, len(texts), last)
+
+    for unit in order.units(epoch, block).tolist():
+        ordinal = -1
+        for record in unit_records(source, unit):
+            if size >= limit:
+                # Popped, so that a generator at rest, of which there may be hundreds, holds no window.
+                ready = [close(last=False)] if number >= skip else []
+                number, size, texts, provenance, bad, bad_units = number + 1, 0, [], [], [], []
+                if ready:
+                    yield ready.pop()
+            if isinstance(record, BadRecord):
+                bad.append(record)
+                bad_units.append(unit)
+                size += len(record.head)
+            else:
+                provenance.append((unit, ordinal := ordinal + 1))
+                texts.append(record)
+                size += len(record)
+    if number >= skip:
+        yield close(last=True)
+
+
+def epoch_windows(order: EpochOrder, epoch: int, split: str) -> Iterator[Window]:
+    """All windows of an epoch, block by block."""
+    for block in range(order.blocks(epoch)):
+        yield from windows(order, epoch, block, split)
+
+
+def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
+    """The documents of one unit in the file's order, and the bad records on the way."""
+    index, start, end, _ = source.units[unit].tolist()
+    file, column, row = source.files[index], source.settings["text_column"], source.settings["row"]
+    yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
+
+
+def _choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
+    """Which of the texts are of one split. A document's own hash decides, so all its copies are on the same side."""
+    assert split in ("train", "holdout"), split
+    held_out, sampled = (int(settings[k] * 2**64) for k in ("holdout_fraction", "sample_fraction"))
+    chosen = range(len(texts))
+    if held_out or split == "holdout":
+        chosen = [i for i in chosen if (_hash(texts[i]) < held_out) == (split == "holdout")]
+    if split == "train" and settings["sample_fraction"] < 1:
+        chosen = [i for i in chosen if _hash(texts[i], _SAMPLE_SALT) < sampled]
+    return list(chosen)
+
+
+def _hash(text: bytes, salt: bytes = b"") -> int:
+    return int.from_bytes(blake2b(text, digest_size=8, salt=salt).digest(), "big")

@@ -1,0 +1,1 @@
+"""Sources: from file names to documents."""

@@ -1,0 +1,214 @@
+"""Which files a source's config names, and what tells one of them from its later self.
+
+Remote folders are listed one by one with fsspec's `ls`: its own `glob` leaves out what it fails to list.
+"""
+
+import glob
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+from typing import Any
+
+from easylm_mling.config import HubDataset, SourceConfig
+from easylm_mling.data.sources.splitting import format_of
+from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.storage.files import Retry, attempt, filesystem_of, is_remote, open_binary
+
+_EDGE_BYTES = 1 << 16
+# The first of these that a file system knows stands for the content; a plain time comes last.
+_TAGS = (
+    "md5Hash", "crc32c", "blob_id", "ETag", "etag", "Content-MD5", "Digest", "content_md5", "sha256", "checksum",
+    "generation", "mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created",
+)  # fmt: skip
+# What `datasets` and others write beside data.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+# What a remote listing said about a file; None if nobody was asked.
+Info = dict[str, Any] | None
+
+
+def find_files(key: str, source: SourceConfig, retry: Retry, known: tuple[str, ...]) -> dict[str, tuple[str, Info]]:
+    """Name -> (language, info) of every file of the source at `key`; raises ConfigError for a path without any.
+
+    The language is what `{language}` stands for, or empty. `known` are the names that a run began with: those of a hub
+    data set stay the same, as they hold the commit they were taken from.
+    """
+    if source.dataset:
+        names = known or _dataset_files(f"{key}.dataset", source.dataset, retry)
+        return {name: ("", None) for name in names}
+    found: dict[str, tuple[str, Info]] = {}
+    for pattern in source.paths:
+        matches = _match(f"{key}.paths", pattern, retry)
+        if not matches:
+            where = "" if is_remote(pattern) else f" (it is relative to {os.getcwd()})"
+            raise ConfigError(f"{key}.paths: {pattern!r} matches no file; correct it{where}")
+        found.update(matches)
+    return found
+
+
+def size_and_fingerprint(name: str, info: Info, retry: Retry) -> tuple[int, str]:
+    """Bytes, and a digest of them and of the content's tag, or else of both ends of the file.
+
+    Cheap on terabytes, and any rewritten file differs. Raises ConfigError if the file is not there.
+    """
+    if is_remote(name):
+        info = info if info and info.get("size") is not None else _info(name, retry)
+        tag = next((f"{t} {info[t]}" for t in _TAGS if info and info.get(t)), None)
+        if info and info.get("size") is not None and tag:
+            size = int(info["size"])
+            return size, blake2b(f"{size} {tag}".encode(), digest_size=16).hexdigest()
+    with open_binary(name, retry) as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = blake2b(str(size).encode(), digest_size=16)
+        for start in (0, max(0, size - _EDGE_BYTES)):
+            file.seek(start)
+            digest.update(file.read(_EDGE_BYTES))
+    return size, digest.hexdigest()
+
+
+def _match(key: str, pattern: str, retry: Retry) -> dict[str, tuple[str, Info]]:
+    parts = pattern.split("/")
+    place = parts.index("{language}") if "{language}" in parts else None
+    if "{language}" in pattern and (place is None or pattern.count("{language}") > 1 or "**" in parts):
+        raise ConfigError(
+            f"{key}: {pattern!r}: write {{language}} once, as one whole folder or file name, without '**'"
+        )
+    wild = pattern.replace("{language}", "*")
+    # A folder stands for its files, but `*` at the end asks for files.
+    last = pattern.rstrip("/").split("/")[-1]
+    folders = last == "{language}" or not glob.has_magic(last)
+    matches = _remote(key, wild, folders, retry) if is_remote(pattern) else _local(key, wild, folders)
+    return {name: ("" if place is None else name.split("/")[place], info) for name, info in matches}
+
+
+def _local(key: str, pattern: str, folders: bool) -> Iterator[tuple[str, Info]]:
+    for path in glob.glob(pattern, recursive=True):
+        if os.path.isfile(path):
+            yield path, None
+        elif folders and os.path.isdir(path):
+            below = sorted(_local_below(path.rstrip("/") or "/"))
+            yield from ((name, None) for name in _data_files(key, path, below))
+
+
+def _local_below(folder: str) -> Iterator[str]:
+    def refuse(error: OSError):
+        raise ConfigError(f"{folder}: cannot be listed ({one_line(error)}); give it read permission") from error
+
+    for where, inside, names in os.walk(folder, onerror=refuse):
+        inside[:] = [name for name in inside if not _hidden(name)]
+        yield from (os.path.join(where, name) for name in names)
+
+
+def _remote(key: str, pattern: str, folders: bool, retry: Retry) -> Iterator[tuple[str, Info]]:
+    filesystem, path = filesystem_of(pattern)
+    # A run that was stopped and goes on in the same process must see what has changed.
+    filesystem.invalidate_cache()
+    scheme = pattern.split("://")[0]
+    for info in _remote_matches(pattern, filesystem, path, retry):
+        name = info["name"] if is_remote(info["name"]) else f"{scheme}://{info['name']}"
+        if info["type"] == "file" and not pattern.endswith("/"):
+            yield name, info
+        elif folders:
+            below = {i["name"]: i for i in _below(pattern, filesystem, info["name"], retry) if i["type"] == "file"}
+            for inside in _data_files(key, name, sorted(below)):
+                yield inside if is_remote(inside) else f"{scheme}://{inside}", below[inside]
+
+
+def _remote_matches(pattern: str, filesystem, path: str, retry: Retry) -> list[dict]:
+    """What fsspec knows of every file or folder whose path matches."""
+    parts = path.rstrip("/").split("/")
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    found = [{"name": "/".join(parts[:first]), "type": None}]
+    for part in parts[first:]:
+        folders = [f["name"] for f in found if f["type"] != "file"]
+        if part == "**":
+            found += [info for folder in folders for info in _below(pattern, filesystem, folder, retry)]
+        elif glob.has_magic(part):
+            listed = [info for folder in folders for info in _ls(pattern, filesystem, folder, retry)]
+            found = [i for i in listed if _matches(i["name"].rsplit("/", 1)[-1], part)]
+        else:
+            found = [{"name": f"{folder}/{part}", "type": None} for folder in folders]
+    if path.endswith("/") and not glob.has_magic(parts[-1]):
+        return [{**info, "type": "directory"} for info in found]
+    known = [info if info["type"] else _path_info(pattern, filesystem, info["name"], retry) for info in found]
+    return [info for info in known if info]
+
+
+def _below(pattern: str, filesystem, folder: str, retry: Retry) -> Iterator[dict]:
+    for info in _ls(pattern, filesystem, folder, retry):
+        if not _hidden(info["name"].rsplit("/", 1)[-1]):
+            yield info
+            if info["type"] == "directory":
+                yield from _below(pattern, filesystem, info["name"], retry)
+
+
+def _ls(pattern: str, filesystem, folder: str, retry: Retry) -> list[dict]:
+    """The files and folders in a folder, none if it is not there."""
+    # A web server lists a folder at its address with a slash, or sends there.
+    address = f"{folder}/" if is_remote(folder) else folder
+    try:
+        listed = attempt(pattern, retry, lambda: filesystem.ls(address, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [{**info, "name": info["name"].rstrip("/")} for info in listed]
+    # An object store may list a folder in itself, and a web server links that sort its page.
+    return sorted(
+        (i for i in found if i["name"] != folder.rstrip("/") and not (is_remote(folder) and "?" in i["name"])),
+        key=lambda info: info["name"],
+    )
+
+
+def _path_info(pattern: str, filesystem, path: str, retry: Retry) -> dict | None:
+    try:
+        return attempt(pattern, retry, lambda: filesystem.info(path))
+    except FileNotFoundError:
+        return None
+
+
+def _info(name: str, retry: Retry) -> dict:
+    filesystem, path = filesystem_of(name)
+    info = _path_info(name, filesystem, path, retry)
+    if info is None:
+        raise ConfigError(f"{name}: is not there; restore the file, or take it out of the source's paths")
+    return info
+
+
+def _matches(name: str, part: str) -> bool:
+    return fnmatchcase(name, part) and (part.startswith(".") or not name.startswith("."))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _data_files(key: str, folder: str, names: list[str]) -> list[str]:
+    """Those of a folder's files that hold data. Raises ConfigError for two formats: one may be no data at all."""
+    bases = {name: name.rsplit("/", 1)[-1] for name in names}
+    data = [name for name, base in bases.items() if not _hidden(base) and base not in _METADATA and format_of(base)]
+    formats = sorted({format_of(bases[name]) or "" for name in data})
+    if len(formats) > 1:
+        raise ConfigError(
+            f"{key}: the folder {folder} holds {' and '.join(formats)} files; name those wanted by a glob"
+        )
+    return data
+
+
+def _dataset_files(key: str, dataset: HubDataset, retry: Retry) -> tuple[str, ...]:
+    """The names of a data set's files, without downloading one."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"{key}: needs another package: pip install 'easylm-mling[hf]'") from error
+    load = datasets.load_dataset_builder
+    try:
+        builder = attempt(dataset.name, retry, lambda: load(dataset.name, dataset.config, revision=dataset.revision))
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{key}: {dataset.name!r} cannot be found ({one_line(error)}); correct it") from error
+    splits = builder.config.data_files or {}
+    if dataset.split not in splits:
+        there = ", ".join(map(str, splits)) or "none"
+        raise ConfigError(f"{key}.split={dataset.split!r} is not in {dataset.name!r}; its splits are: {there}")
+    return tuple(map(str, splits[dataset.split]))

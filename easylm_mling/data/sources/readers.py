@@ -1,0 +1,203 @@
+"""The documents of one unit of a file, in the file's order and in bounded memory.
+
+A unit is a range of *positions* of one file (see data/sources/splitting.py): bytes of a file of lines, row groups of a parquet file,
+byte offsets of the messages of an Arrow stream, record batches of an Arrow file; a compressed file of lines is a single
+unit. A document belongs to the unit where it starts.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import zstandard
+
+from easylm_mling.data.sources.columnar import ROWS, portions
+from easylm_mling.data.sources.lines import MAX_LINE_BYTES, file_lines
+from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.storage.files import DEFAULT_RETRY, Retry
+
+HEAD_BYTES = 200
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_TOO_LONG = f"line longer than {MAX_LINE_BYTES >> 20} MiB"
+# Lines that no blank one ends are cut into documents of this size: they wait in memory.
+_MAX_JOINED_BYTES = 1 << 26
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# What the libraries raise when a file is not what it should be.
+DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
+
+
+class BadRecord(NamedTuple):
+    """One record that cannot be used.
+
+    `offset` is where it lies in `file`: the (decompressed) byte of a line, the row of a parquet or Arrow file, the byte
+    of the record batch in an Arrow stream. `head` is the start of the record.
+    """
+
+    reason: str
+    file: str
+    offset: int
+    head: bytes
+
+
+def read_unit(
+    path: str, layout: str, start: int, end: int, column: str, row: str, retry: Retry = DEFAULT_RETRY
+) -> Iterator[bytes | BadRecord]:
+    """Documents (valid UTF-8 without NUL, never blank) that start in [start, end), and the bad records on the way.
+
+    With `row == "line"` rows are joined to documents by newlines, and a blank row ends one. A row of a text file is a
+    line of it. Raises ConfigError, naming the file, if it is damaged, cut off, or cannot be read.
+    """
+    rows = _rows(path, layout, start, end, column, retry)
+    try:
+        if row == "line":
+            yield from _join_lines(rows, end, skipping=start > 0)
+            return
+        for position, record in rows:
+            if position >= end:
+                return
+            if isinstance(record, BadRecord) or record:
+                yield record
+    except DAMAGE as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str, error: Exception) -> ConfigError:
+    """The one-line error for a file whose bytes are not what its suffix promises."""
+    return ConfigError(
+        f"{path}: damaged or cut off ({one_line(error)}); replace the file, or take it out of the source's paths"
+    )
+
+
+def clean(text: str) -> bytes:
+    """UTF-8 of `text` with NUL dropped and lone surrogates replaced by U+FFFD; empty if it is only white space."""
+    if "\0" in text:
+        text = text.replace("\0", "")
+    if text.isspace():
+        return b""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return _LONE_SURROGATE.sub("\ufffd", text).encode()
+
+
+def parse_json(line: bytes) -> Any:
+    """The value of one JSON line; raises ValueError with a short reason.
+
+    orjson refuses escaped lone surrogates, which web text holds; the standard parser takes them and has the last word.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("invalid UTF-8") from None
+    except (ValueError, RecursionError):
+        pass
+    try:
+        json.loads(line.decode(), strict=False)
+    except (ValueError, RecursionError):
+        raise ValueError("invalid JSON") from None
+    raise ValueError("raw control character in JSON")
+
+
+def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | BadRecord]:
+    """Documents out of lines.
+
+    A unit inside a file skips through its first blank row; the unit before it reads on through that same row. So
+    neither has to look back, and every line is read by exactly one of them, even if units hold no blank row at all.
+    """
+    lines: list[bytes] = []
+    size = 0
+    for position, record in rows:
+        if skipping:
+            if position >= end:
+                return
+            skipping = isinstance(record, BadRecord) or bool(record)
+        elif isinstance(record, BadRecord):
+            yield record
+        elif record:
+            lines.append(record.removesuffix(b"\n"))
+            size += len(record) + 1
+            if size > _MAX_JOINED_BYTES:
+                yield b"\n".join(lines)
+                lines, size = [], 0
+        else:
+            if lines:
+                yield b"\n".join(lines)
+            if position >= end:
+                return
+            lines, size = [], 0
+    if lines:
+        yield b"\n".join(lines)
+
+
+def _rows(
+    path: str, layout: str, start: int, end: int, column: str, retry: Retry
+) -> Iterator[tuple[int, bytes | BadRecord]]:
+    """(position, record) of every row from position `start` to the end of the *file*; a blank row is empty.
+
+    Of a file of lines, none if no line begins in [start, end).
+    """
+    if layout.startswith(("jsonl", "text")):
+        record_of = _json_record if layout.startswith("jsonl") else _text_record
+        splittable = "." not in layout
+        for offset, line in file_lines(path, layout, start, end, retry):
+            yield offset if splittable else 0, record_of(path, offset, line, column)
+        return
+    for position, texts, offset_of in portions(path, layout, start, column, retry):
+        # As bytes: one row of invalid UTF-8 must not spoil the rows around it.
+        values = texts.cast(pa.large_binary())
+        for begin in range(0, len(values), ROWS):
+            for i, value in enumerate(values.slice(begin, ROWS).to_pylist(), begin):
+                yield position, _table_record(path, offset_of, i, value, column)
+
+
+def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | BadRecord:
+    if offset == 0:
+        line = line.removeprefix(BYTE_ORDER_MARK)
+    if not line or line.isspace():
+        return b""
+    try:
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(_TOO_LONG)
+        value = parse_json(line)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        text = value.get(column)
+        if not isinstance(text, str):
+            found = "missing" if column not in value else f"{type(text).__name__}, not text"
+            raise ValueError(f"field {column!r} is {found}")
+    except ValueError as error:
+        return BadRecord(str(error), path, offset, line.rstrip(b"\r\n")[:HEAD_BYTES])
+    return clean(text)
+
+
+def _text_record(path: str, offset: int, line: bytes, _column: str) -> bytes | BadRecord:
+    if offset == 0:
+        line = line.removeprefix(BYTE_ORDER_MARK)
+    line = line.rstrip(b"\r\n")
+    if len(line) > MAX_LINE_BYTES:
+        return BadRecord(_TOO_LONG, path, offset, line[:HEAD_BYTES])
+    try:
+        return clean(line.decode())
+    except UnicodeDecodeError:
+        return BadRecord("invalid UTF-8", path, offset, line[:HEAD_BYTES])
+
+
+def _table_record(
+    path: str, offset_of: Callable[[int], int], i: int, value: bytes | None, column: str
+) -> bytes | BadRecord:
+    if value is None:
+        return BadRecord(f"column {column!r} is null", path, offset_of(i), b"")
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return BadRecord("invalid UTF-8", path, offset_of(i), value[:HEAD_BYTES])
+    # Most text is clean, and then its bytes are already at hand.
+    return clean(text) if "\0" in text or text.isspace() else value

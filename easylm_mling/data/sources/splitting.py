@@ -1,0 +1,153 @@
+"""What each file format looks like from outside: its name, the units it can be cut into, and whether it has the text.
+
+Nothing here reads a file's body: parquet and Arrow have footers or message headers, lines are cut by arithmetic.
+"""
+
+from itertools import islice
+
+import pyarrow as pa
+
+from easylm_mling.data.sources.columnar import open_parquet, stream_heads
+from easylm_mling.data.sources.lines import file_lines
+from easylm_mling.data.sources.readers import BYTE_ORDER_MARK, parse_json
+from easylm_mling.errors import ConfigError
+from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, open_arrow, open_binary
+
+# The first part of a layout's name is its format, the second how it is compressed.
+_SUFFIXES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    **{f"{suffix}{packed}": f"jsonl{packed}" for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")},
+    **{f".txt{packed}": f"text{packed}" for packed in ("", ".gz", ".zst")},
+}  # fmt: skip
+# Web text shrinks to about a third; only the sizes of blocks, not their content, hang on this guess.
+_COMPRESSION = 3
+# How far to look for the text field: so many rows that parse, among so many lines.
+_HEAD_ROWS = 100
+_HEAD_LINES = 10_000
+_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+# A local file is mapped, but of a remote one a record batch is held in memory.
+_MAX_REMOTE_BATCH_BYTES = 1 << 28
+
+# (first position, position after the last, estimated bytes of text): see data/sources/readers.py for what a position is.
+Cut = tuple[int, int, int]
+
+
+def format_of(path: str) -> str | None:
+    """jsonl, text, parquet or arrow, by suffix; None if the suffix is not known."""
+    return next((layout.split(".")[0] for suffix, layout in _SUFFIXES.items() if path.endswith(suffix)), None)
+
+
+def layout_of(path: str, retry: Retry = DEFAULT_RETRY) -> str:
+    """The layout's name, by suffix (and, for Arrow, by magic bytes); raises ConfigError for an unknown suffix."""
+    for suffix, layout in _SUFFIXES.items():
+        if path.endswith(suffix):
+            return "arrow-file" if layout == "arrow" and _is_arrow_file(path, retry) else layout
+    raise ConfigError(f"{path}: unknown file format; known suffixes are {', '.join(_SUFFIXES)}")
+
+
+def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: Retry = DEFAULT_RETRY) -> list[Cut]:
+    """The units of a file, in order, each of about `unit_bytes` of text where the format allows it.
+
+    Raises ConfigError, naming the file, if the text column is not there. Damage raises what readers.damaged wraps.
+    """
+    if size == 0:
+        return []
+    if layout == "parquet":
+        pieces = _parquet_pieces(path, column, retry)
+    elif layout == "arrow":
+        pieces = _arrow_pieces(path, column, retry)
+    elif layout == "arrow-file":
+        pieces = _arrow_file_pieces(path, column, size, retry)
+    else:
+        if layout.startswith("jsonl"):
+            _check_json_field(path, layout, column, retry)
+        if "." in layout:
+            return [(0, 1, size * _COMPRESSION)]
+        return [(a, min(a + unit_bytes, size), min(unit_bytes, size - a)) for a in range(0, size, unit_bytes)]
+    return _merge(pieces, unit_bytes)
+
+
+def _merge(pieces: list[Cut], unit_bytes: int) -> list[Cut]:
+    """Neighbours joined until they reach `unit_bytes`. The first unit starts at 0, the mark of a file's start."""
+    units, begin, total = [], 0, 0
+    for _, end, size in pieces:
+        total += size
+        if total >= unit_bytes:
+            units.append((begin, end, total))
+            begin, total = end, 0
+    return [*units, (begin, pieces[-1][1], total)] if total else units
+
+
+def _parquet_pieces(path, column, retry):
+    with open_binary(path, retry) as binary, open_parquet(binary) as file:
+        _check_column(path, file.schema_arrow, column)
+        groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+        leaf = [c.path for c in file.metadata.schema].index(column)
+        return [(i, i + 1, g.column(leaf).total_uncompressed_size) for i, g in enumerate(groups) if g.num_rows]
+
+
+def _arrow_pieces(path, column, retry):
+    schema, heads = stream_heads(path, retry)
+    _check_column(path, schema, column)
+    encoded = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    if encoded:
+        raise ConfigError(f"{path}: column {encoded[0]!r} is dictionary-encoded; write the file with plain columns")
+    _check_batch(path, max((body for *_, body in heads), default=0))
+    return [(begin, end, body) for begin, end, _, body in heads]
+
+
+def _arrow_file_pieces(path, column, size, retry):
+    with open_arrow(path, retry) as source, pa.ipc.open_file(source) as file:
+        _check_column(path, file.schema, column)
+        count = file.num_record_batches
+        _check_batch(path, size // max(1, count))
+        return [(i, i + 1, max(1, size // count)) for i in range(count)]
+
+
+def _check_batch(path: str, size: int):
+    if is_remote(path) and size > _MAX_REMOTE_BATCH_BYTES:
+        raise ConfigError(
+            f"{path}: a record batch of {size >> 20} MiB would be held in memory; copy the file to a local disk, or "
+            "write it as parquet"
+        )
+
+
+def _is_arrow_file(path: str, retry: Retry) -> bool:
+    with open_binary(path, retry, chunk=6) as file:
+        return file.read(6) == b"ARROW1"
+
+
+def _check_column(path: str, schema: pa.Schema, column: str):
+    there = ", ".join(schema.names)
+    if column not in schema.names:
+        raise ConfigError(f"{path}: no column {column!r}; set text_column to one of: {there}")
+    kind = schema.field(column).type
+    if kind not in _TEXT_TYPES:
+        raise ConfigError(f"{path}: column {column!r} is {kind}, not text; set text_column to another of: {there}")
+
+
+def _check_json_field(path: str, layout: str, column: str, retry: Retry):
+    """Raises ConfigError if none of the first rows that parse has the field: no bad record but a misspelling."""
+    seen: dict[str, None] = {}
+    parsed, lines = 0, 0
+    for offset, line in islice(file_lines(path, layout, 0, 0, retry), _HEAD_LINES):
+        line = line if offset else line.removeprefix(BYTE_ORDER_MARK)
+        lines += bool(line.strip())
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            if column in value:
+                return
+            seen.update(dict.fromkeys(map(str, value)))
+            parsed += 1
+        if parsed == _HEAD_ROWS:
+            break
+    if parsed:
+        there = ", ".join(list(seen)[:20])
+        raise ConfigError(f"{path}: no field {column!r} in its first {parsed} rows; set text_column to one of: {there}")
+    if lines and path.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
+        raise ConfigError(f"{path}: no line of it is a JSON object; write one object a line (jq -c '.[]' does it)")

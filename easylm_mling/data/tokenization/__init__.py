@@ -1,0 +1,1 @@
+"""Tokenization: text to token ids and back, and the tokenizer's files."""

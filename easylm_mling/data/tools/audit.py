@@ -1,0 +1,142 @@
+"""`easylm-mling data audit`: which documents every row of a past batch came from, and its tokens, bit for bit.
+
+Every checkpoint leaves its data state in RUN/data_states (see data/state_archive.py), which is never removed. An audit draws again the
+batches from the newest state before the step in question: at most checkpoint.every_steps of them.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from easylm_mling.config import RunConfig, StageConfig, from_tree, load
+from easylm_mling.data.catalog import Catalog, reopen_catalog
+from easylm_mling.data.estimates import load_estimates, tokens_per_byte
+from easylm_mling.data.loader import Batch, Loader
+from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW, DataState, initial_state
+from easylm_mling.data.shuffle import EpochOrder, windows
+from easylm_mling.data.state_archive import kept_steps, load_state
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.weights import make_plan
+from easylm_mling.errors import ConfigError
+from easylm_mling.storage.object_store import run_files
+
+STATES, CATALOG, ESTIMATES = "data_states", "catalog.json", "estimates.json"
+
+
+def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
+    """The rows of the batch of `step` (or one of them): lane, source, tokens (int32 [T]) and documents.
+
+    Each document: `language`, `file`, `unit` (the positions of the file that its unit spans: see data/sources/readers.py), `document`
+    (its number among the unit's good documents, from 0), `epoch`, `first` (which of its tokens is the first here, 0 is
+    BOS), `tokens` (how many) and `begins` (the start of its text). Every row's tokens are made twice, by the loader and from
+    the documents named, and must agree.
+
+    Raises ConfigError if the step is not of the run's past, or the files are not what they were.
+    """
+    run = run_files(run_dir)
+    config, before, fingerprints = _state_before(run, step, run_dir)
+    if row is not None and not 0 <= row < config.train.batch_size:
+        raise ConfigError(f"--row {row}: a batch has rows 0 to {config.train.batch_size - 1}")
+    catalog, tokenizer = Catalog.load(run / CATALOG), Tokenizer(config.data.tokenizer)
+    if fingerprints != {"data": catalog.fingerprint, "tokenizer": tokenizer.fingerprint}:
+        raise ConfigError(
+            f"{run_dir}: step {step} was drawn before the data was changed (--accept-data-change); only later steps can be audited"
+        )
+    catalog = reopen_catalog(catalog, config.data)
+    plan = make_plan(config, catalog, tokens_per_byte(load_estimates(run / ESTIMATES)))
+    state, drawn = before
+    if state is None:
+        languages = sum(len(source.languages) for source in catalog.sources.values())
+        state = initial_state(config.lanes, len(catalog.sources), range(config.lanes), languages)
+    with Loader(config, catalog, tokenizer, state, plan=plan) as loader:
+        for _ in range(drawn + 1, step):
+            state = next(loader)[1]
+        return _rows(config, tokenizer, loader.orders, state, next(loader)[0], row)
+
+
+def _state_before(run: Path, step: int, name: str | Path) -> tuple[RunConfig, tuple[DataState | None, int], dict]:
+    """The config by which the batch of `step` was drawn, the newest state before it with its step, and fingerprints."""
+    kept = kept_steps(run / STATES)
+    if step < 1 or step > max(kept, default=0):
+        raise ConfigError(f"--step {step}: the checkpoints of {name} hold steps 1 to {max(kept, default=0)}")
+    earlier, later = [k for k in kept if k < step], [k for k in kept if k >= step]
+    # The stages are those that held when the next checkpoint was made: a run may have gone on with other ones.
+    info = load_state(run / STATES, later[0]).info
+    base = load_state(run / STATES, earlier[-1]) if earlier else None
+    config = load([str(run / "config.yaml")])
+    stages = tuple(from_tree(StageConfig, stage) for stage in info["stages"])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages))
+    prints = {key: (base.info if base else info)[key] for key in ("data", "tokenizer")}
+    return config, (base.state, earlier[-1]) if base else (None, 0), prints
+
+
+def _rows(
+    config: RunConfig, tokenizer: Tokenizer, orders: list[EpochOrder], before: DataState, batch: Batch, row: int | None
+) -> list[dict]:
+    found, length = [], config.data.sequence_length
+    per_lane = config.train.batch_size // config.lanes
+    for lane in range(config.lanes) if row is None else [row // per_lane]:
+        readers: dict[int, Iterator[list[dict]]] = {}
+        for r in range(lane * per_lane, (lane + 1) * per_lane):
+            source = int(batch["source"][r])
+            if source not in readers:
+                cursor = before.lanes[lane, source]
+                readers[source] = _pieces(orders[source], tokenizer, cursor, config.lanes, length)
+            documents = next(readers[source])
+            tokens = batch["tokens"][r]
+            made = np.concatenate([d.pop("ids") for d in documents])
+            if not np.array_equal(made, tokens[: len(made)]) or (tokens[len(made) :] != tokenizer.pad_id).any():
+                raise ConfigError(f"row {r}: its tokens are not those of its documents; report this as a fault")
+            if row in (None, r):
+                name = orders[source].source.name
+                found.append({"row": r, "lane": lane, "source": name, "tokens": tokens, "documents": documents})
+    return found
+
+
+def _pieces(
+    order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int, length: int
+) -> Iterator[list[dict]]:
+    """The documents of each row of a lane's stream from `cursor` on, with `ids` of each."""
+    row, room = [], length
+    for document in _documents(order, tokenizer, cursor, lanes):
+        ids, first = document.pop("ids"), document["first"]
+        while len(ids):
+            part, ids = ids[:room], ids[room:]
+            row.append({**document, "first": first, "tokens": len(part), "ids": part})
+            first, room = first + len(part), room - len(part)
+            if not room:
+                yield row
+                row, room = [], length
+    if row:
+        yield row
+
+
+def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:
+    """A lane's documents from a cursor on, read apart from data/streams.py: the audit checks that one, too."""
+    epoch, block, skip, first, offset = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET))
+    source = order.source
+    while order.epochs is None or epoch < order.epochs:
+        blocks = order.blocks(epoch)
+        if block >= blocks:
+            epoch, block = epoch + 1, block - blocks
+            continue
+        for window in windows(order, epoch, block, skip=skip):
+            for text, (unit, number) in list(zip(window.documents, window.provenance.tolist(), strict=True))[first:]:
+                index, start, end, _ = source.units[unit].tolist()
+                file = source.files[index]
+                ids = join_documents(tokenizer, [text.decode()])[offset:]
+                yield {
+                    "language": file.language,
+                    "file": file.name,
+                    "unit": [start, end],
+                    "document": number,
+                    "epoch": epoch,
+                    "first": offset,
+                    "begins": text[:60].decode(errors="ignore"),
+                    "ids": ids,
+                }
+                offset = 0
+            first = 0
+        block, skip = block + lanes, 0

@@ -1,0 +1,1 @@
+"""Processes of one run: joining, agreeing, and the watchdog."""

@@ -1,0 +1,32 @@
+"""The TPU chips that are known: how the compiler calls them, and how fast and large one is."""
+
+from dataclasses import dataclass
+
+GiB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip, which is one device. Rates are a second."""
+
+    name: str
+    device_kind: str
+    # libtpu's names of the topology and of how the chip's cores are driven; `megacore`: two cores as one device.
+    topology: str
+    core_config: str
+    peak_flops: float  # bf16
+    clock_hz: float
+    hbm_bytes: int  # that a program may use
+    link_bytes: float  # one ring on one axis of the torus
+    dcn_bytes: float  # the data-centre network between slices
+
+
+CHIPS = {
+    c.name: c
+    for c in (
+        Chip("v4", "TPU v4", "v4", "megacore", 275e12, 1.05e9, int(30.75 * GiB), 90e9, 3.1e9),
+        Chip("v5p", "TPU v5", "v5", "megacore", 459e12, 1.75e9, int(95.74 * GiB), 180e9, 6.2e9),
+        Chip("v5e", "TPU v5 lite", "v5e", "default", 197e12, 1.5e9, int(15.75 * GiB), 90e9, 3.1e9),
+        Chip("v6e", "TPU v6 lite", "v6e", "default", 918e12, 1.75e9, int(31.25 * GiB), 180e9, 12.5e9),
+    )
+}

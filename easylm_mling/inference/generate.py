@@ -1,0 +1,226 @@
+"""Text from a model: a key/value cache, one prefill and one compiled loop over new tokens.
+
+Axis letters: B prompts, P prompt slots, S cache slots (P and room for new tokens), L layers, K key/value heads,
+H head_dim, V vocabulary.
+
+Prompts stand at the left, slot 0 is position 0 in every row, and a new token takes the slot after the last one of its
+own row. So a slot's number is its position, and the mask is that of model/attention.py.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.config import ModelConfig
+from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER
+from easylm_mling.errors import ConfigError
+from easylm_mling.hf.config import model_config_from_hf
+from easylm_mling.hf.exporting import stored_model
+from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
+from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
+from easylm_mling.model.decoder import Gemma, Remat, logits
+from easylm_mling.storage.object_store import small_files
+from easylm_mling.training.step import abstract_params, model_graph
+
+# Lengths are rounded up to a multiple of this, so that other prompts and lengths reuse the compiled program.
+_SLOTS = 64
+
+
+def load_model(
+    path: str | Path, mesh: Mesh | None = None, step: int | None = None
+) -> tuple[nnx.GraphDef, dict, ModelConfig]:
+    """(graph, float32 params, config) from a Hugging Face directory, a run or an imported checkpoint.
+
+    Parameters are sharded over `mesh` (default: as many devices as `hidden_size` divides over). Raises ConfigError when
+    `path` is neither, or has no such `step`.
+    """
+    if (Path(path) / "config.json").is_file():
+        if step is not None:
+            raise ConfigError(f"{path}: a Hugging Face directory has no steps; leave out step={step}")
+        model = model_config_from_hf(path)
+        params = read_params(open_weights(path, model), model, mesh or widest_mesh(model))
+    else:
+        model = stored_model(path, step)
+        params = load_params(path, abstract_params(model, mesh or widest_mesh(model)), step)
+    return model_graph(model), params, model
+
+
+def generate(
+    graph: nnx.GraphDef,
+    params: dict,
+    model: ModelConfig,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> list[list[int]]:
+    """The new tokens of each prompt: at most `max_new_tokens`, the last of them EOS where the model ended the text.
+
+    Temperature 0 takes the most probable token. Otherwise row b's n-th token is drawn with a key made of (seed, b, n)
+    from the `top_k` most probable ones, and of those from the smallest set with probability `top_p` or more. Prompts
+    are used as they are: the caller adds BOS. Raises ConfigError for settings out of range and for a text that would
+    pass `max_position_embeddings`.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype)
+    if not prompts or max_new_tokens == 0:
+        return [[] for _ in prompts]
+    lengths = np.asarray([len(p) for p in prompts], np.int32)
+    unit = _SLOTS if lengths.max() <= QUERY_CHUNK else QUERY_CHUNK
+    tokens = np.full((len(prompts), -(-lengths.max() // unit) * unit), max(0, model.pad_token_id), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    new, count = _generate(
+        params,
+        tokens,
+        lengths,
+        jax.random.key(seed),
+        np.int32(max_new_tokens),
+        (np.float32(temperature or 1.0), np.int32(top_k or model.vocab_size), np.float32(top_p)),
+        graph=graph,
+        room=-(-max_new_tokens // _SLOTS) * _SLOTS,
+        greedy=temperature == 0,
+        dtype=jnp.dtype(dtype),
+    )
+    return [row[:n].tolist() for row, n in zip(np.asarray(new), np.asarray(count), strict=True)]
+
+
+def sample_text(
+    path: str | Path,
+    prompts: list[str],
+    max_new_tokens: int,
+    tokenizer_path: str | Path | None = None,
+    step: int | None = None,
+    **settings,
+) -> list[str]:
+    """What the model at `path` writes after each prompt, without the prompt. `settings` are those of `generate`.
+
+    The tokenizer is `tokenizer_path`, or else the tokenizer.model in `path` or in its tokenizer folder. Exactly one BOS
+    starts a prompt: without it, or with two, Gemma is another model.
+    """
+    from easylm_mling.data.tokenization.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(str(tokenizer_path or _find_tokenizer(path)))
+    graph, params, model = load_model(path, step=step)
+    tokenizer.check_model(model)
+    encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(prompts)]
+    texts = generate(graph, params, model, encoded, max_new_tokens, **settings)
+    # The model may have rows beyond the tokenizer's pieces; they stand for no text.
+    return [tokenizer.decode([i for i in ids if i != model.eos_token_id and i < tokenizer.vocab_size]) for ids in texts]
+
+
+def _find_tokenizer(path: str | Path) -> Path:
+    files = small_files(path)
+    for folder in (files, files / TOKENIZER_FOLDER):
+        if (folder / "tokenizer.model").is_file():
+            return folder / "tokenizer.model"
+    raise ConfigError(f"{path}: no tokenizer.model here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):
+    def need(ok, message):
+        if not ok:
+            raise ConfigError(message)
+
+    need(max_new_tokens >= 0, f"max_new_tokens={max_new_tokens} must be zero or more")
+    need(0 <= temperature < float("inf"), f"temperature={temperature} must be zero (greedy) or a positive number")
+    need(top_k is None or top_k > 0, f"top_k={top_k} must be positive; leave it out to keep every token")
+    need(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
+    need(dtype in ("bfloat16", "float32"), f"dtype={dtype!r} must be 'bfloat16' or 'float32'")
+    for i, prompt in enumerate(prompts):
+        need(len(prompt) > 0, f"prompt {i} is empty; start it with BOS ({model.bos_token_id})")
+        need(
+            all(0 <= t < model.vocab_size for t in prompt),
+            f"prompt {i} holds a token outside the vocabulary of {model.vocab_size}; use the model's own tokenizer",
+        )
+        need(
+            len(prompt) + max_new_tokens <= model.max_position_embeddings,
+            f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that passes "
+            f"max_position_embeddings={model.max_position_embeddings}; shorten one of them",
+        )
+
+
+@partial(jax.jit, static_argnames=("graph", "room", "greedy", "dtype"))
+def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int, greedy: bool, dtype):
+    """New tokens [B, room] int32 and how many of them count [B], for prompts [B, P] of `lengths` [B].
+
+    `limit` (at most `room`) and `settings` are traced: other values of theirs do not compile again.
+    """
+    model = nnx.merge(graph, params)
+    eos = model.config.eos_token_id
+    hidden, caches = _prefill(model, tokens, room, dtype)
+    B = tokens.shape[0]
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    def choose(hidden, n):
+        scores = logits(hidden, model.head, model.config.final_logit_softcapping)
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32) if greedy else _sample(key, n, scores, *settings)
+
+    def proceed(carry):
+        n, _, _, _, ended, _ = carry
+        return (n < limit) & ~jnp.all(ended)
+
+    def advance(carry):
+        n, hidden, caches, new, ended, count = carry
+        token = choose(hidden, n)
+        new = new.at[:, n].set(jnp.where(ended, eos, token))
+        count = jnp.where(ended, count, n + 1)
+        hidden, caches = _decode(model, token, lengths + n, caches, dtype)
+        return n + 1, hidden, caches, new, ended | (token == eos), count
+
+    zero = jnp.zeros((B,), jnp.int32)
+    start = (jnp.int32(0), last, caches, jnp.full((B, room), eos, jnp.int32), zero == 1, zero)
+    _, _, _, new, _, count = jax.lax.while_loop(proceed, advance, start)
+    return new, count
+
+
+def _prefill(model: Gemma, tokens, room: int, dtype):
+    """Hidden states [B, P, D] of the prompts, and caches (k, v) [L, B, P + room, K, H] with their first P slots filled.
+
+    Padding needs no mask: it stands to the right of every real token, and its slots are overwritten before any
+    later token can see them.
+    """
+    B, P = tokens.shape
+
+    def attend(q, k, v, window, _):
+        widen = [(0, 0), (0, room), (0, 0), (0, 0)]
+        context = attention(q, k, v, jnp.ones((B, P), jnp.int32), window, model.config.attn_logit_softcapping)
+        return context, (jnp.pad(k, widen), jnp.pad(v, widen))
+
+    positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    return model.run(tokens, positions, attend, None, dtype, Remat("none"))
+
+
+def _decode(model: Gemma, token, position, caches, dtype):
+    """Hidden states [B, D] of one more `token` [B] at `position` [B], and the caches that now hold it."""
+    row = jnp.arange(token.shape[0])
+
+    def attend(q, k, v, window, cache):
+        keys, values = (old.at[row, position].set(new[:, 0]) for old, new in zip(cache, (k, v), strict=True))
+        mask = sees(position[:, None], jnp.arange(keys.shape[1]), window)
+        return masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping), (keys, values)
+
+    hidden, caches = model.run(token[:, None], position[:, None], attend, caches, dtype, Remat("none"))
+    return hidden[:, 0], caches
+
+
+def _sample(key, n, scores, temperature, top_k, top_p):
+    """One token [B] from float32 `scores` [B, V]; ties with the last kept token are kept too."""
+    scores = scores / temperature
+    ordered = jnp.sort(scores, axis=-1, descending=True)
+    kept = jnp.arange(scores.shape[-1]) < top_k
+    probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept &= (before < top_p) | (top_p >= 1)
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    allowed = jnp.where(scores >= lowest, scores, -jnp.inf)
+    keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.fold_in(key, b), n))(jnp.arange(scores.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)

@@ -1,0 +1,122 @@
+"""Where every array lives: one table from logical axes to mesh axes, applied strictly.
+
+A dimension that does not divide, or a mesh axis used twice in one array, is an error, never a silent replica.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from easylm_mling.config import MeshConfig, ModelConfig, RunConfig
+from easylm_mling.errors import ConfigError
+from easylm_mling.model.params import parameter_table, to_nested
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES = {
+    "batch": BATCH_AXES,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "layers": None,
+    # Activations keep their feature and position axes whole; only parameters are cut along `embed`.
+    "activation_embed": None,
+    "position": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """A mesh of all `devices` (default: every device of every process) with axes data, fsdp and tensor."""
+    if devices is None:
+        # One process's devices side by side: its rows of a batch then follow one another.
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    sizes = [config.data, config.fsdp, config.tensor]
+    written = dict(zip(MESH_AXES, sizes, strict=True))
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"mesh {written} does not multiply to the {len(devices)} devices here; change mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def rules_for(model: ModelConfig, mesh: Mesh) -> dict:
+    """The table for this model: fewer key/value heads than tensor shards cannot be cut, so every shard keeps them all."""
+    tensor = mesh.shape["tensor"]
+    return RULES | ({"kv_heads": None} if model.num_key_value_heads < tensor else {})
+
+
+def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str) -> PartitionSpec:
+    """The PartitionSpec of an array with logical `axes`; raises ConfigError where it cannot be cut as the table says."""
+    assert len(axes) == len(shape), (name, axes, shape)
+    entries = [rules[a] for a in axes]
+    used = [m for e in entries if e for m in ((e,) if isinstance(e, str) else e)]
+    if len(used) != len(set(used)):
+        raise ConfigError(f"{name}: the axes {axes} put one mesh axis on two dimensions ({entries})")
+    for axis, size, entry in zip(axes, shape, entries, strict=True):
+        shards = math.prod(mesh.shape[m] for m in ((entry,) if isinstance(entry, str) else entry or ()))
+        if size % shards:
+            raise ConfigError(
+                f"{name}: {axis} of size {size} does not divide over the {shards} shards of mesh axis {entry}"
+            )
+    return PartitionSpec(*entries)
+
+
+def parameter_shardings(model: ModelConfig, mesh: Mesh) -> dict:
+    """A nested dict of NamedSharding, one for each parameter."""
+    rules = rules_for(model, mesh)
+    return to_nested(
+        {
+            p.path: NamedSharding(mesh, partition_spec(p.axes, p.shape, mesh, rules, p.path))
+            for p in parameter_table(model)
+        }
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch lie along the data and fsdp axes together."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def own_rows(mesh: Mesh, rows: int) -> range:
+    """Which of a batch's `rows` lie on this process's devices, for arrays sharded as `batch_sharding` says."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    held = [index[0].indices(rows) for index in indices if index]
+    own = range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
+    assert len(own) == sum(stop - start for start, stop, _ in set(held)), f"rows of one process lie apart: {held}"
+    return own
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_run(config: RunConfig, mesh: Mesh):
+    """Raise ConfigError for anything that does not divide over the mesh, before a device is asked for memory."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.train.batch_size // config.train.accumulation_steps
+    if rows % shards:
+        raise ConfigError(
+            f"train.batch_size / train.accumulation_steps = {rows} rows do not divide over the {shards} shards of mesh.data "
+            f"x mesh.fsdp; use a multiple of {shards * config.train.accumulation_steps} for train.batch_size"
+        )
+    parameter_shardings(config.model, mesh)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pin an activation's logical `axes` inside a jitted function; without a mesh in context it is the identity."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    assert len(axes) == x.ndim, (axes, x.shape)
+    tensor = mesh.shape["tensor"]
+    entries = [None if a == "kv_heads" and x.shape[i] < tensor else RULES[a] for i, a in enumerate(axes)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

@@ -1,0 +1,89 @@
+"""Attention by JAX's splash kernel for TPU: the same function as model/attention.py's, without a score in HBM.
+
+Source: jax.experimental.pallas.ops.tpu.splash_attention, which follows FlashAttention-2 (Dao 2023).
+
+Axis letters as in model/attention.py.
+"""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from easylm_mling.model.attention import on_each_device
+
+# The kernel works on tiles of so many lanes.
+_LANES = 128
+# Keys that scores are computed for at a time: 1024 overflow the vector memory of v4, v5p and v5e at head_dim 256.
+_COMPUTED = 512
+
+
+def runs_on(positions: int, head_dim: int) -> bool:
+    """Whether the kernel takes sequences and heads of these sizes."""
+    return positions % _LANES == 0 and head_dim % _LANES == 0
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: jax.Array | None,
+    soft_cap: float | None,
+    local_window: int | None,
+    block: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.attention`.
+
+    `local_window` is the one value, known when compiling, that `window` has in local layers; any other is no limit.
+    `block`: positions of the tiles of queries and keys. `interpret`: run the kernel without a TPU, slowly.
+    """
+
+    def kernel(width: int | None):
+        run = partial(_by_heads, window=width, soft_cap=soft_cap, block=min(block, q.shape[1]), interpret=interpret)
+        return partial(on_each_device, run)
+
+    if window is None:
+        return kernel(None)(q, k, v, segment_ids)
+    return jax.lax.cond(window == local_window, kernel(local_window), kernel(None), q, k, v, segment_ids)
+
+
+def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    kernel = _kernel(T, N // K, window, soft_cap, block, interpret)
+    q = jnp.transpose(q.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4))
+    k, v = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k, v))
+    segments = splash.SegmentIds(segment_ids, segment_ids)
+    # Mapped over key/value heads, and not given them at once: only a mapped axis of the grid is split over the two
+    # cores of a v4 or v5p chip in the backward pass.
+    over_heads = jax.vmap(kernel, (0, 0, 0, None))
+    out: Any = jax.vmap(over_heads)(q, k, v, segments)
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
+
+
+@lru_cache
+def _kernel(T: int, G: int, window: int | None, soft_cap: float | None, block: int, interpret: bool):
+    """Attention of G query heads [G, T, H] to one key/value head [T, H]."""
+    # A whole number of tiles.
+    while T % block:
+        block //= 2
+    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    part = min(block, _COMPUTED)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=part, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    # Made once, as NumPy arrays: a kernel kept from one trace must not hold values of that trace.
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mqa_single_device(
+            masks.MultiHeadMask([mask] * G),
+            block_sizes=sizes,
+            attn_logits_soft_cap=soft_cap,
+            residual_checkpoint_name="attention",
+            interpret=interpret,
+        )

@@ -1,0 +1,1 @@
+"""Run telemetry: metrics, events, goodput, throughput, console, trackers, profiler."""

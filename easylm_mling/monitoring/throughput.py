@@ -1,0 +1,70 @@
+"""How fast a run is, as its first process sees it: what a line of metrics.jsonl says of time and memory."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jax.sharding import Mesh
+
+from easylm_mling.config import RunConfig
+from easylm_mling.hardware import CHIPS
+from easylm_mling.model.flops import model_flops
+
+
+class Pause:
+    """How long the loop stood still, in seconds; known when the pause is over."""
+
+    seconds = 0.0
+
+
+class Throughput:
+    """Measures from one logged step to the next; the first step of a process, which is compiled, is not measured."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.device, self.chips = mesh.local_devices[0], mesh.size
+        self._tokens = config.tokens_per_step
+        flops = model_flops(config.model, config.data.sequence_length) * config.train.batch_size
+        self._tflops = flops / mesh.size / 1e12
+        chip = next((c for c in CHIPS.values() if c.device_kind == self.device.device_kind), None)
+        self._peak_tflops = chip and chip.peak_flops / 1e12
+        self._since: tuple[int, float] | None = None
+        self._paused = self._waited = 0.0
+
+    @contextmanager
+    def pausing(self) -> Iterator[Pause]:
+        """What is done in it is no part of a step: an evaluation, a save. Have the step finished before."""
+        pause, begun = Pause(), time.monotonic()
+        yield pause
+        pause.seconds = time.monotonic() - begun
+        self._paused += pause.seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        begun = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begun
+
+    def measure(self, step: int) -> dict[str, float | None]:
+        """Means a step since the last call, at whose time the step before it was done. MFU is of the chip's bf16 peak,
+        if the chip is known, and FLOPs are those that the model needs (model/flops.py); memory is that of one device."""
+        now, memory = time.monotonic(), self.device.memory_stats() or {}
+        values: dict[str, float | None] = {"step_seconds": None, "data_wait_seconds": None, "tokens_per_second": None}
+        if self._since and step > self._since[0]:
+            steps = step - self._since[0]
+            seconds = max(1e-9, now - self._since[1] - self._paused) / steps
+            rate, tflops = self._tokens / seconds, self._tflops / seconds
+            values = {
+                "step_seconds": round(seconds, 6),
+                "data_wait_seconds": round(self._waited / steps, 6),
+                "tokens_per_second": round(rate, 1),
+                "tokens_per_second_per_chip": round(rate / self.chips, 1),
+                "tflops_per_chip": float(f"{tflops:.5g}"),
+            }
+            if self._peak_tflops:
+                values["mfu"] = round(tflops / self._peak_tflops, 5)
+        self._since, self._paused, self._waited = (step, now), 0.0, 0.0
+        for name, key in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
+            if key in memory:
+                values[name] = memory[key]
+        return values

@@ -1,0 +1,93 @@
+"""What the processes of a run tell each other at every step, and which lanes are whose."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from easylm_mling.config import RunConfig
+from easylm_mling.data.mixture import DataState, whole_state
+from easylm_mling.data.quarantine import Quarantine
+from easylm_mling.distributed.processes import is_multiprocess, is_primary
+from easylm_mling.errors import ConfigError
+from easylm_mling.model.sharding import own_rows
+
+
+def own_lanes(config: RunConfig, mesh: Mesh) -> range:
+    """The lanes whose rows lie on this process's devices; processes that share rows have the same lanes."""
+    rows, per_lane = own_rows(mesh, config.train.batch_size), config.train.batch_size // config.lanes
+    if rows.start % per_lane or rows.stop % per_lane:
+        raise ConfigError(
+            f"data.lanes={config.lanes}: {jax.process_count()} processes hold {len(rows)} rows of a batch each, which is no "
+            f"whole number of lanes of {per_lane} rows; use fewer processes for this run (its lanes are fixed)"
+        )
+    return range(rows.start // per_lane, rows.stop // per_lane)
+
+
+class Agreement(NamedTuple):
+    """What all processes together say at a step."""
+
+    stop_request: int  # the largest of all
+    state: DataState  # of the whole run
+
+
+class HostSync:
+    """Brings what every process says at a step together, without waiting for it: the answer is asked for a step later.
+
+    On CPU devices it does wait, for the step and for the answer. There programs that do not depend on one another run side
+    by side, and two that talk to the same devices take each other's messages for their own.
+    """
+
+    def __init__(self, lanes: range):
+        self._lanes = lanes
+        devices = {d.process_index: d for d in reversed(jax.devices())}
+        self._mesh = Mesh(np.array([devices[i] for i in sorted(devices)]), ("process",))
+        self._each = NamedSharding(self._mesh, PartitionSpec("process"))
+        self._copy = jax.jit(lambda x: x, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        self._waits = self._mesh.devices.flat[0].platform == "cpu"
+
+    def start(self, stop_request: int, state: DataState, under_way: Any = None) -> Callable[[], Agreement]:
+        """`state` is this process's own (mixture.own_state); `under_way` is what comes of all that was launched before.
+
+        All processes must call it at the same steps.
+        """
+        if not is_multiprocess():
+            return lambda: Agreement(stop_request, state)
+        own = state.lanes[self._lanes.start : self._lanes.stop]
+        head = np.array([stop_request, self._lanes.start], np.int64)
+        # JAX would make 32-bit numbers of 64-bit ones.
+        said = np.concatenate([head, own.reshape(-1), state.languages.reshape(-1)]).view(np.uint32)
+        if self._waits:
+            jax.block_until_ready(under_way)
+        with jax.set_mesh(self._mesh):
+            gathered = self._copy(jax.make_array_from_process_local_data(self._each, said[None]))
+        if self._waits:
+            jax.block_until_ready(gathered)
+        return lambda: self._read(np.asarray(gathered), state)
+
+    def _read(self, gathered: np.ndarray, like: DataState) -> Agreement:
+        said = np.ascontiguousarray(gathered).view(np.int64)
+        states = {}
+        size = len(self._lanes) * like.lanes[0].size
+        for (start, *_), numbers in zip(said[:, 1:2].tolist(), said[:, 2:], strict=True):
+            lanes = np.zeros_like(like.lanes)
+            lanes[start : start + len(self._lanes)] = numbers[:size].reshape(len(self._lanes), *lanes.shape[1:])
+            states[start] = DataState(lanes, numbers[size:].reshape(like.languages.shape))
+        return Agreement(int(said[:, 0].max()), whole_state(list(states.values())))
+
+
+def own_quarantine(path: Path, sources: list[str], state: DataState | None) -> Path:
+    """This process's list of bad records, beside the first's `path`.
+
+    The first forgets what processes that are no more had read ahead of `state`, for it will be read again.
+    """
+    if is_primary():
+        for other in path.parent.glob(f"{path.stem}-of-process-*{path.suffix}"):
+            number = other.stem.rpartition("-")[2]
+            if number.isdigit() and int(number) >= (jax.process_count() if is_multiprocess() else 1):
+                Quarantine(other, sources, state and state.lanes)
+        return path
+    return path.with_name(f"{path.stem}-of-process-{jax.process_index()}{path.suffix}")

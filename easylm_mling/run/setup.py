@@ -1,0 +1,90 @@
+"""How a process of a run begins: its devices, the run's directory, what is fixed for its life, and the state to go on with."""
+
+from functools import partial
+
+import jax
+from rich.console import Console
+
+from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
+from easylm_mling.checkpoint.layout import newest_step
+from easylm_mling.config import RunConfig, load
+from easylm_mling.data.mixture import DataState
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.distributed.processes import process_index
+from easylm_mling.model.sharding import check_run, make_mesh
+from easylm_mling.monitoring.console import say, warn
+from easylm_mling.plan.measurements import MeasurementCache
+from easylm_mling.plan.remat import choose_remat, with_remat
+from easylm_mling.run.data import RunData
+from easylm_mling.run.directory import RunDirectory
+from easylm_mling.run.host_sync import own_lanes
+from easylm_mling.run.rewind import batches_to_skip
+from easylm_mling.training.step import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    init_params,
+    init_state,
+    state_shardings,
+)
+
+
+def select_devices(config: RunConfig):
+    """Simulate CPU devices when the config asks for them; must run before jax first looks for devices."""
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
+
+def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool):
+    """Check everything that can be checked, then take the run's directory; returns the config with its remat, the mesh
+    and the data.
+    """
+    run = RunDirectory(config, accept_data_change, process_index())
+    data = RunData(run, config, tokenizer, accept_data_change)
+    mesh = make_mesh(config.mesh)
+    check_run(config, mesh)
+    own_lanes(config, mesh)
+    config = with_chosen_remat(config, run, console)
+    if config.init_from and not newest_step(run.name):
+        check_same_shapes(config.init_from, abstract_params(config.model, mesh))
+    run.take_lease()
+    if data.changed:
+        run.set_aside(newest_step(run.name))
+        run.replace_config(config)
+    run.write_start(config)
+    data.write_start()
+    run.begun()
+    return config, mesh, data
+
+
+def restore_or_init(
+    config, mesh, checkpoints: Checkpoints, data: RunData, console
+) -> tuple[TrainState, DataState | None, int]:
+    """The newest checkpoint's state on this mesh, or a fresh one (from `init_from` where given) and no data state.
+
+    Last, how many batches to leave out now: those of a rewind to this very checkpoint.
+    """
+    shardings = state_shardings(config, mesh)
+    if found := checkpoints.restore_newest(abstract_state(config, mesh)):
+        for step, wrong in found.damaged:
+            warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
+        data_state, news = data.resume(found.step, DataState(**found.data), found.info)
+        for line in (f"resumed from the checkpoint of step {found.step}", *news):
+            say(console, line)
+        return found.state, data_state, batches_to_skip(data.run, found.step, found.info)
+    if config.init_from:
+        abstract = abstract_params(config.model, mesh)
+        params = load_params(config.init_from, abstract)
+        say(console, f"parameters taken from {config.init_from}")
+        return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
+    fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
+    return fresh(), None, 0
+
+
+def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
+    """`train.remat: auto` as it was chosen when the run began, or chosen now: a run keeps it whatever compiler comes next."""
+    if config.train.remat == "auto" and run.config_file.is_file():
+        chosen = load([str(run.config_file)]).train
+        return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
+    return choose_remat(config, MeasurementCache(), console) if config.train.remat == "auto" else config

@@ -1,0 +1,104 @@
+"""The loss on held-out documents, over all and for each source and language."""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from easylm_mling.config import RunConfig
+from easylm_mling.data.catalog import Catalog
+from easylm_mling.data.loader import Batch, holdout_rows, to_device
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.model.sharding import BATCH_AXES, own_rows
+from easylm_mling.monitoring.metrics import finite, mean_loss
+from easylm_mling.training.step import jit_eval_step
+
+
+class Validation:
+    """Called with parameters, gives the mean loss of held-out text in nats a token, None where there is none:
+
+    `{"loss", "sources": {name: loss}, "languages": {name: {language: loss}}}`, the last for sources of several, and the
+    same as `bits_per_byte`, `sources_bits_per_byte` and `languages_bits_per_byte`: bits for each byte of the text, by which
+    models of other tokenizers can be compared.
+
+    The rows are read at the first call and kept: they are the same for the whole run, at most eval.rows_per_source each.
+    A row in which several languages meet is looked at once for each of them.
+    """
+
+    def __init__(self, config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, mesh: Mesh):
+        self.config, self.catalog, self.tokenizer, self.mesh = config, catalog, tokenizer, mesh
+        self.rows_per_batch = config.train.batch_size // config.train.accumulation_steps
+        self.own = own_rows(mesh, self.rows_per_batch)
+        # Losses are summed by groups: of each source its languages.
+        self.groups = [(name, language) for name, s in catalog.sources.items() for language in s.languages]
+        self.eval_step = jit_eval_step(config, mesh, len(self.groups))
+
+    @cached_property
+    def rows(self) -> Batch:
+        """All sources' rows one after another, filled up to whole batches with rows that have no targets. `source` is the
+        number of a group.
+        """
+        count, parts, first = self.config.eval.rows_per_source, [], 0
+        for name, source in self.catalog.sources.items():
+            parts.append(by_language(holdout_rows(self.config, self.catalog, self.tokenizer, name, count), first))
+            first += len(source.languages)
+        whole = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+        padding = -len(whole["source"]) % self.rows_per_batch
+        return {key: np.concatenate([v, np.zeros((padding, *v.shape[1:]), v.dtype)]) for key, v in whole.items()}
+
+    @cached_property
+    def bytes(self) -> np.ndarray:
+        """float64 [groups]: bytes of the text that the rows' targets stand for. NaN if one of them is unknown."""
+        sizes, rows = self.tokenizer.bytes_of_pieces, self.rows
+        # Some tokenizers put a space before every text, which is not the text's.
+        added = sizes[self.tokenizer.encode(["a"])[0]].sum() - 1
+        begun = (rows["tokens"] == self.tokenizer.bos_id) & (rows["loss_mask"] > 0)
+        of_rows = np.sum(np.where(rows["loss_mask"] > 0, sizes[rows["targets"]], 0.0) - added * begun, axis=-1)
+        return np.bincount(rows["source"], of_rows, len(self.groups))
+
+    def __call__(self, params: dict) -> dict:
+        sums, counts = np.zeros(len(self.groups)), np.zeros(len(self.groups))
+        for start in range(0, len(self.rows["source"]), self.rows_per_batch):
+            batch = {key: v[start + self.own.start : start + self.own.stop] for key, v in self.rows.items()}
+            entropy, targets = self.eval_step(params, to_device(batch, self.mesh, PartitionSpec(BATCH_AXES)))
+            sums += np.asarray(entropy, np.float64)
+            counts += np.asarray(targets, np.float64)
+        return {
+            **self._means("{}", mean_loss, sums, counts),
+            **self._means("{}_bits_per_byte", bits_per_byte, sums, self.bytes),
+        }
+
+    def _means(self, name: str, mean: Callable, sums: np.ndarray, sizes: np.ndarray) -> dict:
+        """`mean` of everything, of each source and of each language that has anything."""
+        names = [source for source, _ in self.groups]
+        of = {source: [i for i, n in enumerate(names) if n == source] for source in names}
+        each = {s: mean(sums[i].sum(), sizes[i].sum()) for s, i in of.items() if sizes[i].any()}
+        of_several = {
+            s: {self.groups[g][1]: mean(sums[g], sizes[g]) for g in i if sizes[g]} for s, i in of.items() if len(i) > 1
+        }
+        whole = "loss" if name == "{}" else "bits_per_byte"
+        return {
+            whole: mean(sums.sum(), sizes.sum()),
+            name.format("sources"): each,
+            name.format("languages"): of_several,
+        }
+
+
+def by_language(rows: Batch, first: int) -> Batch:
+    """`rows` of one source (loader.holdout_rows), each once for every language that it has targets of, which alone are left.
+    `source` is `first` and the number of the language.
+    """
+    spoken, targets = rows["language"], rows["loss_mask"] > 0
+    found = [np.unique(spoken[i][targets[i]]) for i in range(len(spoken))]
+    index = np.repeat(np.arange(len(spoken)), [len(x) for x in found])
+    language = np.concatenate([np.zeros(0, np.int32), *found]).astype(np.int32)
+    copies = {key: v[index] for key, v in rows.items() if key != "language"}
+    kept = spoken[index] == language[:, None]
+    copies["targets"], copies["loss_mask"] = copies["targets"] * kept, copies["loss_mask"] * kept
+    return {**copies, "source": first + language}
+
+
+def bits_per_byte(nats: float, size: float) -> float | None:
+    return finite(float(nats) / math.log(2) / float(size)) if size else None

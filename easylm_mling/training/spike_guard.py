@@ -1,0 +1,46 @@
+"""Which steps change nothing: those that are not finite, and spikes, as two guards apart.
+
+A spike is a loss or gradient norm over `sigmas` standard deviations above the mean of the last WINDOW steps: 6 and 128 in
+OLMo-core (`SkipStepOptimizer`) and levanter, where as in MaxText it must be asked for. (PaLM's authors went back and left
+batches out by hand, arXiv:2204.02311, 5.1: run/rewind.py.) Theirs takes everything into its window, so that one NaN blinds it
+or freezes the run for the next 128 steps. Here what is not finite never enters, and a spike enters as the limit that it
+passed: it cannot hide the next one, and a level that lasts (of another data stage, say) is learnt within some steps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+WINDOW = 128
+# What becomes of a step.
+ACCEPTED, NOT_FINITE, SPIKE = range(3)
+
+
+class Recent(NamedTuple):
+    """The last finite steps; or, in the same places, shapes or shardings."""
+
+    values: Any  # float32 [2, WINDOW], a ring: the loss (nats a target) and the gradient norm
+    count: Any  # int32: how many have ever entered
+
+
+def nothing_recent() -> Recent:
+    return Recent(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def judge(recent: Recent, loss, norm, sigmas: float):
+    """(LEARNT, NOT_FINITE or SPIKE; the limits [2] float32 of loss and norm; the window with this step in it).
+
+    `sigmas` 0 knows no spikes. Nor does a window that is not yet half full, which the start of a run would mislead.
+    """
+    now = jnp.stack([loss, norm]).astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(now))
+    limits = jnp.full((2,), jnp.inf, jnp.float32)
+    if sigmas:
+        entered = jnp.minimum(recent.count, WINDOW)
+        there, size = jnp.arange(WINDOW) < entered, jnp.maximum(entered, 1)
+        mean = jnp.sum(jnp.where(there, recent.values, 0), axis=1) / size
+        square = jnp.where(there, recent.values - mean[:, None], 0) ** 2
+        limits = jnp.where(entered < WINDOW // 2, limits, mean + sigmas * jnp.sqrt(jnp.sum(square, axis=1) / size))
+    verdict = jnp.where(finite, jnp.where(jnp.any(now > limits), SPIKE, ACCEPTED), NOT_FINITE)
+    entering = jnp.where(jnp.arange(WINDOW) == recent.count % WINDOW, jnp.minimum(now, limits)[:, None], recent.values)
+    return verdict, limits, Recent(jnp.where(finite, entering, recent.values), recent.count + finite)
