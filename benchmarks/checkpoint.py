@@ -30,7 +30,7 @@ from easylm_mling.config import load  # noqa: E402
 from easylm_mling.data.mixture import initial_state  # noqa: E402
 from easylm_mling.monitoring.metrics import read_metrics  # noqa: E402
 from easylm_mling.training.digests import digests  # noqa: E402
-from easylm_mling.training.step import TrainState  # noqa: E402
+from easylm_mling.training.state import TrainState  # noqa: E402
 
 FILE = 400_000_000
 
