@@ -198,7 +198,7 @@ def saved(tmp_path_factory):
     state = jax.jit(lambda: init_state(init_params(config.model, 0), config))()
     counters = {"lanes": np.zeros((8, 5, 11), np.int64), "languages": np.zeros((50, 3), np.int64)}
     with Checkpoints(directory) as checkpoints:
-        assert checkpoints.save(state, counters, {"config": to_tree(config)}) == ""
+        assert checkpoints.save(state, counters, {"config": to_tree(config)}).ok
     return directory
 
 
