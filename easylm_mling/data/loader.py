@@ -4,7 +4,7 @@ import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import jax
@@ -26,8 +26,8 @@ from easylm_mling.data.mixture import (
     substitute,
 )
 from easylm_mling.data.quarantine import Quarantine
-from easylm_mling.data.shuffle import EpochOrder, Window, epoch_windows, open_orders
-from easylm_mling.data.streams import LaneStream, SpillFile
+from easylm_mling.data.shuffle import EpochOrder, epoch_windows, open_orders
+from easylm_mling.data.streams import EnteredWindow, LaneStream, SpillFile, StreamState
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
@@ -78,15 +78,18 @@ class Loader:
         self._cache = TokenCache(config.data.token_cache, tokenizer) if config.data.token_cache else None
         self.lanes_with_data = [order.blocks_up_to(config.lanes) for order in self.orders]
         self._check_lanes_with_data()
-        counts = [len(s.languages) for s in catalog.sources.values()]
-        self._first_language = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        ends = list(accumulate(len(s.languages) for s in catalog.sources.values()))
+        # The rows of DataState.languages that are a source's.
+        self._language_rows = [slice(start, end) for start, end in pairwise([0, *ends])]
         shape = (config.lanes, len(self.orders), self._lanes)
-        self._state = initial_state(*shape, sum(counts)) if state is None else own_state(state, *shape)
+        # As the run begins or resumes, but for ROWS and EXTRA, which are counted here; what streams count, they keep.
+        self._state = initial_state(*shape, ends[-1]) if state is None else own_state(state, *shape)
+        self._streams: dict[tuple[int, int], LaneStream] = {}
         self._quarantine = Quarantine(quarantine, list(catalog.sources), state and state.lanes) if quarantine else None
         # Bad and good records of the windows entered by this process.
         self._records = np.zeros((len(self.orders), 2), np.int64)
         # For each lane, the sources whose streams have ended.
-        self._spent: dict[int, set[int]] = {lane: set() for lane in self._lanes}
+        self._used_up: dict[int, set[int]] = {lane: set() for lane in self._lanes}
         self.ended = ""
         self._closed = False
         self._batches = self._make_batches()
@@ -126,7 +129,6 @@ class Loader:
     def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
         data, own, lanes = self._config.data, self._lanes, self._state.lanes
         per_lane = self._config.train.batch_size // self._config.lanes
-        streams: dict[tuple[int, int], LaneStream] = {}
         with contextlib.closing(SpillFile()) as spill_file:
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
@@ -136,47 +138,57 @@ class Loader:
                     for i, lane in enumerate(own):
                         if self._closed:
                             return
-                        got = self._take(streams, spill_file, lane, int(dealt[lane]))
-                        if got is None:
+                        source_and_row = self._take(spill_file, lane, int(dealt[lane]))
+                        if source_and_row is None:
                             return
-                        sources[i, turn], row = got
+                        sources[i, turn], row = source_and_row
                         tokens[i, turn, : len(row)], real[i, turn] = row, len(row)
                     lanes[np.arange(len(dealt)), dealt, ROWS] += 1
                 batch = row_arrays(tokens.reshape(-1, data.sequence_length + 1), self._tokenizer.bos_id)
                 mask_padding(batch, real.reshape(-1), self._tokenizer.pad_id)
-                yield {**batch, "source": sources.reshape(-1)}, self._state.copy()
+                yield {**batch, "source": sources.reshape(-1)}, self._consumed()
 
-    def _take(self, streams: dict, spill_file: SpillFile, lane: int, due: int) -> tuple[int, np.ndarray] | None:
+    def _consumed(self) -> DataState:
+        lanes, languages = self._state.copy()
+        for (lane, source), stream in self._streams.items():
+            stream.state.write_to(lanes[lane, source])
+            languages[self._language_rows[source]] += stream.languages
+        return DataState(lanes, languages)
+
+    def _take(self, spill_file: SpillFile, lane: int, due: int) -> tuple[int, np.ndarray] | None:
         """(source, its row) for a lane that is due a row of source `due`; None if the run ends here."""
-        data, counters = self._config.data, self._state.lanes[lane]
+        data, counters, used_up = self._config.data, self._state.lanes[lane], self._used_up[lane]
         shares = self._plan.shares_at(int(counters[:, ROWS].sum()))
         source: int | None = due
         while source is not None:
-            if source not in self._spent[lane]:
-                if (lane, source) not in streams:
-                    streams[lane, source] = self._stream(lane, source, spill_file)
-                row = streams[lane, source].take(data.sequence_length)
+            if source not in used_up:
+                row = self._row(spill_file, lane, source)
                 if len(row):
                     counters[source, EXTRA] += source != due
                     return source, row
-                self._spent[lane].add(source)
-                del streams[lane, source]
+                used_up.add(source)
             name = self.orders[source].source.name
             if data.sources[name].when_used_up == "stop":
                 self.ended = (
                     f"data.sources.{name} is used up (max_epochs={data.sources[name].max_epochs}) in lane {lane}"
                 )
                 return None
-            source = substitute(shares, data.seed, lane, counters[:, EXTRA], self._spent[lane])
+            source = substitute(shares, data.seed, lane, counters[:, EXTRA], used_up)
         self.ended = f"every source is used up in lane {lane}"
         return None
 
-    def _stream(self, lane: int, source: int, spill_file: SpillFile) -> LaneStream:
-        order, counters = self.orders[source], self._state.lanes[lane, source]
-        languages = self._state.languages[self._first_language[source] : self._first_language[source + 1]]
-        account = lambda window: self._account(lane, source, window)  # noqa: E731
-        lanes = self._config.lanes
-        return LaneStream(order, self._tokenizer, lane, lanes, counters, languages, spill_file, account, self._cache)
+    def _row(self, spill_file: SpillFile, lane: int, source: int) -> np.ndarray:
+        """The next row of a lane's stream, empty if it has ended."""
+        if (lane, source) not in self._streams:
+            state = StreamState.from_counters(self._state.lanes[lane, source])
+            self._streams[lane, source] = LaneStream(
+                self.orders[source], self._tokenizer, lane, self._config.lanes, state, spill_file, self._cache
+            )
+        stream = self._streams[lane, source]
+        while (row := stream.take(self._config.data.sequence_length)) is None:
+            assert stream.entered is not None
+            self._account(lane, source, stream.entered)
+        return row
 
     def _check_lanes_with_data(self):
         for order, lanes_with_data in zip(self.orders, self.lanes_with_data, strict=True):
@@ -188,12 +200,12 @@ class Loader:
                     "data.lanes or a smaller data.block_bytes"
                 )
 
-    def _account(self, lane: int, source: int, window: Window):
-        """Write the bad records of a window down, and raise DataError if they have become too many."""
+    def _account(self, lane: int, source: int, window: EnteredWindow):
+        """Write the bad records of a window to the quarantine; raise DataError if they have become too many."""
         name, limit = self.orders[source].source.name, self._config.data.max_bad_fraction
         if window.bad and self._quarantine:
-            self._quarantine.write(lane, source, self._state.lanes[lane, source], window.bad)
-        self._records[source] += len(window.bad), window.read
+            self._quarantine.write(lane, source, window)
+        self._records[source] += len(window.bad), window.good
         bad, read = self._records[source].tolist()
         if bad + read >= _MIN_RECORDS and bad > limit * (bad + read):
             where = f"see {self._quarantine.path}" if self._quarantine else "a quarantine file would list them"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW
-from easylm_mling.data.sources.readers import BadRecord
+from easylm_mling.data.streams import EnteredWindow
 from easylm_mling.storage.atomic import atomic_file
 from easylm_mling.storage.jsonl import JsonlWriter
 
@@ -29,12 +29,12 @@ class Quarantine:
             with open(self.path, "rb") as old, atomic_file(self.path) as kept:
                 kept.writelines(line for line in old if self._is_consumed(line, state))
 
-    def write(self, lane: int, source: int, counters: np.ndarray, bad: list[BadRecord]):
-        """Append the bad records of the window at a lane's `counters`, int64 [C]."""
-        where = {name: int(counters[c]) for name, c in (("epoch", EPOCH), ("block", BLOCK), ("window", WINDOW))}
+    def write(self, lane: int, source: int, window: EnteredWindow):
+        """Append the bad records of a window that a lane has entered."""
+        where = {"epoch": window.epoch, "block": window.block, "window": window.window}
         entry = {"source": self._sources[source], "lane": lane, **where}
         self._records = self._records or JsonlWriter(self.path, ascii_only=False)
-        for b in bad:
+        for b in window.bad:
             head = b.head.decode(errors="replace")
             self._records.append({**entry, "file": b.file, "offset": b.offset, "reason": b.reason, "head": head})
 

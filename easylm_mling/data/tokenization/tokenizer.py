@@ -73,7 +73,11 @@ class Tokenizer:
 
 def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """Return the documents' tokens end to end, int32 [n], each document with one BOS before and one EOS behind it."""
-    parts, bos, eos = [np.zeros(0, np.int32)], np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
+    parts, bos, eos = (
+        [np.zeros(0, np.int32)],
+        np.array([tokenizer.bos_id], np.int32),
+        np.array([tokenizer.eos_id], np.int32),
+    )
     for ids in tokenizer.encode(texts):
         parts += (bos, ids, eos)
     joined = np.concatenate(parts)
