@@ -137,16 +137,6 @@ def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_pa
     assert state.lanes[..., BAD].sum() >= len(whole)
 
 
-def test_entries_from_before_they_had_a_place_are_kept(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": t}) for t in documents(30)))
-    config = run_config(data_config(path, length=T, tokenizer=tokenizer_path()), 1)
-    old = '{"source": "s", "file": "a", "offset": 1, "reason": "r", "head": ""}\n'
-    (tmp_path / "q").write_text(old)
-    Loader(config, build_catalog(config.data), tokenizer(), quarantine=tmp_path / "q").close()
-    assert (tmp_path / "q").read_text() == old
-
-
 def test_a_document_longer_than_many_rows_is_cut_into_them(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "0123456789" * 2000}))

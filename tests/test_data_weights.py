@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
 from easylm_mling.data.shuffle import EpochOrder
@@ -150,6 +150,27 @@ def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(r
         texts = epoch_documents(order)
         truth = sum(len(ids) + 2 for ids in tokenizer().encode(texts))
         assert sum(language_tokens(source, tokens_per_byte(found)[name])) == pytest.approx(truth, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"format": 9, "sources": {}}', "has format 9, .* use the version that wrote it, or remove the file"),
+        ('{"data": "", "tokenizer": "", "sources": {}}', "has no format number, .* or remove the file"),
+        ('{"format": 1, "sou', "not readable as estimates .* remove the file"),
+    ],
+)
+def test_estimates_of_another_format_or_damaged_ones_are_refused_by_name(root, tmp_path, content, message):
+    _, catalog = mixture(root)
+    path = tmp_path / "estimates.json"
+    estimates = open_estimates(path, catalog, tokenizer())
+    assert load_estimates(path) == estimates == open_estimates(path, catalog, tokenizer())
+    path.write_text(content)
+    for read in (load_estimates, pinned_fingerprints, lambda p: open_estimates(p, catalog, tokenizer())):
+        with pytest.raises(ConfigError, match=f"estimates.json: {message}"):
+            read(path)
+    path.unlink()
+    assert open_estimates(path, catalog, tokenizer()) == estimates
 
 
 def test_sampling_takes_a_fraction_by_text_and_leaves_the_held_out_ones_alone(tmp_path):

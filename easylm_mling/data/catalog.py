@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from easylm_mling.config import DataConfig, SourceConfig, to_tree
+from easylm_mling.config import DataConfig, to_tree
 from easylm_mling.data.sources.listing import Info, find_files, size_and_fingerprint
 from easylm_mling.data.sources.readers import DAMAGE, damaged
 from easylm_mling.data.sources.splitting import Cut, cut, layout_of
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
+from easylm_mling.storage.formats import unknown_format
 
 UNITS_PER_BLOCK = 4
-_VERSION = 1
+_FORMAT = 1
 # Requests under way at a time: a bucket's thousand files are listed and cut in a minute.
 _THREADS = 16
 # Everything but the files that decides the order of the data; not the weights, which may change during a run.
@@ -36,6 +37,7 @@ _SOURCE_KEYS = (
     "language_by",
     "language_temperature",
     "language_max_repeats",
+    "dataset",
 )
 
 
@@ -90,22 +92,20 @@ class Catalog:
 
     def save(self, path: str | Path):
         """Write as JSON; a reader never sees half a file."""
-        write_atomically(path, orjson.dumps(self._tree()))
+        write_atomically(path, orjson.dumps({"format": _FORMAT, **self._tree()}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Catalog":
-        """Read what `save` wrote; raises ConfigError if it is missing, damaged or of another version."""
+        """Read what `save` wrote; raises ConfigError if it is missing, damaged or of an unknown format."""
         try:
             tree = orjson.loads(Path(path).read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
             raise ConfigError(
                 f"{path}: not a readable catalog ({error}); restore it, or start a new run_dir"
             ) from error
-        version = tree.get("version") if isinstance(tree, dict) else None
-        if version != _VERSION:
-            raise ConfigError(
-                f"{path}: catalog version {version}, this code writes {_VERSION}; use the code that began the run"
-            )
+        number = tree.get("format") if isinstance(tree, dict) else None
+        if number != _FORMAT:
+            raise unknown_format(path, number, _FORMAT, "start a new run_dir")
         sources = {}
         for s in tree["sources"]:
             units = np.array(s["units"], np.int64).reshape(-1, 4)
@@ -131,7 +131,7 @@ class Catalog:
             {"name": s.name, "settings": s.settings, "files": [asdict(f) for f in s.files], "units": s.units.tolist()}
             for s in self.sources.values()
         ]
-        return {"version": _VERSION, "settings": self.settings, "sources": sources}
+        return {"settings": self.settings, "sources": sources}
 
 
 def build_catalog(data: DataConfig) -> Catalog:
@@ -168,14 +168,10 @@ def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Sour
         found = find_files(f"data.sources.{name}", source, retry, known)
         named = [(path, *found[path], retry) for path in sorted(found)]
         files = tuple(_in_parallel(lambda args: _list_file(*args), named))
-        listed[name] = Source(name, files, np.zeros((0, 4), np.int64), _source_settings(source), retry)
+        listed[name] = Source(
+            name, files, np.zeros((0, 4), np.int64), {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS}, retry
+        )
     return listed
-
-
-def _source_settings(source: SourceConfig) -> dict:
-    settings = {key: getattr(source, key) for key in _SOURCE_KEYS}
-    # Not as null where there is none: runs that began before there was such a key must go on.
-    return {**settings, "dataset": to_tree(source.dataset)} if source.dataset else settings
 
 
 def _list_file(path: str, language: str, info: Info, retry: Retry) -> File:
@@ -193,20 +189,16 @@ def _cut_source(source: Source, unit_bytes: int) -> Source:
     cuts = _in_parallel(cut_file, source.files)
     units = [(index, *one) for index, of_file in enumerate(cuts) for one in of_file]
     if not units:
-        key = "dataset" if source.settings.get("dataset") else "paths"
+        key = "dataset" if source.settings["dataset"] else "paths"
         some = ", ".join(f.name for f in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
         raise ConfigError(f"data.sources.{source.name}.{key}: there is no text in {some}; name files that hold some")
     return replace(source, units=np.array(units, np.int64))
 
 
 def _in_parallel(call, items) -> list:
-    """`call` of each item, in their order; the first error in that order is raised, and nothing new begun."""
+    """`call` of each item, in their order; the first error in that order is raised, and the items that wait are dropped."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="easylm-catalog") as pool:
-        try:
-            return list(pool.map(call, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return list(pool.map(call, items))
 
 
 def _check_source(key: str, old: Source, new: Source):
@@ -220,8 +212,8 @@ def _check_source(key: str, old: Source, new: Source):
 
 def _check_settings(key: str, old: dict, new: dict):
     for name in old:
-        if old[name] != new.get(name):
+        if old[name] != new[name]:
             raise ConfigError(
-                f"{key}.{name} was {old[name]!r} when this run began and is {new.get(name)!r}; "
+                f"{key}.{name} was {old[name]!r} when this run began and is {new[name]!r}; "
                 "set it back, or start a new run_dir"
             )

@@ -8,13 +8,17 @@ from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.shuffle import seeded_order, unit_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import TokensPerByte
+from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.storage.atomic import write_atomically
+from easylm_mling.storage.formats import unknown_format
 
 # Units read of each source, at least one of each language.
 _UNITS = 8
 # A unit that cannot be cut small is read so far; of the text read of a language, so much is tokenised.
 _READ_BYTES = 4_000_000
 _TOKENISED_BYTES = 64_000
+_FORMAT = 1
+_REMOVE = "remove the file: the next start makes it anew from the same files"
 
 
 class Estimate(NamedTuple):
@@ -42,20 +46,31 @@ def open_estimates(path: Path, catalog: Catalog, tokenizer: Tokenizer) -> Estima
     if path.exists() and pinned_fingerprints(path) == fingerprints:
         return load_estimates(path)
     fresh = estimate(catalog, tokenizer)
-    write_atomically(path, json.dumps({**fingerprints, "sources": fresh}).encode())
+    write_atomically(path, json.dumps({"format": _FORMAT, **fingerprints, "sources": fresh}).encode())
     return fresh
 
 
 def load_estimates(path: Path) -> Estimates:
-    """What `open_estimates` kept."""
-    kept = json.loads(path.read_bytes())["sources"]
-    return {name: {language: Estimate(*e) for language, e in of.items()} for name, of in kept.items()}
+    """Read what `open_estimates` kept; raises ConfigError for a damaged file or one of an unknown format."""
+    sources = _read(path)["sources"]
+    return {name: {language: Estimate(*e) for language, e in of.items()} for name, of in sources.items()}
 
 
 def pinned_fingerprints(path: Path) -> dict[str, str]:
-    """Of what the kept estimates are: `data` and `tokenizer`."""
-    kept = json.loads(path.read_bytes())
+    """Return the fingerprints, `data` and `tokenizer`, of what the kept estimates are of; raises as `load_estimates`."""
+    kept = _read(path)
     return {key: kept[key] for key in ("data", "tokenizer")}
+
+
+def _read(path: Path) -> dict:
+    try:
+        kept = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as estimates ({one_line(error)}); {_REMOVE}") from error
+    number = kept.get("format") if isinstance(kept, dict) else None
+    if number != _FORMAT:
+        raise unknown_format(path, number, _FORMAT, _REMOVE)
+    return kept
 
 
 def tokens_per_byte(estimates: Estimates) -> TokensPerByte:

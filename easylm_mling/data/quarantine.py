@@ -55,8 +55,8 @@ class Quarantine:
             entry = json.loads(line)
         except ValueError:
             return False  # a kill cut the line short
-        if "lane" not in entry or entry["source"] not in self._sources:
-            return True  # of a run that began before entries had a place
+        if entry["source"] not in self._sources:
+            return True  # of a source that the run no longer has
         if state is None:
             return False
         at = state[entry["lane"], self._sources.index(entry["source"])]
