@@ -7,13 +7,11 @@ unit. A document belongs to the unit where it starts.
 
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import orjson
 import pyarrow as pa
-import zstandard
 
 from easylm_mling.data.sources.columnar import ROWS, portions
 from easylm_mling.data.sources.lines import MAX_LINE_BYTES, file_lines
@@ -27,7 +25,7 @@ _TOO_LONG = f"line longer than {MAX_LINE_BYTES >> 20} MiB"
 _MAX_JOINED_BYTES = 1 << 26
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # What the libraries raise when a file is not what it should be.
-DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
+DAMAGE = (pa.ArrowException, OSError, EOFError)
 
 
 class BadRecord(NamedTuple):
