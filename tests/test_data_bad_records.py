@@ -125,8 +125,8 @@ def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_pa
             state = next(s for _, s in loader if s.lanes[..., EPOCH].min() == 2)
         # What lies behind the state goes when the next process starts.
         Loader(config, catalog, tokenizer(), state, quarantine=tmp_path / name).close()
-        found = [line for line in (tmp_path / name).read_text().splitlines() if json.loads(line)["epoch"] < 2]
-        return sorted(found), state
+        entries = [line for line in (tmp_path / name).read_text().splitlines() if json.loads(line)["epoch"] < 2]
+        return sorted(entries), state
 
     whole, state = run("whole", [])
     (tmp_path / "killed").write_text('{"source": "s", "la')

@@ -88,7 +88,7 @@ def draw_batches(config, catalog, steps, hosts=1, state=None):
 
 def read_documents(batches, source, lanes) -> list[str]:
     """The documents of a source in the batches that are whole there: its rows of each lane, end to end."""
-    found = []
+    documents_read = []
     for lane in range(lanes):
         tokens = [np.zeros(0, np.int32)]
         for batch, _ in batches:
@@ -99,8 +99,8 @@ def read_documents(batches, source, lanes) -> list[str]:
         begins, ends = (np.flatnonzero(stream == x) for x in (2, 1))
         # BOS and EOS take turns: exactly one of each a document.
         assert (begins[1:] == ends[: len(begins) - 1] + 1).all() and 0 <= len(begins) - len(ends) <= 1
-        found += [tokenizer().decode(stream[a + 1 : b]) for a, b in zip(begins, ends, strict=False)]
-    return found
+        documents_read += [tokenizer().decode(stream[a + 1 : b]) for a, b in zip(begins, ends, strict=False)]
+    return documents_read
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -130,9 +130,9 @@ def test_any_mixture_is_the_same_on_any_hosts_across_any_stops_and_loses_nothing
     assert final.languages[:, 2].sum() == final.lanes[..., BAD].sum()
     assert final.languages[:, 1].sum() == final.lanes[..., DOCUMENTS].sum()
     if not final.lanes[..., EXTRA].any() and not any(s.get("max_epochs") for s in sources.values()):
-        dealt = np.array([np.bincount(b["source"], minlength=len(sources)) for b, _ in whole]).cumsum(axis=0)
+        taken = np.array([np.bincount(b["source"], minlength=len(sources)) for b, _ in whole]).cumsum(axis=0)
         target = np.array([plan.target(per_lane * (n + 1)) for n in range(len(whole))]) / ONE * lanes
-        assert np.abs(dealt - target).max() < 2
+        assert np.abs(taken - target).max() < 2
 
 
 def check_documents(read, name, source, its):

@@ -103,9 +103,9 @@ def draw(config, catalog, steps, state=None):
 
 
 def shares(config, catalog, budget=None):
-    found = tokens_per_byte(estimate(catalog, tokenizer()))
-    plan = make_plan(config, catalog, found)
-    sizes = {n: sum(language_tokens(s, found[n])) for n, s in catalog.sources.items()}
+    rates = tokens_per_byte(estimate(catalog, tokenizer()))
+    plan = make_plan(config, catalog, rates)
+    sizes = {n: sum(language_tokens(s, rates[n])) for n, s in catalog.sources.items()}
     return np.array(plan.shares[0]) / ONE, np.array(list(sizes.values()))
 
 
@@ -143,13 +143,13 @@ def test_a_sample_without_a_good_document_is_told(tmp_path):
 
 def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(root):
     config, catalog = mixture(root)
-    found = estimate(catalog, tokenizer())
-    assert found == estimate(catalog, tokenizer())
+    estimates = estimate(catalog, tokenizer())
+    assert estimates == estimate(catalog, tokenizer())
     for name, source in catalog.sources.items():
         order = EpochOrder(source, 0, 2000)
         texts = epoch_documents(order)
         truth = sum(len(ids) + 2 for ids in tokenizer().encode(texts))
-        assert sum(language_tokens(source, tokens_per_byte(found)[name])) == pytest.approx(truth, rel=0.1), name
+        assert sum(language_tokens(source, tokens_per_byte(estimates)[name])) == pytest.approx(truth, rel=0.1), name
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_redistributed_rows_go_to_the_others_by_their_shares(root):
 
 def read_documents(drawn, source, lanes=LANES) -> Counter:
     """How often each document of a source stands in the batches: its rows of each lane, end to end."""
-    found = Counter()
+    times = Counter()
     for lane in range(lanes):
         tokens = [np.zeros(0, np.int32)]
         for batch, _ in drawn:
@@ -257,8 +257,8 @@ def read_documents(drawn, source, lanes=LANES) -> Counter:
         stream = np.concatenate(tokens)
         for document in np.split(stream, np.flatnonzero(stream == 2))[1:]:
             if document[-1] == 1:
-                found[tokenizer().decode(document[1:-1])] += 1
-    return found
+                times[tokenizer().decode(document[1:-1])] += 1
+    return times
 
 
 def test_stop_ends_the_run_before_the_row_that_is_missing_on_all_numbers_of_hosts(root):

@@ -1,8 +1,7 @@
 """The data states of a run's checkpoints, kept for `data audit` when the checkpoints themselves are long gone.
 
-RUN/data_states/STEP.npz holds the state after that step, and the stages and fingerprints under which the batches up to
-it were drawn. At most some 40 kilobytes a checkpoint; none is ever removed, but for those of steps that a resumed run
-does again.
+RUN/data_states/STEP.npz holds the state after that step, and the stages and fingerprints by which the batches up to it
+were drawn. It takes at most some 40 kB. None is removed, except those of steps that a resumed run repeats.
 """
 
 import io
@@ -30,7 +29,7 @@ class KeptState(NamedTuple):
 
 
 def keep_state(folder: Path, step: int, kept: KeptState):
-    """Write the file of `step`; a reader never sees half of it."""
+    """Write the file of `step`, atomically."""
     folder.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     info = np.frombuffer(json.dumps(kept.info).encode(), np.uint8)
@@ -52,11 +51,12 @@ def load_state(folder: Path, step: int) -> KeptState:
 
 
 def kept_steps(folder: Path) -> list[int]:
+    """Return the steps whose states are in the folder, in order."""
     return sorted(int(p.stem) for p in folder.glob("*.npz") if p.stem.isdigit())
 
 
 def forget_after(folder: Path, step: int):
-    """Remove the states of later steps: the run goes on from `step` and does those again."""
+    """Remove the states of later steps: the run goes on from `step` and repeats those."""
     for later in kept_steps(folder):
         if later > step:
             (folder / f"{later}.npz").unlink()

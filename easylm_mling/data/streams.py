@@ -192,7 +192,7 @@ class LaneStream:
 
     def _consume(self, tokens: np.ndarray):
         state, ends = self.state, np.flatnonzero(tokens == self._tokenizer.eos_id)
-        begun = np.count_nonzero(tokens == self._tokenizer.bos_id)
+        begun = int(np.count_nonzero(tokens == self._tokenizer.bos_id))
         if len(self._language):
             lengths = np.diff(ends, prepend=-1, append=len(tokens) - 1)
             lengths = lengths[lengths > 0]
@@ -239,8 +239,8 @@ class LaneStream:
     def _open_window(self) -> bool:
         """Read the window at the cursor; True if its first document is to come, False on a resume inside it."""
         state = self.state
-        reader, place = self._spill_file.take_reader(self._key), (state.epoch, state.block, state.window)
-        self._stored = self._cache.load(self._order, *place) if self._cache else None
+        reader, at = self._spill_file.take_reader(self._key), (state.epoch, state.block, state.window)
+        self._stored = self._cache.load(self._order, *at) if self._cache else None
         if self._stored:
             window, self._ends = self._stored.window, self._stored.ends
         else:
@@ -258,7 +258,7 @@ class LaneStream:
         if is_new:
             state.bad += len(window.bad)
             np.add.at(self.languages[:, 2], source.unit_languages[np.array(window.bad_units, np.int64)], 1)
-            self.entered = EnteredWindow(*place, window.bad, window.read)
+            self.entered = EnteredWindow(*at, window.bad, window.good)
         self._barren = 0 if len(self._ends) else self._barren + 1
         return is_new
 

@@ -1,10 +1,10 @@
-"""Windows tokenised ahead of time: the trainer takes one that is there and tokenises the others, for the same bits.
+"""Windows tokenised ahead of time: the trainer reads those that the cache has and tokenises the others, for the same bits.
 
     CACHE/KEY/SOURCE/EPOCH.BLOCK.WINDOW.safetensors
 
-KEY is a digest of all that decides a source's bits (tokenizer, files, cuts, order, seed), so a cache of other data is
-never found, and several runs can share one folder. A file appears whole, carries a checksum of its content, and is checked
-when its window is opened; a damaged one is as good as none.
+KEY is a digest of all that decides a source's bits: tokenizer, files, cuts, order, seed. So runs may share a folder, and
+none reads another's tokens. A file is written atomically. Its checksum is checked when its window is opened, and a
+damaged file counts as missing.
 """
 
 import zlib
@@ -40,7 +40,7 @@ class TokenWindow(NamedTuple):
 
 
 class TokenCache:
-    """The tokenised windows in the folder `root`, of any data and tokenizer."""
+    """The tokenised windows in the folder `root`, of any data and one tokenizer."""
 
     def __init__(self, root: str | Path, tokenizer: Tokenizer):
         self.root, self.tokenizer = Path(root), tokenizer
@@ -64,11 +64,11 @@ class TokenCache:
         bad = [BadRecord(b["reason"], b["file"], b["offset"], bytes.fromhex(b["head"])) for b in about["bad"]]
         bad_units = arrays["bad_units"].tolist()
         return TokenWindow(
-            tokens, arrays["ends"], Window([], arrays["provenance"], bad, bad_units, about["read"], about["last"])
+            tokens, arrays["ends"], Window([], arrays["provenance"], bad, bad_units, about["good"], about["last"])
         )
 
     def fill(self, order: EpochOrder, epoch: int, block: int) -> int:
-        """Write the windows of a block that are not here; returns how many tokens those hold."""
+        """Write the windows of a block that the cache lacks; returns how many tokens they hold."""
         number = tokens = 0
         while (stored := self.load(order, epoch, block, number)) is not None:
             if stored.window.last:
@@ -88,7 +88,7 @@ class TokenCache:
             "bad_units": np.array(window.bad_units, np.int64),
         }
         bad = [{"reason": b.reason, "file": b.file, "offset": b.offset, "head": b.head.hex()} for b in window.bad]
-        about = {"format": _FORMAT, "bad": bad, "read": window.read, "last": window.last}
+        about = {"format": _FORMAT, "bad": bad, "good": window.good, "last": window.last}
         about["checksum"] = _checksum(arrays, about)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(arrays, {"about": orjson.dumps(about).decode()}))
@@ -103,7 +103,7 @@ class TokenCache:
 
 
 def _checksum(arrays: dict[str, np.ndarray], about: dict) -> int:
-    """CRC-32, against damage: a cryptographic digest takes five times as long, a quarter of the time of a batch."""
+    """CRC-32. It is against damage, not malice: a cryptographic digest would take a quarter of the time of a batch."""
     crc = zlib.crc32(orjson.dumps(about, option=orjson.OPT_SORT_KEYS))
     for name in sorted(arrays):
         crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, crc)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with SentencePiece and the model's own tokenizer.model."""
+"""Text to token ids and back, by SentencePiece with the model's own tokenizer.model."""
 
 import math
 from collections.abc import Sequence
