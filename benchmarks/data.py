@@ -156,7 +156,7 @@ def cpu_seconds() -> float:
 
 
 def ours(config: RunConfig):
-    with Loader(config, build_catalog(config.data), Tokenizer(config.data.tokenizer)) as loader:
+    with Loader(config.mixer, build_catalog(config.data), Tokenizer(config.data.tokenizer)) as loader:
         for batch, _ in loader:
             yield batch["tokens"].size
 
@@ -167,9 +167,9 @@ def ours_cached(config: RunConfig):
     data = replace(config.data, token_cache=folder)
     config = replace(config, data=data)
     catalog, cache = build_catalog(data), TokenCache(folder, Tokenizer(data.tokenizer))
-    plan = make_plan(config, catalog, None)
-    orders = open_orders(config, catalog, plan)
-    for source, epoch, block in blocks(config, catalog, plan, 1):
+    plan = make_plan(config.mixer, catalog, None)
+    orders = open_orders(config.mixer, catalog, plan)
+    for source, epoch, block in blocks(config.mixer, catalog, plan, 1):
         cache.fill(orders[source], epoch, block)
     return ours(config)
 

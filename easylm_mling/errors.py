@@ -69,13 +69,16 @@ def check(ok: bool, message: str):
         raise ConfigError(message)
 
 
-def check_format(where: object, what: str, number: object, known: int):
-    """Raise UnknownFormat, with the way out, unless the format `number` of the `what` in `where` is the `known` one."""
+def check_format(where: object, what: str, number: object, known: int, otherwise: str = ""):
+    """Raise UnknownFormat unless the format `number` of the `what` in `where` is the `known` one.
+
+    `otherwise` is the way out where the version that wrote it is not at hand.
+    """
     if number != known:
         stored = "no format number" if number is None else f"format {number!r}"
         raise UnknownFormat(
             f"{where}: this {what} has {stored}, and this version of easylm_mling knows format {known}; use the version that "
-            "wrote it"
+            f"wrote it{otherwise and f', or {otherwise}'}"
         )
 
 
@@ -119,4 +122,4 @@ def one_line(error: BaseException) -> str:
 def without_secrets(text: str) -> str:
     """`text` with addresses cut where a key may be: names before an @, and everything behind a question mark."""
     text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
-    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\")]*", r"\1?...", text)
+    return re.sub(r"\?[^\s'\")]+", "?...", text)

@@ -78,7 +78,7 @@ def undisturbed(corpora, tmp_path_factory):
 def batches(run_dir, steps):
     """The run's batches, by a loader from its start."""
     config = load([str(Path(run_dir) / "config.yaml")])
-    with Loader(config, Catalog.load(run_dir / "catalog.json"), Tokenizer(config.data.tokenizer)) as loader:
+    with Loader(config.mixer, Catalog.load(run_dir / "catalog.json"), Tokenizer(config.data.tokenizer)) as loader:
         return [next(loader) for _ in range(steps)]
 
 

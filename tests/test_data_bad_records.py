@@ -81,7 +81,7 @@ def spelled(text: str) -> bytes:
 def test_every_good_record_is_trained_on_once_and_every_bad_one_is_written_down(tmp_path, suffix):
     config, catalog, bad = corpus(tmp_path, suffix)
     quarantine, tokens = tmp_path / "quarantine.jsonl", []
-    with Loader(config, catalog, tokenizer(), quarantine=quarantine) as loader:
+    with Loader(config.mixer, catalog, tokenizer(), quarantine=quarantine) as loader:
         for batch, state in loader:
             tokens.append(batch["tokens"][0])
             if state.lanes[0, 0, EPOCH]:
@@ -117,14 +117,14 @@ def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_pa
     def run(name: str, stops: list[int]):
         state = None
         for stop in stops:
-            with Loader(config, catalog, tokenizer(), state, quarantine=tmp_path / name) as loader:
+            with Loader(config.mixer, catalog, tokenizer(), state, quarantine=tmp_path / name) as loader:
                 # A kill: of what was made, only the state two batches before lives on.
                 states = [state, *(next(loader)[1] for _ in range(stop + 2))]
                 state = states[stop]
-        with Loader(config, catalog, tokenizer(), state, quarantine=tmp_path / name) as loader:
+        with Loader(config.mixer, catalog, tokenizer(), state, quarantine=tmp_path / name) as loader:
             state = next(s for _, s in loader if s.lanes[..., EPOCH].min() == 2)
         # What lies behind the state goes when the next process starts.
-        Loader(config, catalog, tokenizer(), state, quarantine=tmp_path / name).close()
+        Loader(config.mixer, catalog, tokenizer(), state, quarantine=tmp_path / name).close()
         entries = [line for line in (tmp_path / name).read_text().splitlines() if json.loads(line)["epoch"] < 2]
         return sorted(entries), state
 
@@ -142,7 +142,7 @@ def test_a_document_longer_than_many_rows_is_cut_into_them(tmp_path):
     path.write_text(json.dumps({"text": "0123456789" * 2000}))
     config = run_config(data_config(path, length=T, tokenizer=tokenizer_path()), 1)
     want = [2, *tokenizer().encode(["0123456789" * 2000])[0].tolist(), 1]
-    with Loader(config, build_catalog(config.data), tokenizer()) as loader:
+    with Loader(config.mixer, build_catalog(config.data), tokenizer()) as loader:
         made = [next(loader) for _ in range(len(want) // T)]
     np.testing.assert_array_equal(np.concatenate([b["tokens"][0] for b, _ in made]), want[: len(made) * T])
     assert made[-1][1].lanes[0, 0, DOCUMENTS] == 1 and made[-1][1].lanes[0, 0, TOKENS] == len(made) * T

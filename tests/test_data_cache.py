@@ -35,7 +35,7 @@ def config(tmp_path_factory):
 def drawn(config, cached: bool):
     token_cache = config.data.token_cache if cached else None
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, token_cache=token_cache))
-    with Loader(config, build_catalog(config.data), tokenizer()) as loader:
+    with Loader(config.mixer, build_catalog(config.data), tokenizer()) as loader:
         return [next(loader) for _ in range(120)]
 
 
@@ -49,10 +49,10 @@ def assert_same(a, b):
 
 def filled(config):
     catalog = build_catalog(config.data)
-    plan = make_plan(config, catalog, None)
+    plan = make_plan(config.mixer, catalog, None)
     cache = TokenCache(config.data.token_cache, tokenizer())
-    orders = open_orders(config, catalog, plan)
-    return sum(cache.fill(orders[s], e, b) for s, e, b in blocks(config, catalog, plan, 2))
+    orders = open_orders(config.mixer, catalog, plan)
+    return sum(cache.fill(orders[s], e, b) for s, e, b in blocks(config.mixer, catalog, plan, 2))
 
 
 def files(config):
@@ -103,7 +103,7 @@ def test_another_tokenizer_order_or_corpus_finds_nothing(config):
 def test_a_cache_of_another_format_is_refused_by_name(config, monkeypatch):
     filled(config)
     monkeypatch.setattr(token_cache, "_FORMAT", 2)
-    with pytest.raises(ConfigError, match=r"safetensors: has format 1, .* knows only 2; .* remove the folder .*cache"):
+    with pytest.raises(ConfigError, match=r"safetensors: this token cache has format 1, .* knows format 2; .* remove the folder .*cache"):
         drawn(config, cached=True)
 
 
@@ -113,12 +113,12 @@ def test_ray_fills_what_the_trainer_finds(config, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, token_cache=str(tmp_path / "by ray")))
     catalog, console = build_catalog(config.data), Console(file=io.StringIO())
     pytest.importorskip("ray", reason="needs the extra [ray]")
-    assert tokenize(config, catalog, 1, None, console) > 0
-    assert tokenize(config, catalog, 1, None, console) == 0
+    assert tokenize(config.mixer, catalog, 1, None, console) > 0
+    assert tokenize(config.mixer, catalog, 1, None, console) == 0
     assert_same(drawn(config, cached=True), drawn(config, cached=False))
 
 
 def test_mistakes_are_named(config):
     nowhere = dataclasses.replace(config, data=dataclasses.replace(config.data, token_cache=None))
     with pytest.raises(ConfigError, match="data.token_cache is not set"):
-        tokenize(nowhere, build_catalog(config.data), 1, None, Console(file=io.StringIO()))
+        tokenize(nowhere.mixer, build_catalog(config.data), 1, None, Console(file=io.StringIO()))

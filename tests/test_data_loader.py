@@ -46,7 +46,9 @@ def global_batches(corpora, steps, hosts=1, state=None):
     """[(whole batch, whole state)] as `hosts` hosts together make them."""
     config, catalog = corpora
     each = LANES // hosts
-    loaders = [Loader(config, catalog, tokenizer(), state, range(h * each, h * each + each)) for h in range(hosts)]
+    loaders = [
+        Loader(config.mixer, catalog, tokenizer(), state, range(h * each, h * each + each)) for h in range(hosts)
+    ]
     made = []
     for _ in range(steps):
         batches, states = zip(*(next(loader) for loader in loaders), strict=True)
@@ -85,7 +87,7 @@ def test_a_resume_gives_the_same_batches_on_another_number_of_hosts(corpora, und
 
 def test_a_state_is_not_touched_by_what_is_read_after_it(corpora, undisturbed):
     config, catalog = corpora
-    with Loader(config, catalog, tokenizer()) as loader:
+    with Loader(config.mixer, catalog, tokenizer()) as loader:
         states = [next(loader)[1] for _ in range(10)]
     for state, (_, want) in zip(states, undisturbed, strict=False):
         for x, y in zip(state, want, strict=True):
@@ -131,7 +133,7 @@ def test_no_target_and_no_segment_crosses_a_document(undisturbed):
 
 def test_training_never_sees_a_held_out_document(corpora, undisturbed):
     config, catalog = corpora
-    held = openings(holdout_rows(config, catalog, tokenizer(), "web", 100)["tokens"].reshape(1, -1))
+    held = openings(holdout_rows(config.mixer, catalog, tokenizer(), "web", 100)["tokens"].reshape(1, -1))
     seen = set().union(*(openings(b["tokens"][b["source"] == 0]) for b, _ in undisturbed))
     assert len(held) > 5 and len(seen) > 50
     assert not held & seen
@@ -146,7 +148,7 @@ def openings(rows) -> set[str]:
 def test_holdout_rows_are_whole_documents_then_padding(corpora):
     config, catalog = corpora
     for name in catalog.sources:
-        held = holdout_rows(config, catalog, tokenizer(), name, 1000)
+        held = holdout_rows(config.mixer, catalog, tokenizer(), name, 1000)
         index = list(catalog.sources).index(name)
         assert len(held["tokens"]) > 1 and (held["source"] == index).all()
         tokens, segments = held["tokens"].reshape(-1), held["segment_ids"].reshape(-1)
@@ -155,7 +157,7 @@ def test_holdout_rows_are_whole_documents_then_padding(corpora):
         assert len(held["tokens"]) == -(-real // T)
         for key in ("targets", "loss_mask", "positions"):
             assert not held[key].reshape(-1)[real - 1 if key != "positions" else real :].any()
-        again = holdout_rows(dataclasses.replace(config), catalog, tokenizer(), name, 2)
+        again = holdout_rows(config.mixer, catalog, tokenizer(), name, 2)
         for key, value in again.items():
             assert len(value) == 2
             np.testing.assert_array_equal(value, held[key][:2])
@@ -163,7 +165,7 @@ def test_holdout_rows_are_whole_documents_then_padding(corpora):
 
 def test_holdout_rows_may_be_none(corpora):
     config, catalog = corpora
-    nothing = holdout_rows(config, catalog, tokenizer(), "web", 0)
+    nothing = holdout_rows(config.mixer, catalog, tokenizer(), "web", 0)
     assert {k: v.shape for k, v in nothing.items()} == {
         **dict.fromkeys(("tokens", "targets", "loss_mask", "segment_ids", "positions", "language"), (0, T)),
         "source": (0,),
@@ -182,7 +184,7 @@ def test_bad_records_are_written_down_and_counted_once(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     config, catalog = one_source(tmp_path / "a.jsonl", batch=1)
     quarantine = tmp_path / "quarantine.jsonl"
-    with Loader(config, catalog, tokenizer(), quarantine=quarantine) as loader:
+    with Loader(config.mixer, catalog, tokenizer(), quarantine=quarantine) as loader:
         state = next(state for _, state in loader if state.lanes[0, 0, 0] == 1)
     assert state.lanes[..., BAD].sum() in (2, 4)
     entries = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -200,7 +202,7 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     config, catalog = one_source(tmp_path / "a.jsonl")
     quarantine = tmp_path / "quarantine.jsonl"
-    with Loader(config, catalog, tokenizer(), quarantine=quarantine) as loader:
+    with Loader(config.mixer, catalog, tokenizer(), quarantine=quarantine) as loader:
         with pytest.raises(
             DataError, match=r"data.sources.s: \d+ of \d+ records are bad.*max_bad_fraction=0.01.*quarantine.jsonl"
         ):
@@ -209,7 +211,7 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
         with pytest.raises(DataError):
             next(loader)
     allowed = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_fraction=0.6))
-    with Loader(allowed, catalog, tokenizer()) as loader:
+    with Loader(allowed.mixer, catalog, tokenizer()) as loader:
         assert all(len(next(loader)[0]["tokens"]) for _ in range(300))
 
 
@@ -217,19 +219,19 @@ def test_an_error_of_the_reading_thread_reaches_the_trainer(tmp_path):
     path = write(tmp_path / "a", "jsonl.gz", documents(3000))
     config, catalog = one_source(path)
     path.write_bytes(path.read_bytes()[:-2000])
-    with Loader(config, catalog, tokenizer()) as loader:
+    with Loader(config.mixer, catalog, tokenizer()) as loader:
         with pytest.raises(ConfigError, match="a.jsonl.gz: damaged or cut off"):
             for _ in range(5000):
                 next(loader)
     path.unlink()
-    with Loader(config, catalog, tokenizer()) as loader, pytest.raises(ConfigError, match="a.jsonl.gz"):
+    with Loader(config.mixer, catalog, tokenizer()) as loader, pytest.raises(ConfigError, match="a.jsonl.gz"):
         next(loader)
 
 
 def test_closing_stops_the_thread_at_once(corpora):
     config, catalog = corpora
     before = threading.active_count()
-    loader = Loader(config, catalog, tokenizer())
+    loader = Loader(config.mixer, catalog, tokenizer())
     next(loader)
     loader.close()
     assert threading.active_count() == before
@@ -241,7 +243,7 @@ def test_a_weight_of_zero_draws_nothing(corpora):
     config, catalog = corpora
     sources = {**config.data.sources, "web": dataclasses.replace(config.data.sources["web"], weight=0.0)}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-    with Loader(config, catalog, tokenizer()) as loader:
+    with Loader(config.mixer, catalog, tokenizer()) as loader:
         assert all((next(loader)[0]["source"] != 0).all() for _ in range(10))
 
 

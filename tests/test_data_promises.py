@@ -73,7 +73,7 @@ def build(root, sources, lanes, per_lane, stages=()):
 def draw_batches(config, catalog, steps, hosts=1, state=None):
     """At most `steps` (whole batch, whole state), ending where the first of the hosts ends."""
     each = config.lanes // hosts
-    loaders = [Loader(config, catalog, tokenizer(), state, range(h * each, (h + 1) * each)) for h in range(hosts)]
+    loaders = [Loader(config.mixer, catalog, tokenizer(), state, range(h * each, (h + 1) * each)) for h in range(hosts)]
     made = []
     for _ in range(steps):
         got = [next(loader, None) for loader in loaders]
@@ -118,7 +118,7 @@ def test_any_mixture_is_the_same_on_any_hosts_across_any_stops_and_loses_nothing
         state = pieces[-1][1] if pieces else None
     assert_same(pieces, whole)
 
-    plan = make_plan(config, catalog, None)
+    plan = make_plan(config.mixer, catalog, None)
     for i, (name, source) in enumerate(catalog.sources.items()):
         check_documents(read_documents(whole, i, lanes), name, source, sources[name])
     if not whole:
@@ -263,7 +263,7 @@ def test_the_state_of_256_lanes_and_5_sources_is_small(tmp_path):
 @pytest.mark.parametrize("number, has", [({"format": 9}, "format 9"), ({}, "no format number")])
 def test_a_data_state_of_another_format_is_refused_by_name(tmp_path, number, has):
     np.savez(tmp_path / "7.npz", lanes=np.zeros(3), **number)
-    with pytest.raises(ConfigError, match=f"7.npz: has {has}, .* use the version that wrote it, or restore it"):
+    with pytest.raises(ConfigError, match=f"7.npz: this data state has {has}, .* use the version that wrote it, or restore it"):
         load_state(tmp_path, 7)
 
 

@@ -66,7 +66,7 @@ def mixture(root: str):
 
 
 def batches(config, catalog, count: int, state=None):
-    with Loader(config, catalog, tokenizer(), state) as loader:
+    with Loader(config.mixer, catalog, tokenizer(), state) as loader:
         return [next(loader) for _ in range(count)]
 
 

@@ -98,13 +98,13 @@ def mixture(root, batch=8, budget=10**9, weighting=None, stages=(), **sources):
 
 def draw(config, catalog, steps, state=None):
     """[(batch, state)] of at most `steps` batches, and why the data ended, if it did."""
-    with Loader(config, catalog, tokenizer(), state) as loader:
+    with Loader(config.mixer, catalog, tokenizer(), state) as loader:
         return [item for item, _ in zip(loader, range(steps), strict=False)], loader.ended
 
 
 def shares(config, catalog, budget=None):
     rates = tokens_per_byte(estimate(catalog, tokenizer()))
-    plan = make_plan(config, catalog, rates)
+    plan = make_plan(config.mixer, catalog, rates)
     sizes = {n: sum(language_tokens(s, rates[n])) for n, s in catalog.sources.items()}
     return np.array(plan.shares[0]) / ONE, np.array(list(sizes.values()))
 
@@ -155,7 +155,7 @@ def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(r
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"format": 9, "sources": {}}', "has format 9, .* use the version that wrote it, or remove the file"),
+        ('{"format": 9, "sources": {}}', "this file of estimates has format 9, .* use the version that wrote it, or remove the file"),
         ('{"data": "", "tokenizer": "", "sources": {}}', "has no format number, .* or remove the file"),
         ('{"format": 1, "sou', "not readable as estimates .* remove the file"),
     ],
@@ -193,7 +193,7 @@ def test_no_document_is_read_more_often_than_the_cap(root, temperature, by):
     many = {"language_by": by, "language_temperature": temperature, "language_max_repeats": 1000, **rule}
     config, catalog = mixture(root, many=many)
     known = tokens_per_byte(estimate(catalog, tokenizer()))
-    plan = make_plan(config, catalog, known)
+    plan = make_plan(config.mixer, catalog, known)
     order = EpochOrder(catalog.sources["many"], 0, 2000, plan.language_rates["many"])
     counts = Counter(text for epoch in range(order.epochs) for text in epoch_documents(order, epoch))
     assert set(counts.values()) == {3} and len(counts) == 97
@@ -208,7 +208,7 @@ def test_unimax_inside_a_source_gives_equal_tokens_up_to_the_cap(root):
     for budget, want in ((yy * 4, 2.0), (yy * 12, 4.0)):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, budget_tokens=round(budget)))
         real = config.total_steps * config.tokens_per_step
-        rates = make_plan(config, catalog, known).language_rates["many"] / ONE
+        rates = make_plan(config.mixer, catalog, known).language_rates["many"] / ONE
         epochs = rates * real / (rates @ [xx, yy])
         assert epochs[1] == pytest.approx(min(4, real / 2 / yy), rel=0.01) and abs(epochs[1] - want) < 1
         assert epochs @ [xx, yy] == pytest.approx(real, rel=0.01)
@@ -269,7 +269,7 @@ def test_stop_ends_the_run_before_the_row_that_is_missing_on_all_numbers_of_host
     assert draw(config, catalog, 5, drawn[-1][1]) == ([], ended)
     ends = []
     for lane in range(LANES):
-        with Loader(config, catalog, tokenizer(), lanes=range(lane, lane + 1)) as loader:
+        with Loader(config.mixer, catalog, tokenizer(), lanes=range(lane, lane + 1)) as loader:
             ends.append(sum(1 for _ in zip(loader, range(2000), strict=False)))
             with pytest.raises(StopIteration):
                 next(loader)
@@ -283,7 +283,7 @@ def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
     config, catalog = mixture(root, books={"max_epochs": 1, "when_used_up": "stop"})
     monkeypatch.setattr("easylm_mling.run.train.is_multiprocess", lambda: True)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([bool(x), theirs]))
-    with Loader(config, catalog, tokenizer()) as loader:
+    with Loader(config.mixer, catalog, tokenizer()) as loader:
         if mine:
             for _ in loader:
                 pass
@@ -294,7 +294,7 @@ def test_a_source_too_small_to_stop_by_is_refused(root):
     config, catalog = mixture(root, web={}, many={"max_epochs": 1, "when_used_up": "stop"})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_bytes=10**6))
     with pytest.raises(ConfigError, match="data.sources.many.when_used_up=stop: .* only 1 blocks.* 4 lanes"):
-        Loader(config, build_catalog(config.data), tokenizer())
+        Loader(config.mixer, build_catalog(config.data), tokenizer())
 
 
 def test_a_source_with_fewer_blocks_than_lanes_is_dealt_to_the_lanes_that_hold_it(root):

@@ -190,7 +190,7 @@ def test_a_line_of_metrics_has_all_its_names(watched):
 def test_the_loss_of_each_language_adds_up_to_that_of_its_source(watched):
     run_dir, _ = watched
     c = config(run_dir)
-    rows = holdout_rows(c, Catalog.load(run_dir / "catalog.json"), Tokenizer(str(TOKENIZER)), "glot500", 2)
+    rows = holdout_rows(c.mixer, Catalog.load(run_dir / "catalog.json"), Tokenizer(str(TOKENIZER)), "glot500", 2)
     copies = by_language(rows, 5)
     # Every target is in exactly one copy, with the language of its document.
     assert copies["loss_mask"].sum() == rows["loss_mask"].sum() and copies["source"].min() >= 5

@@ -45,14 +45,14 @@ def _config(a) -> int:
     if a.markdown:
         print(markdown(), end="")
         return 0
-    keys = known_keys()
-    wanted = [k for k in keys if a.key is None or k == a.key or k.startswith(f"{a.key}.")]
+    keys, asked = known_keys(), a.key or ""
+    wanted = [k for k in keys if not asked or k == asked or k.startswith(f"{asked}.")]
     if not wanted:
-        close = difflib.get_close_matches(a.key, keys, n=1)
+        close = difflib.get_close_matches(asked, keys, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`easylm-mling config` lists all keys"
-        raise ConfigError(f"unknown key {a.key!r}; {hint}")
-    if wanted == [a.key]:
-        print(describe_key(a.key))
+        raise ConfigError(f"unknown key {asked!r}; {hint}")
+    if wanted == [asked]:
+        print(describe_key(asked))
     else:
         for key in wanted:
             print(f"{key:40} {keys[key].setting.help}")

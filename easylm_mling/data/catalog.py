@@ -17,10 +17,9 @@ from easylm_mling.config import DataConfig, to_tree
 from easylm_mling.data.sources.listing import Info, find_files, size_and_fingerprint
 from easylm_mling.data.sources.readers import DAMAGE, damaged
 from easylm_mling.data.sources.splitting import Cut, cut, layout_of
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
-from easylm_mling.storage.formats import unknown_format
 
 UNITS_PER_BLOCK = 4
 _FORMAT = 1
@@ -105,8 +104,7 @@ class Catalog:
                 f"{path}: not a readable catalog ({error}); restore it, or start a new run_dir"
             ) from error
         number = tree.get("format") if isinstance(tree, dict) else None
-        if number != _FORMAT:
-            raise unknown_format(path, number, _FORMAT, "start a new run_dir")
+        check_format(path, "catalog", number, _FORMAT, "start a new run_dir")
         sources = {}
         for s in tree["sources"]:
             units = np.array(s["units"], np.int64).reshape(-1, 4)

@@ -8,9 +8,8 @@ from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.shuffle import seeded_order, unit_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import TokensPerByte
-from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.errors import ConfigError, check_format, one_line
 from easylm_mling.storage.atomic import write_atomically
-from easylm_mling.storage.formats import unknown_format
 
 # Units read of each source; at least one of each language.
 _UNITS = 8
@@ -69,8 +68,7 @@ def _read(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as estimates ({one_line(error)}); {_REMOVE}") from error
     number = saved.get("format") if isinstance(saved, dict) else None
-    if number != _FORMAT:
-        raise unknown_format(path, number, _FORMAT, _REMOVE)
+    check_format(path, "file of estimates", number, _FORMAT, _REMOVE)
     return saved
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.mixture import (
@@ -55,7 +55,7 @@ class Loader:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: MixerConfig,
         catalog: Catalog,
         tokenizer: Tokenizer,
         state: DataState | None = None,
@@ -130,7 +130,7 @@ class Loader:
 
     def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
         data, own, lanes = self._config.data, self._lanes, self._state.lanes
-        per_lane = self._config.train.batch_size // self._config.lanes
+        per_lane = self._config.batch_size // self._config.lanes
         with contextlib.closing(SpillFile()) as spill_file:
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
@@ -218,7 +218,7 @@ class Loader:
             )
 
 
-def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:
+def holdout_rows(config: MixerConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:
     """Return up to `rows` rows of the source's held-out documents, the same on every host and at any time.
 
     They are its first documents in the order of epoch 0, sorted by language. The last row may be padded: pad id, and 0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.sources.readers import BadRecord, read_unit
 from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
@@ -122,7 +122,7 @@ class EpochOrder:
         return units, np.unique((np.cumsum(sizes) - sizes) // self.block_bytes, return_inverse=True)[1]
 
 
-def open_orders(config: RunConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
+def open_orders(config: MixerConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
     """Return the order of every source, the same for the loader and for `data tokenize`."""
     rates, data = plan.language_rates, config.data
     return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from easylm_mling.data.mixture import DataState
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, UnknownFormat, check_format
 from easylm_mling.storage.atomic import write_atomically
-from easylm_mling.storage.formats import unknown_format
 
 _FORMAT = 1
 
@@ -43,11 +42,12 @@ def load_state(folder: Path, step: int) -> KeptState:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             number = int(file["format"]) if "format" in file else None
-            if number == _FORMAT:
-                return KeptState(DataState(file["lanes"], file["languages"]), json.loads(file["info"].tobytes()))
+            check_format(path, "data state", number, _FORMAT, "restore it from a backup")
+            return KeptState(DataState(file["lanes"], file["languages"]), json.loads(file["info"].tobytes()))
+    except UnknownFormat:
+        raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: not a readable data state ({error}); restore it from a backup") from error
-    raise unknown_format(path, number, _FORMAT, "restore it from a backup")
 
 
 def kept_steps(folder: Path) -> list[int]:

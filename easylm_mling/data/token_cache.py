@@ -20,8 +20,8 @@ from safetensors.numpy import save
 from easylm_mling.data.shuffle import EpochOrder, Window, windows
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.errors import check_format
 from easylm_mling.storage.atomic import write_atomically
-from easylm_mling.storage.formats import unknown_format
 
 _FORMAT = 1
 _ARRAYS = ("tokens", "ends", "provenance", "bad_units")
@@ -52,9 +52,8 @@ class TokenCache:
         try:
             with safe_open(path, "numpy") as file:
                 about = orjson.loads(file.metadata()["about"])
-                if about.get("format") != _FORMAT:
-                    remove = f"remove the folder {self.root}: it can be filled again"
-                    raise unknown_format(path, about.get("format"), _FORMAT, remove)
+                remove = f"remove the folder {self.root}: it can be filled again"
+                check_format(path, "token cache", about.get("format"), _FORMAT, remove)
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
                 tokens = file.get_slice("tokens")
         except (OSError, SafetensorError, orjson.JSONDecodeError, KeyError, TypeError):

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.errors import ConfigError
 
@@ -43,13 +43,13 @@ class MixingPlan:
         return [sum(n * s for n, s in zip(lengths, of, strict=True)) for of in zip(*self.shares, strict=True)]
 
 
-def make_plan(config: RunConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> MixingPlan:
+def make_plan(config: MixerConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> MixingPlan:
     """Return the plan of a run; `tokens_per_byte` may be None unless `needs_estimates(config)`."""
     assert tokens_per_byte is not None or not needs_estimates(config)
     tokens = {n: language_tokens(s, (tokens_per_byte or {}).get(n, {})) for n, s in catalog.sources.items()}
     starts, shares = _stages(config, catalog, tokens)
     plan = MixingPlan(starts, shares, {})
-    rows = config.total_steps * config.train.batch_size
+    rows = config.total_steps * config.batch_size
     lane_rows = plan.target(rows // config.lanes)
     for i, (name, source) in enumerate(catalog.sources.items()):
         budget = lane_rows[i] / ONE * config.lanes * config.data.sequence_length
@@ -57,7 +57,7 @@ def make_plan(config: RunConfig, catalog: Catalog, tokens_per_byte: TokensPerByt
     return plan
 
 
-def needs_estimates(config: RunConfig) -> bool:
+def needs_estimates(config: MixerConfig) -> bool:
     """Return True if shares depend on how many tokens the sources or languages hold."""
     by = config.data.weighting.by
     return by not in ("number", "bytes") or any(s.language_by != "bytes" for s in config.data.sources.values())
@@ -138,7 +138,7 @@ def planned_as_if(plan: MixingPlan, lanes: int, rounds: int) -> np.ndarray:
     return np.diff((edges[None, :] + phases[:, None]) // ONE, axis=1).astype(np.int64)
 
 
-def _stages(config: RunConfig, catalog: Catalog, tokens: dict) -> tuple[tuple[int, ...], tuple[list[int], ...]]:
+def _stages(config: MixerConfig, catalog: Catalog, tokens: dict) -> tuple[tuple[int, ...], tuple[list[int], ...]]:
     data = config.data
     if data.weighting.by != "number":
         return (0,), (integer_weights(_natural_weights(config, catalog, tokens)),)
@@ -149,7 +149,7 @@ def _stages(config: RunConfig, catalog: Catalog, tokens: dict) -> tuple[tuple[in
     return tuple(weights), tuple(integer_weights(w) for w in weights.values())
 
 
-def _natural_weights(config: RunConfig, catalog: Catalog, tokens: dict) -> list[float]:
+def _natural_weights(config: MixerConfig, catalog: Catalog, tokens: dict) -> list[float]:
     weighting, used = config.data.weighting, [s.weight is None for s in config.data.sources.values()]
     if weighting.by == "bytes":
         sizes = [sum(language_bytes(s)) * s.settings["sample_fraction"] for s in catalog.sources.values()]
@@ -164,7 +164,7 @@ def _natural_weights(config: RunConfig, catalog: Catalog, tokens: dict) -> list[
     if weighting.by == "temperature":
         return [size**weighting.temperature if size else 0.0 for size in sizes]
     if weighting.by == "unimax":
-        epochs = spread(sizes, config.train.budget_tokens, 0.0, weighting.max_epochs)
+        epochs = spread(sizes, config.budget_tokens, 0.0, weighting.max_epochs)
         return [n * size for n, size in zip(epochs, sizes, strict=True)]
     return sizes
 

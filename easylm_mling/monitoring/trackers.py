@@ -121,7 +121,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, config: RunConfig, run: Path):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         tree = to_tree(config)
         weights = {name: source["weight"] for name, source in tree["data"]["sources"].items()}

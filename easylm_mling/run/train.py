@@ -127,7 +127,7 @@ def run_process(
         if data_state is not None:
             monitor.restored(int(state.step), time.monotonic() - begun)
         quarantine = own_quarantine(run.quarantine_file, list(config.data.sources), data_state)
-        with Loader(config, data.catalog, tokenizer, data_state, lanes, quarantine, data.plan) as loader:
+        with Loader(config.mixer, data.catalog, tokenizer, data_state, lanes, quarantine, data.plan) as loader:
             loop = Loop(
                 config=config,
                 mesh=mesh,

@@ -43,7 +43,7 @@ class Validation:
         """
         count, parts, first = self.config.eval.rows_per_source, [], 0
         for name, source in self.catalog.sources.items():
-            parts.append(by_language(holdout_rows(self.config, self.catalog, self.tokenizer, name, count), first))
+            parts.append(by_language(holdout_rows(self.config.mixer, self.catalog, self.tokenizer, name, count), first))
             first += len(source.languages)
         whole = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
         padding = -len(whole["source"]) % self.rows_per_batch

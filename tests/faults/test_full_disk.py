@@ -87,9 +87,9 @@ def test_bad_records_wait_for_room(tmp_path, full_of):
             while full_of == "bytes":
                 file.write(bytes(10_000))
         wanted, listed = tmp_path / "wanted", small / "quarantine.jsonl"
-        with Loader(config, build_catalog(data), tokenizer(), quarantine=wanted) as loader:
+        with Loader(config.mixer, build_catalog(data), tokenizer(), quarantine=wanted) as loader:
             states = [next(loader)[1] for _ in range(20)]
-        with Loader(config, build_catalog(data), tokenizer(), quarantine=listed) as loader:
+        with Loader(config.mixer, build_catalog(data), tokenizer(), quarantine=listed) as loader:
             for state in states:
                 assert (next(loader)[1].lanes == state.lanes).all()
             with pytest.raises(OSError, match="No space left"):

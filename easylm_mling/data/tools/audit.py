@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from easylm_mling.config import RunConfig, StageConfig, from_tree, load
+from easylm_mling.config import MixerConfig, StageConfig, from_tree, load
 from easylm_mling.data.catalog import Catalog, reopen_catalog
 from easylm_mling.data.estimates import load_estimates, tokens_per_byte
 from easylm_mling.data.loader import Batch, Loader
@@ -37,8 +37,8 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
     """
     run = run_files(run_dir)
     config, before, fingerprints = _state_before(run, step, run_dir)
-    if row is not None and not 0 <= row < config.train.batch_size:
-        raise ConfigError(f"--row {row}: a batch has rows 0 to {config.train.batch_size - 1}")
+    if row is not None and not 0 <= row < config.batch_size:
+        raise ConfigError(f"--row {row}: a batch has rows 0 to {config.batch_size - 1}")
     catalog, tokenizer = Catalog.load(run / CATALOG), Tokenizer(config.data.tokenizer)
     if fingerprints != {"data": catalog.fingerprint, "tokenizer": tokenizer.fingerprint}:
         raise ConfigError(
@@ -56,7 +56,7 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
         return _rows(config, tokenizer, loader.orders, state, next(loader)[0], row)
 
 
-def _state_before(run: Path, step: int, name: str | Path) -> tuple[RunConfig, tuple[DataState | None, int], dict]:
+def _state_before(run: Path, step: int, name: str | Path) -> tuple[MixerConfig, tuple[DataState | None, int], dict]:
     """Return the config that the batch of `step` was drawn by, the newest state before it with its step, and fingerprints."""
     kept = kept_steps(run / STATES)
     if step < 1 or step > max(kept, default=0):
@@ -69,14 +69,19 @@ def _state_before(run: Path, step: int, name: str | Path) -> tuple[RunConfig, tu
     stages = tuple(from_tree(StageConfig, stage) for stage in info["stages"])
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages))
     prints = {key: (base.info if base else info)[key] for key in ("data", "tokenizer")}
-    return config, (base.state, earlier[-1]) if base else (None, 0), prints
+    return config.mixer, (base.state, earlier[-1]) if base else (None, 0), prints
 
 
 def _rows(
-    config: RunConfig, tokenizer: Tokenizer, orders: list[EpochOrder], before: DataState, batch: Batch, row: int | None
+    config: MixerConfig,
+    tokenizer: Tokenizer,
+    orders: list[EpochOrder],
+    before: DataState,
+    batch: Batch,
+    row: int | None,
 ) -> list[dict]:
     rows, length = [], config.data.sequence_length
-    per_lane = config.train.batch_size // config.lanes
+    per_lane = config.batch_size // config.lanes
     for lane in range(config.lanes) if row is None else [row // per_lane]:
         readers: dict[int, Iterator[list[dict]]] = {}
         for r in range(lane * per_lane, (lane + 1) * per_lane):

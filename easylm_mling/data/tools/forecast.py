@@ -6,7 +6,7 @@ share goes to the others. Sizes are estimates (see data/estimates.py), and so ar
 
 from dataclasses import dataclass
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.weights import ONE, MixingPlan
@@ -37,7 +37,7 @@ class Forecast:
     sources: dict[str, SourceForecast]
 
 
-def forecast(config: RunConfig, catalog: Catalog, plan: MixingPlan, sizes: dict[str, list[float]]) -> Forecast:
+def forecast(config: MixerConfig, catalog: Catalog, plan: MixingPlan, sizes: dict[str, list[float]]) -> Forecast:
     """Return the forecast for `sizes`, the estimated tokens of each language of each source (weights.language_tokens)."""
     names, lanes = list(catalog.sources), config.lanes
     per_round = lanes * config.data.sequence_length

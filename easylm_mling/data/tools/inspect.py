@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from easylm_mling.formatting import tokens_text
 _SHOWN = 8
 
 
-def inspect_data(config: RunConfig) -> dict:
+def inspect_data(config: MixerConfig) -> dict:
     """Return everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
 
     `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, and `taken`

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from easylm_mling.config import RunConfig, from_tree, to_tree
+from easylm_mling.config import MixerConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.shuffle import open_orders
@@ -20,7 +20,7 @@ from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
 from easylm_mling.errors import ConfigError
 
 
-def tokenize(config: RunConfig, catalog: Catalog, epochs: int, address: str | None, console: Console) -> int:
+def tokenize(config: MixerConfig, catalog: Catalog, epochs: int, address: str | None, console: Console) -> int:
     """Fill `data.token_cache` with the first `epochs` epochs of every source; returns the tokens written.
 
     `address`: a Ray cluster's, whose workers must see sources and cache under the same paths; None starts Ray on this
@@ -48,7 +48,7 @@ def tokenize(config: RunConfig, catalog: Catalog, epochs: int, address: str | No
         ray.shutdown()
 
 
-def blocks(config: RunConfig, catalog: Catalog, plan: MixingPlan, epochs: int) -> Iterator[tuple[int, int, int]]:
+def blocks(config: MixerConfig, catalog: Catalog, plan: MixingPlan, epochs: int) -> Iterator[tuple[int, int, int]]:
     """Yield (index of the source, epoch, block) of the first epochs: first blocks first, in the order lanes need them."""
     orders = open_orders(config, catalog, plan)
     for epoch in range(epochs):
@@ -60,7 +60,7 @@ def blocks(config: RunConfig, catalog: Catalog, plan: MixingPlan, epochs: int) -
 def fill_block(shared: tuple[dict, Catalog, MixingPlan], source: int, epoch: int, block: int) -> int:
     """Tokenise one block in a worker; returns the tokens written, 0 if the cache has the block."""
     tree, catalog, plan = shared
-    config = from_tree(RunConfig, tree)
+    config = from_tree(MixerConfig, tree)
     cache = TokenCache(config.data.token_cache or "", Tokenizer(config.data.tokenizer))
     return cache.fill(open_orders(config, catalog, plan)[source], epoch, block)
 
