@@ -1,4 +1,4 @@
-"""What every part of a config uses: what is known of a setting, and lengths of training."""
+"""What every section uses: the properties of a setting, and lengths of training."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,21 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one config key, besides its type and default. A section's marks hold for all keys in it."""
+    """The properties of one config key, besides its type and default. A section's `free` and `data` hold for all its keys."""
 
     help: str = ""
     unit: str = ""
-    # May change when a run resumes: how it is carried out, and not what it computes.
+    # May change when a run resumes: it says how the run is carried out, not what it computes.
     free: bool = False
     # May change with --accept-data-change.
     data: bool = False
-    # Neither the compiled step nor a bit that it computes depends on it.
+    # Neither the compiled step nor its results depend on it.
     outside_step: bool = False
     # Why it may not change.
     reason: str = ""
 
     def inside(self, section: "Setting") -> "Setting":
-        """This key's setting in a section that has marks of its own."""
+        """Return this Setting as it is within `section`."""
         return dataclasses.replace(self, free=self.free or section.free, data=self.data or section.data)
 
 
@@ -37,7 +37,7 @@ def setting(
     reason: str = "",
     factory: Callable[[], Any] | None = None,
 ) -> Any:
-    """A dataclass field that carries its Setting; `factory` makes a default that is a dict."""
+    """Return a dataclass field that carries its Setting; `factory` makes a mutable default."""
     metadata = {"setting": Setting(help, unit, free, data, outside_step, reason)}
     if factory:
         return dataclasses.field(default_factory=factory, metadata=metadata)
@@ -45,7 +45,7 @@ def setting(
 
 
 def setting_of(field: dataclasses.Field) -> Setting:
-    """The Setting of a dataclass's field."""
+    """Return the Setting of a dataclass's field."""
     return field.metadata.get("setting", Setting())
 
 
@@ -57,7 +57,7 @@ class Duration:
     unit: str
 
     def to_steps(self, tokens_per_step: int) -> int:
-        """Whole steps that cover this duration (rounded up)."""
+        """Return the steps that cover this duration, rounded up."""
         return self.amount if self.unit == "steps" else -(-self.amount // tokens_per_step)
 
     def __str__(self) -> str:

@@ -12,11 +12,11 @@ from easylm_mling.errors import check
 class HubDataset:
     """A data set of the Hugging Face hub (or a local folder like one), resolved to its files when a run begins."""
 
-    name: str = setting(help="of the data set on the hub, or a local folder like one")
-    config: str | None = setting(None, "one of its configurations")
-    split: str = setting("train", "one of its splits")
+    name: str = setting(help="the data set's name on the hub, or a local folder like one")
+    config: str | None = setting(None, "the configuration to read")
+    split: str = setting("train", "the split to read")
     revision: str | None = setting(
-        None, "a branch, tag or commit; by default the newest commit, to which the run then keeps"
+        None, "a branch, tag or commit; by default the newest commit, and the run then keeps to it"
     )
 
 
@@ -33,40 +33,44 @@ class SourceConfig:
     """
 
     paths: tuple[str, ...] = setting(
-        (), "files, folders and globs, local or remote; {language} stands for one name in them"
+        (), "files, folders and globs, local or remote; {language} stands for one whole folder or file name"
     )
     weight: float | None = setting(
-        None, "its share of the tokens, relative to the other sources'; left out where data.weighting finds the shares"
+        None,
+        "share of the tokens, relative to the other sources' weights; left out where data.weighting sets the shares",
     )
-    dataset: HubDataset | None = setting(None, "instead of paths: a data set of the Hugging Face hub")
-    text_column: str = setting("text", "the column or key that holds the text")
+    dataset: HubDataset | None = setting(None, "a data set of the Hugging Face hub, instead of paths")
+    text_column: str = setting("text", "column or key that holds the text")
     row: str = setting(
         "document",
         "document: a row is a document. line: a row is a line, and a blank row ends a document; a row of a .txt file is "
         "a line of it",
     )
-    holdout_fraction: float = setting(0.001, "of its documents, chosen by a hash of their text, are never trained on")
+    holdout_fraction: float = setting(
+        0.001, "share of the documents, chosen by a hash of their text, that is never trained on but validated on"
+    )
     sample_fraction: float = setting(
-        1.0, "train on this share of the documents, chosen by a hash of their text; held-out ones are not affected"
+        1.0, "share of the other documents, chosen by a hash of their text, that is trained on"
     )
     max_epochs: int = setting(
-        0, "no document is trained on more often than this in the whole run; 0: as often as the budget needs"
+        0, "most times that a document is trained on in the whole run; 0: as often as the budget needs"
     )
     when_used_up: str = setting(
         "repeat",
-        "what a lane does that has read its part of max_epochs epochs and is due a row of this source. repeat: read on "
+        "what a lane does when it is due a row of this source and has read its part of max_epochs epochs. repeat: read on "
         "(max_epochs must be 0). redistribute: take the row from its other sources, by their shares. stop: end the run",
     )
     language_by: str = setting(
         "bytes",
-        "a language's share of an epoch is this size of it, bytes or tokens (estimated), to the power of "
+        "size of a language that sets its share of an epoch: bytes or tokens (estimated), to the power of "
         "language_temperature. unimax: equal shares of what the run takes of this source, but of no language more than "
         "max_epochs epochs (arXiv:2304.09151)",
     )
-    language_temperature: float = setting(1.0, "1 keeps natural shares of languages, 0 makes all equal")
-    language_max_repeats: int = setting(4, "no language is repeated more often than this inside one epoch")
+    language_temperature: float = setting(1.0, "power of a language's size: 1 keeps natural shares, 0 makes all equal")
+    language_max_repeats: int = setting(4, "most repeats of a language inside one epoch, whatever the temperature says")
 
     def validate(self, name: str):
+        """Raise ConfigError that names the first wrong setting of the source `name`."""
         key = f"data.sources.{name}"
         check(self.dataset is None or not self.paths, f"{key}: has both paths and a dataset; keep one of them")
         check(bool(self.paths or self.dataset), f"{key}.paths is empty; name at least one file or glob")
@@ -102,16 +106,16 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class WeightingConfig:
-    """Where the sources' shares come from.
+    """Where the sources' shares come from: their own numbers, or their sizes."""
 
-    number: each source's `weight`. bytes, tokens (estimated by a sample): as large as the sources are. temperature:
-    tokens to the power of `temperature`. unimax: equal shares, but of no source more than `max_epochs` epochs of its
-    estimated tokens under the budget (arXiv:2304.09151; the exact limit is each source's own `max_epochs`).
-    """
-
-    by: str = setting("number", "number, bytes, tokens, temperature or unimax")
-    temperature: float = setting(0.7, "the power of a source's tokens, for by: temperature")
-    max_epochs: int = setting(4, "the most epochs of a source, for by: unimax")
+    by: str = setting(
+        "number",
+        "number: each source's weight. bytes or tokens (estimated by a sample): as large as the sources are. temperature: "
+        "tokens to the power of temperature. unimax: equal shares, but of no source more than max_epochs epochs of its "
+        "estimated tokens under the budget (arXiv:2304.09151; the exact limit is each source's own max_epochs)",
+    )
+    temperature: float = setting(0.7, "power of a source's tokens, with by: temperature")
+    max_epochs: int = setting(4, "most epochs of a source, with by: unimax")
 
     def __post_init__(self):
         ways = ("number", "bytes", "tokens", "temperature", "unimax")
@@ -122,50 +126,47 @@ class WeightingConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Other weights from the first round of rows on that begins `from_tokens` tokens into the run, or later.
+    """Other weights from some point of the run on."""
 
-    A source that is not named keeps its own `weight`.
-    """
-
-    from_tokens: int = setting(help="the stage begins with the first round of rows from here on", unit="tokens")
-    weights: dict[str, float] = setting(help="of sources; one that is not named keeps its own weight")
+    from_tokens: int = setting(
+        help="the stage begins with the first round of rows at this many tokens into the run, or later", unit="tokens"
+    )
+    weights: dict[str, float] = setting(help="new weights by source; a source that is not named keeps its own weight")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and in which order."""
 
-    tokenizer: str = setting(help="the tokenizer's file, such as tokenizer.model", data=True)
-    sources: dict[str, SourceConfig] = setting(help="the corpora of the mixture, by name", data=True)
+    tokenizer: str = setting(help="path of a SentencePiece model, such as tokenizer.model", data=True)
+    sources: dict[str, SourceConfig] = setting(help="corpora of the mixture, by name", data=True)
     weighting: WeightingConfig = setting(WeightingConfig(), "where the sources' shares come from", data=True)
     stages: tuple[StageConfig, ...] = setting(
-        (), "other weights from a token count on; those that have not begun may change when a run resumes", free=True
+        (), "other weights from a token count on; only stages that have not begun may change", free=True
     )
-    sequence_length: int = setting(8192, "of a row", unit="tokens")
+    sequence_length: int = setting(8192, "length of a row", unit="tokens")
     block_bytes: int = setting(
         4_000_000,
-        "text is read, shuffled and tokenised in pieces of about this size; it bounds memory and the cost of a resume",
+        "about how much text is read, shuffled and tokenised at a time; it bounds memory and the cost of a resume",
         unit="bytes",
     )
-    seed: int = setting(0, "of the order of documents")
+    seed: int = setting(0, "seed of the order of documents")
     lanes: int = setting(
         0,
-        "rows are dealt to this many independent streams; 0: as many as train.batch_size",
+        "independent streams that rows are dealt to; 0: as many as train.batch_size",
         reason="every lane reads its own blocks",
     )
     token_cache: str | None = setting(
         None,
-        "a folder of tokenised windows that `data tokenize` fills; what is not in it is tokenised when it is due, for the "
+        "folder of tokenised windows that `data tokenize` fills; what is not in it is tokenised when it is due, to the "
         "same bits",
         free=True,
     )
     max_bad_fraction: float = setting(
-        0.01, "more bad records than this share of those read (after the first 1000) stop the run", free=True
+        0.01, "largest share of bad records among those read; above it, after the first 1000, the run stops", free=True
     )
-    retries: int = setting(5, "a read that fails is tried again so often", free=True)
-    retry_seconds: float = setting(
-        1.0, "before the first of these tries; it doubles with each", unit="seconds", free=True
-    )
+    retries: int = setting(5, "how often a failed read is tried again", free=True)
+    retry_seconds: float = setting(1.0, "wait before the first retry; it doubles with each", unit="seconds", free=True)
 
     def __post_init__(self):
         check(
@@ -220,4 +221,5 @@ class DataConfig:
             )
 
     def stage_weights(self, stage: StageConfig) -> list[float]:
+        """Return each source's weight during `stage`."""
         return [stage.weights.get(name, s.weight or 0.0) for name, s in self.sources.items()]

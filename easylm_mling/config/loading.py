@@ -1,4 +1,4 @@
-"""Configs from YAML files and arguments, strictly, and back to plain trees."""
+"""Configs from YAML files and arguments, strictly, and back to YAML."""
 
 import dataclasses
 import difflib
@@ -13,9 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from easylm_mling.config.basics import Duration, Setting, setting_of
-from easylm_mling.config.data import DataConfig
-from easylm_mling.config.run import MixerConfig, RunConfig, TrainConfig
+from easylm_mling.config.basics import Duration
+from easylm_mling.config.run import MixerConfig, RunConfig
+from easylm_mling.config.trees import join_path, to_tree
 from easylm_mling.errors import ConfigError, check
 
 Schema = typing.TypeVar("Schema")
@@ -24,29 +24,34 @@ Schema = typing.TypeVar("Schema")
 def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Merge YAML `files` left to right, then `key.path=value` overrides.
 
-    Raises ConfigError for a missing file, bad YAML, an unknown key or a value of the wrong type.
+    For example `load(["configs/demo.yaml"], ["train.seed=1"])`. Raises ConfigError for a missing file, bad YAML, an unknown
+    or missing key, or a value of the wrong type.
     """
     return _build(RunConfig, _merged(files, overrides), "")
 
 
 def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
-    """The mixer's part of a config that may lack all but `data`.
+    """Load the mixer's part of a config that needs no section but `data`; a section that is there is checked.
 
-    Without `train`, batches are of 64 rows and the budget is one step. Raises ConfigError as `load` does.
+    Without `train.budget_tokens` the budget is 0: not known. Raises ConfigError as `load` does.
     """
     tree = _merged(files, overrides)
-    required = {f.name for f in dataclasses.fields(RunConfig) if f.default is dataclasses.MISSING}
-    if required <= tree.keys():
+    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+    if all(name in tree for name, f in fields.items() if f.default is dataclasses.MISSING):
         return _build(RunConfig, tree, "").mixer
-    known = {f.name: f for f in dataclasses.fields(RunConfig)}
-    _check_known(tree, known, "")
+    _check_known(tree, fields, "")
     check("data" in tree, "data is missing; add it to the config")
-    train = _build(TrainConfig, {"budget_tokens": 1, **(tree.get("train") or {})}, "train")
-    return MixerConfig(_build(DataConfig, tree["data"], "data"), train.batch_size, train.budget_tokens)
+    given = tree.get("train", {})
+    # TrainConfig must have a budget; this one counts for nothing.
+    tree["train"] = {"budget_tokens": 1, **given} if isinstance(given, dict) else given
+    hints = typing.get_type_hints(RunConfig)
+    sections = {name: _build(hints[name], value, name) for name, value in tree.items()}
+    budget = sections["train"].budget_tokens if "budget_tokens" in given else 0
+    return MixerConfig(sections["data"], sections["train"].batch_size, budget)
 
 
 def _merged(files: list[str], overrides: Sequence[str]) -> dict:
-    """The plain tree of a config, its groups of sources flattened."""
+    """Return the plain tree of a config, its groups of sources flattened."""
     merged = OmegaConf.create({})
     try:
         for name in files:
@@ -77,8 +82,10 @@ def _merged(files: list[str], overrides: Sequence[str]) -> dict:
 
 
 def _override(text: str):
-    """What an override says: YAML, but a text as it stands. (YAML would end a path at ` #`, fold its line breaks, and take
-    1:40 for 100 seconds.)"""
+    """Return an override's value: by YAML, but a text as it stands.
+
+    YAML would end a path at ` #`, fold its line breaks, and take 1:40 for 100 seconds.
+    """
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -90,13 +97,13 @@ def _override(text: str):
 
 
 def _check_harmless(name: str):
-    """Raise ConfigError for a file that is made to hurt whoever reads it, before anything is built of it.
+    """Raise ConfigError for a file that is made to hurt its reader, before any value is built.
 
-    (Tags that would run code are unknown to the loader, and OmegaConf bounds what aliases grow to.)
+    The loader does not know tags that would run code, and OmegaConf bounds what aliases grow to.
     """
     check(Path(name).stat().st_size <= 1_000_000, f"{name}: over 1 MB, which no config is; is it the right file?")
     depth = 0
-    # Events do not recurse; what builds values of them does, and dies of a hundred thousand brackets.
+    # Reading events does not recurse. Building values does, and a hundred thousand brackets would kill it.
     for event in yaml.parse(Path(name).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
@@ -111,7 +118,7 @@ def _check_harmless(name: str):
 
 
 def _flat_sources(sources: dict, path: str) -> dict:
-    """Groups replaced by their members: `g: {weight: w, sources: {a: ...}}` becomes `g/a`, with its part of w."""
+    """Replace groups by their members: `g: {weight: w, sources: {a: ...}}` becomes `g/a`, with its part of w."""
     flat = {}
     for name, entry in sources.items():
         if not (isinstance(entry, dict) and "sources" in entry):
@@ -147,78 +154,18 @@ def _flat_sources(sources: dict, path: str) -> dict:
     return flat
 
 
-def to_tree(value) -> typing.Any:
-    """A config as plain dicts, lists and scalars, such that `from_tree(type(c), to_tree(c)) == c`."""
-    if isinstance(value, Duration):
-        return str(value)
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {k: to_tree(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return [to_tree(v) for v in value]
-    return value
-
-
 def from_tree(schema: type[Schema], tree: dict) -> Schema:
-    """The dataclass `schema` from plain dicts; raises ConfigError as `load` does."""
+    """Build the dataclass `schema` from plain dicts; raises ConfigError as `load` does."""
     return _build(schema, tree, "")
 
 
 def to_yaml(config) -> str:
+    """Return a config as YAML, such that `load` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One key of a config with its value, as a plain tree, and what is known of it."""
-
-    value: typing.Any
-    setting: Setting
-
-
-def leaves(config, path: str = "", section: Setting | None = None) -> dict[str, Leaf]:
-    """Every `key.path` of a config; `section` is what is known of all of it."""
-    section = section or Setting()
-    if dataclasses.is_dataclass(config) and not isinstance(config, Duration):
-        fields = dataclasses.fields(config)
-        inner = {f.name: (getattr(config, f.name), setting_of(f).inside(section)) for f in fields}
-    elif isinstance(config, dict):
-        inner = {name: (value, section) for name, value in config.items()}
-    else:
-        return {path: Leaf(to_tree(config), section)}
-    return {k: v for name, (value, known) in inner.items() for k, v in leaves(value, _join(path, name), known).items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A key whose value differs between two configs; None where one of them does not have it."""
-
-    key: str
-    old: typing.Any
-    new: typing.Any
-    setting: Setting
-
-
-def differences(old, new) -> list[Change]:
-    """Every key whose value differs between two configs, in order."""
-    a, b = leaves(old), leaves(new)
-    changes = [
-        Change(
-            key, a[key].value if key in a else None, b[key].value if key in b else None, (b.get(key) or a[key]).setting
-        )
-        for key in sorted(a.keys() | b.keys())
-    ]
-    return [change for change in changes if change.old != change.new]
-
-
-def step_settings(train) -> dict:
-    """The settings of `train` (a TrainConfig) that the compiled step, or a bit that it computes, depends on."""
-    return {key: leaf.value for key, leaf in leaves(train).items() if not leaf.setting.outside_step}
-
-
 def _build(kind, value, path) -> typing.Any:
-    """`value` (plain YAML) as an instance of the annotated type `kind`, or a ConfigError that names `path`."""
+    """Return `value` (plain YAML) as an instance of the annotated type `kind`; raises ConfigError that names `path`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _build(next(a for a in args if a is not type(None)), value, path)
@@ -228,7 +175,7 @@ def _build(kind, value, path) -> typing.Any:
         return _build_dataclass(kind, value, path)
     if origin is dict:
         check(isinstance(value, dict), f"{path}: expected `name: ...` entries, found {value!r}")
-        # Flags are text to whom they are for: `true` too.
+        # Compiler flags are text, `true` too.
         texts = {k: str(v).lower() if args[1] is str and isinstance(v, bool) else v for k, v in value.items()}
         return {str(k): _build(args[1], v, f"{path}.{k}") for k, v in texts.items()}
     if origin is tuple:
@@ -254,21 +201,17 @@ def _build_dataclass(kind, value, path):
     _check_known(value, fields, path)
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        check(name in value or not required, f"{_join(path, name)} is missing; add it to the config")
-    return kind(**{k: _build(hints[k], v, _join(path, k)) for k, v in value.items()})
+        check(name in value or not required, f"{join_path(path, name)} is missing; add it to the config")
+    return kind(**{k: _build(hints[k], v, join_path(path, k)) for k, v in value.items()})
 
 
 def _check_known(tree: dict, fields: dict, path: str):
-    """Raise ConfigError that names the first key of `tree` that is no field, and the nearest one."""
+    """Raise ConfigError that names the first key of `tree` that is not among `fields`, and the nearest field."""
     for key in tree:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"unknown key {_join(path, key)!r}; {hint}")
-
-
-def _join(path, key):
-    return f"{path}.{key}" if path else str(key)
+            raise ConfigError(f"unknown key {join_path(path, key)!r}; {hint}")
 
 
 def _number(value, path) -> float:
@@ -282,7 +225,7 @@ _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def _integer(value, path) -> int:
-    """An int of 64 bits from `4096`, `1_000_000`, `100e9` or `100B`."""
+    """Return an integer of 64 bits from `4096`, `1_000_000`, `100e9` or `100B`."""
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
     else:

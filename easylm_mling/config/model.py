@@ -38,15 +38,21 @@ FAMILIES = {
 class RopeScaling:
     """Rotary frequencies for texts longer than those of the first training.
 
-    linear: all are divided by `factor`. llama3: those of long waves are divided, those of short waves stay, and between the
-    two (set by `low_freq_factor` and `high_freq_factor`) the change is smooth.
+    linear: all are divided by `factor`. llama3: low ones are divided, high ones stay, and between `low_freq_factor` and
+    `high_freq_factor` the change is smooth.
     """
 
     rope_type: str = setting(help="linear or llama3")
-    factor: float = setting(help="what frequencies are divided by")
-    low_freq_factor: float = setting(1.0, "llama3: waves that are divided whole", unit="waves in the original length")
-    high_freq_factor: float = setting(4.0, "llama3: waves that stay", unit="waves in the original length")
-    original_max_position_embeddings: int = setting(8192, "llama3: the length of the first training", unit="tokens")
+    factor: float = setting(help="divisor of the frequencies")
+    low_freq_factor: float = setting(
+        1.0, "llama3: frequencies below this are divided by the whole factor", unit="waves in the original length"
+    )
+    high_freq_factor: float = setting(
+        4.0, "llama3: frequencies above this stay as they are", unit="waves in the original length"
+    )
+    original_max_position_embeddings: int = setting(
+        8192, "llama3: sequence length of the first training", unit="tokens"
+    )
 
     def __post_init__(self):
         key = "model.rope_scaling"
@@ -67,35 +73,35 @@ class ModelConfig:
     vocab_size: int = setting(help="rows of the embedding")
     hidden_size: int = setting(help="width of the residual stream")
     intermediate_size: int = setting(help="width of the MLP")
-    num_hidden_layers: int = setting(help="layers")
+    num_hidden_layers: int = setting(help="number of layers")
     num_attention_heads: int = setting(help="query heads of a layer")
-    num_key_value_heads: int = setting(help="key and value heads of a layer; they divide the query heads")
-    head_dim: int = setting(help="width of a head, even")
-    model_type: str = setting("gemma", "the family: gemma, gemma2, gemma3_text or llama")
-    max_position_embeddings: int = setting(8192, "the longest sequence", unit="tokens")
+    num_key_value_heads: int = setting(help="key and value heads of a layer; must divide the query heads")
+    head_dim: int = setting(help="width of a head; must be even")
+    model_type: str = setting("gemma", "family of the model: gemma, gemma2, gemma3_text or llama")
+    max_position_embeddings: int = setting(8192, "longest sequence", unit="tokens")
     rms_norm_eps: float = setting(1e-6, "added to the mean square in a norm")
-    rope_theta: float = setting(10_000.0, "the rotary base")
-    initializer_range: float = setting(0.02, "standard deviation of fresh parameters")
-    pad_token_id: int = setting(0, "-1: none")
-    eos_token_id: int = setting(1, "ends every document")
-    bos_token_id: int = setting(2, "begins every document")
+    rope_theta: float = setting(10_000.0, "base of the rotary frequencies")
+    initializer_range: float = setting(0.02, "standard deviation of freshly initialised parameters")
+    pad_token_id: int = setting(0, "token of padding; -1: none")
+    eos_token_id: int = setting(1, "token that ends every document")
+    bos_token_id: int = setting(2, "token that begins every document")
     query_pre_attn_scalar: int | None = setting(
-        None, "attention scores are divided by its square root; null: by that of head_dim"
+        None, "attention scores are divided by the square root of this; null: of head_dim"
     )
     sliding_window: int | None = setting(
         None, "in a local layer a position sees itself and the sliding_window - 1 before it", unit="tokens"
     )
-    sliding_window_pattern: int = setting(1, "every so many-th layer is global")
-    attn_logit_softcapping: float | None = setting(None, "attention scores x become cap * tanh(x / cap)")
-    final_logit_softcapping: float | None = setting(None, "logits x become cap * tanh(x / cap)")
-    rope_local_base_freq: float | None = setting(None, "the rotary base of local layers; null: rope_theta")
-    rope_scaling: RopeScaling | None = setting(None, "of global layers only")
-    tie_word_embeddings: bool = setting(True, "the output head is the embedding")
+    sliding_window_pattern: int = setting(1, "every layer whose number is a multiple of this is global")
+    attn_logit_softcapping: float | None = setting(None, "cap of attention scores: x becomes cap * tanh(x / cap)")
+    final_logit_softcapping: float | None = setting(None, "cap of logits: x becomes cap * tanh(x / cap)")
+    rope_local_base_freq: float | None = setting(None, "base of local layers' rotary frequencies; null: rope_theta")
+    rope_scaling: RopeScaling | None = setting(None, "rotary frequencies of global layers, for longer texts")
+    tie_word_embeddings: bool = setting(True, "use the embedding as the output head")
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
             check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
-        # Far beyond every model there is: what a stranger's file asks for must not be what fills the memory.
+        # Far above every known model: a stranger's file must not fill the memory.
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
             check(getattr(self, name) <= 1 << 24, f"model.{name}={getattr(self, name)} must be at most {1 << 24}")
         check(self.num_hidden_layers <= 4096, f"model.num_hidden_layers={self.num_hidden_layers} must be at most 4096")
@@ -134,13 +140,15 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
+        """What every model of its `model_type` has."""
         return FAMILIES[self.model_type]
 
     @property
     def query_scale(self) -> float:
+        """Factor of attention scores."""
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
     def local_layers(self) -> tuple[bool, ...]:
-        """For each layer, whether it sees only the sliding window."""
+        """For each layer, True if it sees only the sliding window."""
         return tuple((i + 1) % self.sliding_window_pattern != 0 for i in range(self.num_hidden_layers))
