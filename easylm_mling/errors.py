@@ -1,4 +1,4 @@
-"""How a process ends: its exit code, which whoever restarts runs can rely on, and the one line that an error becomes.
+"""Errors of ours and exit codes: how a process ends, and the one line that an error becomes.
 
 0    done: the budget, train.stop_at_step, --max-hours or the end of the data is reached
 1    training cannot go on, or a crash: look at the message

@@ -1,4 +1,4 @@
-"""The folders of checkpoints, RUN/checkpoints/STEP: which are whole, and how one gets out of the way.
+"""The step folders RUN/checkpoints/STEP: which are whole, and how one is set aside or removed.
 
 A step becomes visible only when it is whole: as the last act Orbax renames it, or in a bucket (`gs://`) writes the object
 STEP/commit_success.txt.

@@ -1,4 +1,4 @@
-"""What a step holds, read without Orbax, and at a cost that its shapes bound: a stranger may have made it."""
+"""Read one step without Orbax, at a cost that its shapes bound: a stranger may have made it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The command line: `easylm-mling VERB ...`, the same as `python -m easylm_mling VERB ...`."""
+"""The command line `easylm-mling VERB ...`: its parser, and the call that each verb makes."""
 
 import argparse
 import json

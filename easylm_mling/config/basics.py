@@ -1,4 +1,4 @@
-"""What every part of a config uses: the error, its check, and lengths of training."""
+"""Lengths of training and the checks that every part of a config uses."""
 
 from dataclasses import dataclass
 

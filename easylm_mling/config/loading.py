@@ -1,4 +1,4 @@
-"""Configs from YAML files and arguments, strictly, and back to plain trees."""
+"""Load configs from YAML files and arguments, strictly, and turn them back into plain trees."""
 
 import dataclasses
 import difflib

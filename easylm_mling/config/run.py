@@ -1,4 +1,4 @@
-"""A whole run: model, data, training, optimizer, mesh, checkpoints, evaluation, what is told of it."""
+"""Settings of a whole run: training, optimizer, mesh, checkpoints, evaluation, logs."""
 
 import math
 import re

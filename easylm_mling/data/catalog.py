@@ -1,4 +1,4 @@
-"""The list of everything a run reads: its files, and the units they are cut into.
+"""The catalog of everything a run reads: its files, and the units that they are cut into.
 
 Built once, kept in the run directory, and compared with the files on every resume: a run whose files changed under it
 is refused, because the order of its data would no longer be the order its checkpoint counts in.

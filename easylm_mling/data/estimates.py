@@ -1,4 +1,4 @@
-"""How many tokens a corpus holds, found by reading a little of each of its languages."""
+"""How many tokens a corpus holds, estimated from a sample of each of its languages."""
 
 import json
 from pathlib import Path

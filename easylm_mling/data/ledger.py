@@ -1,4 +1,4 @@
-"""What a run has consumed, told by source and language: the ledger, and the news of sources that begin again or end."""
+"""The ledger, what a run has consumed by source and language, and news of sources that repeat or end."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Global batches for the trainer: each host reads, in a background thread, the rows of its own lanes and no others."""
+"""Global batches for the trainer. Each host reads the rows of its own lanes only, in a background thread."""
 
 import contextlib
 from collections import deque

@@ -1,4 +1,4 @@
-"""What becomes of a run's data state when its sources, files or tokenizer are knowingly changed.
+"""A run's data state after a deliberate change of its sources, files or tokenizer: `train --accept-data-change`.
 
 The rule of `train --accept-data-change`: a source whose files, cuts and settings are as before goes on at its cursor (with
 a new tokenizer: at the start of the document under way, which is then read again). Every other source begins at its

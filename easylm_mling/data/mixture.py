@@ -1,4 +1,4 @@
-"""Which source each row of the run has, what a row's arrays are, and the counters that say where a run is.
+"""Which source each row of the run has, a row's arrays, and the counters of what a run has consumed.
 
 Legend: V lanes, S sources, C counters, T tokens of a row. A round is one row of every lane. All here is pure functions
 on numpy arrays.

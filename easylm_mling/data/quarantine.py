@@ -1,4 +1,4 @@
-"""The file that lists the bad records of a run: each once for every time the run reads it, however often it was stopped."""
+"""The file that lists the bad records of a run, each once for every time it is read, however often the run was stopped."""
 
 import json
 from collections.abc import Sequence

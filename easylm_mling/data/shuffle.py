@@ -1,4 +1,4 @@
-"""The order of an epoch, and the shuffled documents of its blocks, as pure functions of the seed.
+"""The order of an epoch and the shuffled documents of its blocks, as pure functions of the seed.
 
 An epoch is a seeded permutation of a source's units, in which a unit may stand several times or not at all (the rate of
 its language); neighbours in it are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, are

@@ -1,4 +1,4 @@
-"""Windows tokenised ahead of time: the trainer takes one that is there and tokenises the others, for the same bits.
+"""Windows tokenised ahead of time: the trainer reads those that the cache has and tokenises the others, for the same bits.
 
     CACHE/KEY/SOURCE/EPOCH.BLOCK.WINDOW.safetensors
 

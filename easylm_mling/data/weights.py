@@ -1,4 +1,4 @@
-"""From weights to shares: of the sources in the mixture, stage by stage, and of the languages inside a source.
+"""From weights to shares: of the sources in the mixture, stage by stage, and of the languages in a source.
 
 All shares and rates are integers in units of 2**-32, so that schedules are exact and the same on every host.
 """

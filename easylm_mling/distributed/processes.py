@@ -1,4 +1,4 @@
-"""Several processes that train one run together, one for each host: how they find each other, and agree.
+"""Join and coordinate the processes that train one run together, one on each host.
 
 Every process runs the same program in the same order and holds its own rows of each batch and its own shards of the
 state. What must be decided or written once is decided and written by the first process, number 0. The run directory

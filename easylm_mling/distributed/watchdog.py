@@ -1,4 +1,4 @@
-"""The watchdog over steps and saves that never end."""
+"""The watchdog that ends a process whose step or save never finishes."""
 
 import faulthandler
 import os

@@ -1,4 +1,4 @@
-"""The data side of a run: its catalog, plan and ledger, and whether a checkpoint's data state may go on with them."""
+"""The data side of a run: catalog, plan and ledger, and the check that a checkpoint's data state fits them."""
 
 from pathlib import Path
 

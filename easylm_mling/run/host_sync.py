@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other at every step, and which lanes are whose."""
+"""Exchange between hosts at every step, and the assignment of lanes to hosts."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ends a process before its work is done: signals, its time, and a watchdog over steps that never come."""
+"""Stop requests: signals and the time limit that end a process before its work is done."""
 
 import os
 import signal

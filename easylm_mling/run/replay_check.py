@@ -1,4 +1,4 @@
-"""Whether a step that is done again gives the same bits: digests of the state, in metrics.jsonl, compared on a replay.
+"""Check that a step done again gives the same bits, by digests of the state in metrics.jsonl.
 
 A bit that flips in memory and a core that computes wrong leave no other trace. With `train.digest_every_steps` every
 such step leaves the digest of each leaf of the state. Steps that are done again, after a kill or `train.rewind`, are compared.

@@ -1,4 +1,4 @@
-"""Going back to an older checkpoint and leaving out some batches, as one does by hand after a spike of the loss.
+"""Rewind a run to an older checkpoint and leave out some batches, as after a spike of the loss.
 
 RUN/rewinds.jsonl lists what was done. A checkpoint counts the lines there were when it was saved, so a restore knows
 whether batches are to be left out after it: then a kill in between, or the same command again, changes nothing.

@@ -1,4 +1,4 @@
-"""How a process of a run begins: its devices, the run's directory, what is fixed for its life, and the state to go on with."""
+"""Set up a process of a run: devices, the run directory, and the state to continue from."""
 
 from functools import partial
 

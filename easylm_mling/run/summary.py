@@ -1,4 +1,4 @@
-"""The closing table of a run: what was consumed of each source, beside what was asked for, and what it did to the loss."""
+"""The closing table of a run: what was consumed of each source beside the plan, and its held-out loss."""
 
 from pathlib import Path
 

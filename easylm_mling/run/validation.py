@@ -1,4 +1,4 @@
-"""The loss on held-out documents, over all and for each source and language."""
+"""Measure the loss on held-out documents: overall, and for each source and language."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Bytes of a file, wherever it lies, by ranges: local ones, and through fsspec any whose name has a `scheme://`.
+"""Ranges of bytes of any file: local ones, and through fsspec those whose name has a `scheme://`.
 
 A read that fails is tried again, below everything that parses: whoever reads never learns of it, so no document is
 lost or read twice. Only the bytes asked for travel; no file is ever fetched whole.

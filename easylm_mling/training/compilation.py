@@ -1,4 +1,4 @@
-"""The training step compiled ahead: beside the restore and the first batches, and kept for the next start."""
+"""Compile the training step ahead, while the state is restored and the first batches are read, and cache it."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor

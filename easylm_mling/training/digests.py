@@ -1,4 +1,4 @@
-"""Digests by which a restored checkpoint is known to be the one that was saved: storage does not notice a flipped bit."""
+"""Digests of saved arrays: a restore compares them, because storage does not notice a flipped bit."""
 
 from functools import cache, partial
 from hashlib import blake2b

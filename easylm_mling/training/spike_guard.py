@@ -1,4 +1,4 @@
-"""Which steps change nothing: those that are not finite, and spikes, as two guards apart.
+"""The spike guard: steps that are not finite, or whose loss or gradient jumps, change nothing.
 
 A spike is a loss or gradient norm over `sigmas` standard deviations above the mean of the last WINDOW steps: 6 and 128 in
 OLMo-core (`SkipStepOptimizer`) and levanter, where as in MaxText it must be asked for. (PaLM's authors went back and left

@@ -1,4 +1,4 @@
-"""The text column of parquet and Arrow files, a portion at a time, and where an Arrow stream's record batches lie."""
+"""The text column of parquet and Arrow files, a portion at a time, and the offsets of an Arrow stream's record batches."""
 
 import struct
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Which files a source's config names, and what tells one of them from its later self.
+"""The files that a source's config names, and fingerprints that show whether one has changed.
 
 Remote folders are listed one by one with fsspec's `ls`: its own `glob` leaves out what it fails to list.
 """

@@ -1,4 +1,4 @@
-"""What each file format looks like from outside: its name, the units it can be cut into, and whether it has the text.
+"""Each file format from outside: its layout's name, the units it can be cut into, and a check that it has the text.
 
 Nothing here reads a file's body: parquet and Arrow have footers or message headers, lines are cut by arithmetic.
 """

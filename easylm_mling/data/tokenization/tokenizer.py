@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the model's own SentencePiece file."""
+"""Text to token ids and back, by SentencePiece with the model's own tokenizer.model."""
 
 import math
 from collections.abc import Sequence

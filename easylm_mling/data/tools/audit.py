@@ -1,4 +1,4 @@
-"""`easylm-mling data audit`: which documents every row of a past batch came from, and its tokens, bit for bit.
+"""`easylm-mling data audit`: the documents of every row of a past batch, and its tokens, bit for bit.
 
 Every checkpoint leaves its data state in RUN/data_states (see data/state_archive.py), which is never removed. An audit draws again the
 batches from the newest state before the step in question: at most checkpoint.every_steps of them.

@@ -1,4 +1,4 @@
-"""What a plan will take of every source and language under the token budget, before a token of it is read.
+"""A forecast of what a plan takes of every source and language under the token budget, before a token is read.
 
 A flow instead of rows: each source runs at its share until a stage begins or it is used up, which turns its share over to
 the others. Sizes are estimates (see data/estimates.py), and so is everything here.

@@ -1,4 +1,4 @@
-"""`easylm-mling data inspect`: what a run would read, and how often, before it begins. Uses no device."""
+"""`easylm-mling data inspect`: what a run will read, and how often, before it begins. Uses no device."""
 
 from pathlib import Path
 

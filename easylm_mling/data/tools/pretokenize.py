@@ -1,4 +1,4 @@
-"""`easylm-mling data tokenize`: fill the token cache ahead of training, on Ray, with the trainer's own block function.
+"""`easylm-mling data tokenize`: fill the token cache ahead of training, on Ray, by the code that the trainer tokenises with.
 
 Nothing waits for it: training starts at once and tokenises what is not there yet. Interrupt it, run it again, run it
 on another machine: what is there is kept, and a block that two workers write is the same bytes twice.
