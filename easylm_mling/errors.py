@@ -60,3 +60,16 @@ class DamagedCheckpoint(ValueError):
 
 class DataError(ValueError):
     """The data is too damaged to train on. The message is one line that names the source and the way out."""
+
+
+class UnknownFormat(ConfigError):
+    """A file or directory of ours has a format that this version does not know."""
+
+
+def check_format(where, what: str, number, known: int):
+    """Raise UnknownFormat, with the way out, unless the `format` number of the `what` in `where` is the `known` one."""
+    if number != known:
+        raise UnknownFormat(
+            f"{where}: this {what} has {'no format number' if number is None else f'format {number!r}'}, and this version of "
+            f"easylm_mling knows format {known}; use the version that wrote it"
+        )

@@ -35,7 +35,7 @@ from easylm_mling.data.weights import (
     spread,
 )
 from easylm_mling.errors import ConfigError
-from easylm_mling.run.train import next_everywhere
+from easylm_mling.run.train import next_on_all_hosts
 
 T, LANES = 32, 4
 SIZES = st.lists(st.floats(1, 1e6), min_size=1, max_size=8)
@@ -266,7 +266,7 @@ def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
         if mine:
             for _ in loader:
                 pass
-        assert (next_everywhere(loader) is None) == (mine or theirs)
+        assert (next_on_all_hosts(loader) is None) == (mine or theirs)
 
 
 def test_a_source_too_small_to_stop_by_is_refused(root):

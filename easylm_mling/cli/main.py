@@ -167,7 +167,7 @@ def _config(a, *more: str) -> RunConfig:
 
 def _train(a) -> int:
     config = _config(a)
-    from easylm_mling.distributed.processes import find_process_group, joined_processes
+    from easylm_mling.distributed.joining import find_process_group, joined_processes
     from easylm_mling.run.train import train
 
     place, on_cpu = find_process_group(a.coordinator, a.processes, a.process_id), bool(config.mesh.cpu_devices)

@@ -22,7 +22,7 @@ from easylm_mling.hf.importing import DTYPES, open_weights, read_params
 from easylm_mling.model.decoder import logits
 from easylm_mling.model.params import parameter_count
 from easylm_mling.model.sharding import make_mesh
-from easylm_mling.training.step import model_graph
+from easylm_mling.training.state import model_graph
 
 # float32 logits of two programs with the same weights differ by rounding; a wrong setting moves them far more.
 _LOGIT_TOLERANCE = 1e-3

@@ -26,7 +26,7 @@ from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
 from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
 from easylm_mling.model.decoder import Gemma, Remat, logits
 from easylm_mling.storage.object_store import small_files
-from easylm_mling.training.step import abstract_params, model_graph
+from easylm_mling.training.state import abstract_params, model_graph
 
 # Lengths are rounded up to a multiple of this, so that other prompts and lengths reuse the compiled program.
 _SLOTS = 64

@@ -1,6 +1,7 @@
 """The directory of a run: its files, and the check that this config may continue it.
 
 RUN/config.yaml      the resolved config, written once
+   /format.json      which format all of this has
    /catalog.json     the files of every source and how they are cut
    /estimates.json   tokens per byte of every language, by a sample
    /tokenizer/       the tokenizer's files, to be exported with the model
@@ -34,7 +35,15 @@ from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenize
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
 from easylm_mling.storage.lease import LOCK, Lease, file_store
-from easylm_mling.storage.object_store import CONFIG, Bucket, Mirror, is_bucket, local_folder
+from easylm_mling.storage.object_store import (
+    CONFIG,
+    Bucket,
+    Mirror,
+    check_run_format,
+    is_bucket,
+    local_folder,
+    write_run_format,
+)
 
 # Settings that change how a run is carried out but not what it computes; all others are fixed for a run's life.
 FREE_KEYS = (
@@ -125,6 +134,7 @@ class RunDirectory:
         else:
             there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         if self.config_file.is_file():
+            check_run_format(self.path, self.name)
             self._check_same_run(config, accept_data_change)
         # In a bucket, a first push that was killed leaves files, and the lease.
         elif {n.split("/")[0] for n in there} - NOT_OF_A_RUN and not (self.mirror and "lease" in there):
@@ -194,8 +204,9 @@ class RunDirectory:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        # The config comes first: it is what makes the directory this run's, should anything be killed in between.
+        # The config comes before all that needs it: it is what makes the directory this run's, should anything be killed in between.
         if not self.config_file.exists():
+            write_run_format(self.path)
             write_atomically(self.config_file, to_yaml(config).encode())
         if not self.tokenizer_dir.exists():
             with atomic_directory(self.tokenizer_dir) as partial:

@@ -4,7 +4,6 @@ The first process of several tells; in the others the same calls write to nowher
 """
 
 import importlib.metadata
-import math
 import platform
 import sys
 import time
@@ -16,9 +15,8 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from easylm_mling.checkpoint.layout import newest_step
 from easylm_mling.config import ProfileConfig, RunConfig
-from easylm_mling.distributed.processes import is_primary
+from easylm_mling.distributed.agreement import is_primary
 from easylm_mling.monitoring.console import ProgressLine, say, sources_table, warn
 from easylm_mling.monitoring.events import EventLog, without_secrets
 from easylm_mling.monitoring.metrics import MetricsLog, step_metrics
@@ -31,7 +29,7 @@ from easylm_mling.training.spike_guard import SPIKE
 from easylm_mling.training.step import jit_parameter_norm
 
 SETTLED_STEPS = 20
-_TABLE_SECONDS, _LOOK_SECONDS = 600.0, 3.0
+_TABLE_SECONDS = 600.0
 _NOWHERE = Path("/dev/null")
 _PACKAGES = ("easylm-mling", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -47,9 +45,7 @@ class Monitor:
         self._norm = jit_parameter_norm(config, mesh)
         self._stack = ExitStack()
         self._launched: tuple[int, float] | None = None
-        # The save under way: step, what its event will say; when the last one was begun and how long it held up the loop.
-        self._saving: tuple[int, dict] | None = None
-        self._looked = -math.inf
+        # When the last save was committed, and how long it held up the loop.
         self._saved: tuple[float, float] | None = None
         self._held_out: dict | None = None
         self._table_due = time.monotonic() + _TABLE_SECONDS
@@ -95,7 +91,6 @@ class Monitor:
         """Tell of a step whose `metrics` have arrived; `ledger`: what was consumed up to it. Returns them as plain numbers."""
         values, config = step_metrics(metrics, list(self.config.data.sources)), self.config
         self.profile.after(step)
-        self._look_at_save()
         if self._launched and self._launched[0] == step:
             self.events.write("first_step", step, seconds=round(time.monotonic() - self._launched[1], 3))
             self.throughput.measure(step)
@@ -129,10 +124,20 @@ class Monitor:
         if step:
             self._table_due = 0.0
 
-    def saving(self, step: int, seconds: float, size: int):
-        """A save of `size` bytes has begun; the loop stood still for `seconds`."""
-        self._look_at_save(now=True)
-        self._saving = step, {"seconds": round(seconds, 3), "bytes": size}
+    def restored(self, step: int, seconds: float):
+        self.events.write("restored", step, seconds=round(seconds, 3))
+
+    def news(self, step: int, lines: list[str]):
+        """What became of sources, and why the step was skipped, a line each."""
+        if lines:
+            self.log.write("news", step, news=lines)
+        for line in lines:
+            say(self.console, f"step {step}: {line}")
+
+    def saved(self, step: int, seconds: float, size: int):
+        """The checkpoint of `step`, of `size` bytes, is committed; the loop stood still for `seconds` of it."""
+        self.events.write("saved", step, seconds=round(seconds, 3), bytes=size)
+        self._saved = time.monotonic(), round(seconds, 3)
 
     def save_failed(self, step: int, problem: str, in_a_row: int):
         self.events.write("save_failed", step, problem=without_secrets(problem), in_a_row=in_a_row)
@@ -141,8 +146,8 @@ class Monitor:
     def ended(self, event: str, step: int, why: str):
         """How it ended; the last save is finished."""
         self._progress.close()
-        self._look_at_save(now=True)
         self.events.write(event, step, **({"why": why} if why else {}))
+        self.tell_speed()
 
     def stuck(self, what: str, code: int):
         """The process will end at once, from another thread, with this exit code."""
@@ -158,20 +163,6 @@ class Monitor:
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
         if line := compare_with_plan(self.run.path, self.config, device.device_kind, self.throughput.chips, memory):
             say(self.console, line)
-
-    def _look_at_save(self, now: bool = False):
-        """Write the event of the save under way if the checkpoint has appeared; looks every few seconds, or `now`."""
-        if self._saving is None or not is_primary() or not (now or time.monotonic() - self._looked > _LOOK_SECONDS):
-            return
-        self._looked = time.monotonic()
-        step, values = self._saving
-        try:
-            there = newest_step(self.config.run_dir) >= step
-        except OSError:  # a bucket out of reach, which the save will tell of
-            return
-        if there:
-            self.events.write("saved", step, **values)
-            self._saved, self._saving = (self._looked, values["seconds"]), None
 
     def _since_save(self) -> dict[str, float]:
         if self._saved is None:

@@ -1,4 +1,4 @@
-"""The closing table of a run: what was consumed of each source beside the plan, and its held-out loss."""
+"""The closing table of a run: tokens consumed of each source beside the shares asked for, and the held-out losses."""
 
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dic
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
 
     def losses(name=None):
-        found = [e.get("sources", {}).get(name) if name else e.get("loss") for e in (first, last)]
-        return ["-" if x is None else f"{x:.3f}" for x in found]
+        values = [e.get("sources", {}).get(name) if name else e.get("loss") for e in (first, last)]
+        return ["-" if x is None else f"{x:.3f}" for x in values]
 
     table = Table(
         title=f"{escape(config.run_dir)}: tokens of each source, and its held-out loss (nats a token)",
