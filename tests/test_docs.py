@@ -20,8 +20,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LINKING = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / f"{p}/README.md" for p in ("data", "tests/faults", "tpu_scripts"))]
 SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
 FILE_SUFFIXES = ("ini", "json", "jsonl", "md", "py", "sh", "toml", "yaml")
-# What another branch brings. A test below fails once it is there, so that this list goes.
-PENDING = ("docs/config.md", "configs/my-corpus.yaml", "easylm-mling config", "easylm-mling --version")
 
 
 def name_of(page: Path) -> str:
@@ -43,7 +41,7 @@ def commands(page: Path) -> list[str]:
     text = re.sub(r"\\\n\s+", "", page.read_text(encoding="utf-8")).partition(MAP["BEGIN"])[0]
     lines = re.findall(r"^    (?:\$ )?(easylm-mling .+)$", text, re.M)
     inline = re.findall(r"`(easylm-mling [^`]+)`", text)
-    return [re.sub(r"\s+# .*", "", line) for line in lines] + inline
+    return [re.sub(r"\s[#>]\s.*", "", line, flags=re.S) for line in lines + inline]
 
 
 def is_key(path: list[str]) -> bool:
@@ -86,7 +84,7 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
-        if target.startswith(("http://", "https://")) or name_of(there) in PENDING:
+        if target.startswith(("http://", "https://")):
             continue
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
@@ -95,8 +93,6 @@ def test_links_lead_somewhere(page):
 @by_page(PAGES)
 def test_commands_are_understood(page):
     for command in commands(page):
-        if command.startswith(PENDING):
-            continue
         verb, *rest = shlex.split(command)[1:]
         try:
             parsed = build_parser().parse_args([verb, *rest])
@@ -110,14 +106,14 @@ def test_commands_are_understood(page):
                 load([*files, *filter(None, [other])], [x for x in parsed.config if "=" in x])
 
 
-@by_page([*LINKING])
+@by_page(LINKING)
 def test_files_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
     if page.name == "CHANGELOG.md":
         text = text.partition("### Where modules went")[0]
     named = re.findall(rf"`((?:[a-z_.\-]\w*/)+[\w.\-]+\.(?:{'|'.join(FILE_SUFFIXES)}))`", text)
     named += re.findall(r"(?<![\w/])(?:configs|tests|benchmarks|tpu_scripts)/[\w./\-]+\.(?:yaml|py|md|ini|sh)", text)
-    for name in {*named} - {*PENDING}:
+    for name in named:
         places = [ROOT, ROOT / "easylm_mling", page.parent]
         assert any((place / name).exists() for place in places), name
 
@@ -134,16 +130,9 @@ def test_keys_are_those_of_the_config(page):
 
 
 def test_the_readme_shows_my_corpus_as_it_is():
-    file = ROOT / "configs" / "my-corpus.yaml"
     block = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[0]
-    assert name_of(file) in PENDING or yaml.safe_load(block) == yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert (ROOT / "configs" / "my-corpus.yaml").read_text(encoding="utf-8").endswith(block)
 
 
 def test_the_readme_has_two_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 110
-
-
-def test_what_was_pending_is_still_missing():
-    for what in PENDING:
-        if not what.startswith("easylm-mling"):
-            assert not (ROOT / what).exists(), f"{what} is here: take it out of PENDING"

@@ -13,8 +13,7 @@ from test_watch import event
 
 from easylm_mling.cli.main import main
 from easylm_mling.config import load, to_yaml
-from easylm_mling.errors import ConfigError
-from easylm_mling.monitoring.events import without_secrets
+from easylm_mling.errors import ConfigError, without_secrets
 from easylm_mling.monitoring.report.collect import collect
 from easylm_mling.monitoring.report.curve import Curve
 from easylm_mling.monitoring.report.page import page, write_report

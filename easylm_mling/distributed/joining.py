@@ -4,7 +4,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from easylm_mling.distributed.agreement import is_multiprocess
-from easylm_mling.errors import STOPPED, STUCK, ConfigError, TrainingStopped, report_error
+from easylm_mling.errors import STUCK, ConfigError, TrainingStopped, report_error
 
 # How long a process may be dead or out of reach before JAX ends the others, where no broken connection tells them before.
 _HEARTBEAT_SECONDS = 100
@@ -70,11 +69,9 @@ def joined_processes(group: ProcessGroup | None, wait_seconds: float, on_cpu: bo
         if not is_multiprocess():
             raise
         code = _lost_peer(error) or report_error(error)
-        if code is None:
-            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(STOPPED if code is None else code)
+        os._exit(code)
 
 
 def _initialize(group: ProcessGroup | None, wait_seconds: float):

@@ -16,12 +16,12 @@ preempted, stopped, done, failed   how the attempt ended, in one line (`why`; fa
              `code`). An attempt without such a line was killed
 """
 
-import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from easylm_mling.errors import without_secrets
 from easylm_mling.monitoring.goodput import Goodput
 from easylm_mling.storage.jsonl import JsonlWriter, read_jsonl
 
@@ -73,9 +73,3 @@ def read_event_log(path: Path) -> Iterator[dict]:
         named = isinstance(event.get("event"), str) and isinstance(event.get("time"), str)
         if named and isinstance(event.get("attempt"), int) and isinstance(event.get("step"), int):
             yield event
-
-
-def without_secrets(text: str) -> str:
-    """Addresses without what may be a key in them: names before an @, and everything behind a question mark."""
-    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
-    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)

@@ -45,47 +45,8 @@ from easylm_mling.storage.object_store import (
     write_run_format,
 )
 
-# Settings that change how a run is carried out but not what it computes; all others are fixed for a run's life.
-FREE_KEYS = (
-    "run_dir",
-    "init_from",
-    "mesh.",
-    "checkpoint.",
-    "eval.",
-    "log.",
-    "profile.",
-    # Only those that have not begun; run/data.py sees to it.
-    "data.stages",
-    "data.max_bad_fraction",
-    "data.token_cache",
-    "data.retries",
-    "data.retry_seconds",
-    "train.stop_at_step",
-    "train.log_every_steps",
-    "train.max_skipped_in_a_row",
-    # What is skipped from here on: a remedy, as a rewind is. Every checkpoint keeps the config that it was made with.
-    "train.spike_sigmas",
-    "train.stuck_minutes",
-    "train.digest_every_steps",
-    "train.rewind",
-    "train.skip_batches",
-    # These two with all that begins so.
-    "train.remat",
-    "train.attention",
-    "train.offload",
-    "train.accumulation_steps",
-    "train.loss_chunk",
-    "train.compiler_flags",
-)
-
-# What --accept-data-change lets change besides.
-DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
 # What may lie in a directory that no run has begun in.
 NOT_OF_A_RUN = {"plan.json", "lease", f"lease{LOCK}", "launch", "logs"}
-REASONS = {
-    "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
-    "data.lanes": "every lane reads its own blocks",
-}
 
 
 class RunDirectory:
@@ -231,19 +192,16 @@ class RunDirectory:
         write_atomically(self.config_file, to_yaml(config).encode())
 
     def _check_same_run(self, config: RunConfig, accept_data_change: bool):
-        changed = {
-            k: v for k, v in differences(load([str(self.config_file)]), config).items() if not k.startswith(FREE_KEYS)
-        }
+        kept = load([str(self.config_file)])
+        changes = [change for change in differences(kept, config) if not change.setting.free]
         if accept_data_change:
-            self.data_settings_changed = any(k.startswith(DATA_KEYS) for k in changed)
-            changed = {k: v for k, v in changed.items() if not k.startswith(DATA_KEYS)}
-        if changed:
-            listed = [
-                f"{key} was {old}, now {new}" + (f" ({REASONS[key]})" if key in REASONS else "")
-                for key, (old, new) in changed.items()
-            ]
-            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-            way = ", or go on with --accept-data-change" if all(k.startswith(DATA_KEYS) for k in changed) else ""
+            self.data_settings_changed = any(change.setting.data for change in changes)
+            changes = [change for change in changes if not change.setting.data]
+        if changes:
+            reasons = [f" ({c.setting.reason})" if c.setting.reason else "" for c in changes]
+            listed = [f"{c.key} was {c.old}, now {c.new}{why}" for c, why in zip(changes, reasons, strict=True)]
+            more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            way = ", or go on with --accept-data-change" if all(c.setting.data for c in changes) else ""
             raise ConfigError(
                 f"run_dir={self.name} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
                 f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from easylm_mling.config import ProfileConfig, RunConfig
 from easylm_mling.distributed.agreement import is_primary
+from easylm_mling.errors import without_secrets
 from easylm_mling.monitoring.console import ProgressLine, say, sources_table, warn
-from easylm_mling.monitoring.events import EventLog, without_secrets
+from easylm_mling.monitoring.events import EventLog
 from easylm_mling.monitoring.metrics import MetricsLog, step_metrics
 from easylm_mling.monitoring.plan_comparison import compare_with_plan
 from easylm_mling.monitoring.profiler import Profiler

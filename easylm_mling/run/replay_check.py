@@ -11,7 +11,7 @@ import jax
 import orjson
 from jax.sharding import Mesh
 
-from easylm_mling.config import NOT_OF_THE_STEP, RunConfig
+from easylm_mling.config import RunConfig, step_settings
 from easylm_mling.distributed.agreement import all_agree, is_primary
 from easylm_mling.errors import TrainingStopped
 from easylm_mling.monitoring.metrics import MetricsLog, read_lines
@@ -59,10 +59,9 @@ class ReplayCheck:
 
 def _program(config: RunConfig, mesh: Mesh, batches: dict) -> str:
     """A digest of all that a step's bits may depend on: only steps of the same program are compared."""
-    train = {k: v for k, v in asdict(config.train).items() if k not in NOT_OF_THE_STEP}
     parts = {name: asdict(getattr(config, name)) for name in ("model", "data", "optimizer")}
     device = mesh.devices.flat[0]
     # On the CPU a process that joined others, or itself, sums in another order than one on its own.
     where = {"mesh": dict(mesh.shape), "device": device.device_kind, "joined": jax.distributed.is_initialized()}
-    whole = {**parts, "train": train, **where, "jax": jax.__version__, "batches": batches}
+    whole = {**parts, "train": step_settings(config.train), **where, "jax": jax.__version__, "batches": batches}
     return blake2b(orjson.dumps(whole, option=orjson.OPT_SORT_KEYS), digest_size=8).hexdigest()

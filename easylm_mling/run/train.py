@@ -20,7 +20,7 @@ from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import is_multiprocess, is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
-from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped
+from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, crash_file
 from easylm_mling.model.sharding import BATCH_AXES
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
@@ -98,7 +98,7 @@ def train(
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
     say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
 
-    with closing(run), jax.set_mesh(mesh), Monitor(config, run, mesh, console, begun) as monitor:
+    with closing(run), crash_file(run.path), jax.set_mesh(mesh), Monitor(config, run, mesh, console, begun) as monitor:
         outcome = run_process(config, mesh, data, tokenizer, monitor, max_hours)
         event, message, code = closing_event(config, outcome)
         monitor.ended(event, outcome.step, message)

@@ -15,26 +15,26 @@ from easylm_mling.data.weights import language_bytes, language_tokens, make_plan
 from easylm_mling.errors import ConfigError
 from easylm_mling.formatting import tokens_text
 
-# So many languages of a source are printed: the most and the least repeated ones.
+# Languages printed of a source: so many of the most, and of the least repeated ones.
 _SHOWN = 8
 
 
 def inspect_data(config: RunConfig) -> dict:
-    """Everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
+    """Return everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
 
-    `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, `taken` what the
-    budget takes, both estimates. Raises ConfigError as building a catalog does.
+    `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, and `taken`
+    what the run takes of them; both are estimates. Raises ConfigError as build_catalog does.
     """
     catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
-    found = estimate(catalog, tokenizer)
-    rates = tokens_per_byte(found)
+    estimates = estimate(catalog, tokenizer)
+    rates = tokens_per_byte(estimates)
     plan = make_plan(config, catalog, rates)
     sizes = {name: language_tokens(source, rates[name]) for name, source in catalog.sources.items()}
     expected = forecast(config, catalog, plan, sizes)
     sources = {}
     for name, source in catalog.sources.items():
         e = expected.sources[name]
-        columns = (source.languages, language_bytes(source), sizes[name], e.language_epochs, found[name].values())
+        columns = (source.languages, language_bytes(source), sizes[name], e.language_epochs, estimates[name].values())
         languages = {
             language: {
                 "bytes": int(size),
@@ -60,45 +60,50 @@ def inspect_data(config: RunConfig) -> dict:
     return {"budget": budget, "tokens": round(expected.tokens), "padding": round(expected.padding), "sources": sources}
 
 
-def print_inspection(found: dict, console: Console):
-    """The tables: sources, then the languages of each source of several."""
-    console.print(_source_table(found))
-    for name, source in found["sources"].items():
+def print_inspection(inspection: dict, console: Console):
+    """Print the tables: sources, then the languages of each source with more than one."""
+    console.print(_source_table(inspection))
+    for name, source in inspection["sources"].items():
         console.print(f"  {name}: {source['note']}", highlight=False, soft_wrap=True)
-    if found["tokens"] < found["budget"]:
+    if inspection["tokens"] < inspection["budget"]:
         console.print(
-            f"  the data ends after {tokens_text(found['tokens'])} tokens, before the budget", highlight=False
+            f"  the data ends after {tokens_text(inspection['tokens'])} tokens, before the budget", highlight=False
         )
-    console.print(f"  padding: at most {found['padding'] / max(1, found['tokens']):.3%} of the tokens", highlight=False)
-    for name, source in found["sources"].items():
+    console.print(
+        f"  padding: at most {inspection['padding'] / max(1, inspection['tokens']):.3%} of the tokens", highlight=False
+    )
+    for name, source in inspection["sources"].items():
         if len(source["languages"]) > 1:
             console.print(_language_table(name, source["languages"]))
     console.print("Tokens, epochs and padding are estimates from a sample of each language.", style="dim")
 
 
-def plot_inspection(found: dict, path: str | Path):
-    """A PNG: how much there is of every source and language beside how much is taken; raises ConfigError without matplotlib."""
+def plot_inspection(inspection: dict, path: str | Path):
+    """Write a PNG of each source's and language's tokens, and of those that are taken; raises ConfigError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("--png needs matplotlib; install it with: pip install 'easylm-mling[plot]'") from error
-    many = {n: s["languages"] for n, s in found["sources"].items() if len(s["languages"]) > 1}
-    bars = len(found["sources"])
-    heights = [max(2.0, 0.45 * bars), *[4.0] * len(many)]
+    by_language = {n: s["languages"] for n, s in inspection["sources"].items() if len(s["languages"]) > 1}
+    bars = len(inspection["sources"])
+    heights = [max(2.0, 0.45 * bars), *[4.0] * len(by_language)]
     figure = Figure(figsize=(10, sum(heights) + 1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    _plot_sources(axes[0], found)
-    for axis, (name, languages) in zip(axes[1:], many.items(), strict=True):
+    _plot_sources(axes[0], inspection)
+    for axis, (name, languages) in zip(axes[1:], by_language.items(), strict=True):
         _plot_languages(axis, name, languages)
     figure.savefig(path, dpi=120)
 
 
-def _plot_sources(axis, found: dict):
-    names, sources = list(found["sources"])[::-1], list(found["sources"].values())[::-1]
-    there, taken = sum(s["tokens"] for s in sources), sum(s["taken"] for s in sources)
-    for shift, key, total, label in ((0.2, "tokens", there, "in the corpora"), (-0.2, "taken", taken, "in the run")):
+def _plot_sources(axis, inspection: dict):
+    names, sources = list(inspection["sources"])[::-1], list(inspection["sources"].values())[::-1]
+    available, taken = sum(s["tokens"] for s in sources), sum(s["taken"] for s in sources)
+    for shift, key, total, label in (
+        (0.2, "tokens", available, "in the corpora"),
+        (-0.2, "taken", taken, "in the run"),
+    ):
         shares = [100 * s[key] / max(1, total) for s in sources]
         axis.barh([i + shift for i in range(len(names))], shares, 0.38, label=label)
     for i, s in enumerate(sources):
@@ -108,23 +113,23 @@ def _plot_sources(axis, found: dict):
     axis.set_yticks(range(len(names)), names)
     axis.margins(x=0.12)
     axis.set_xlabel("% of tokens")
-    axis.set_title(f"{tokens_text(found['tokens'])} tokens from {tokens_text(there)} (estimated)")
+    axis.set_title(f"{tokens_text(inspection['tokens'])} tokens from {tokens_text(available)} (estimated)")
     axis.legend(loc="best")
 
 
 def _plot_languages(axis, name: str, languages: dict):
     ordered = sorted(languages.items(), key=lambda item: -item[1]["tokens"])
-    place = range(1, len(ordered) + 1)
+    rank = range(1, len(ordered) + 1)
     for key, label in (("tokens", "in the corpus"), ("taken", "in the run")):
         values = [max(1, v[key]) for _, v in ordered]
-        axis.plot(place, values, marker="." if len(ordered) < 60 else None, label=label)
+        axis.plot(rank, values, marker="." if len(ordered) < 60 else None, label=label)
     axis.set_yscale("log")
     axis.set_ylabel("tokens")
     axis.set_title(f"{name}: {len(ordered)} languages, largest first")
     if len(ordered) <= 40:
-        axis.set_xticks(place, [language for language, _ in ordered], rotation=60, ha="right", fontsize=7)
+        axis.set_xticks(rank, [language for language, _ in ordered], rotation=60, ha="right", fontsize=7)
     epochs = axis.twinx()
-    epochs.plot(place, [v["epochs"] for _, v in ordered], color="grey", linewidth=1, linestyle=":")
+    epochs.plot(rank, [v["epochs"] for _, v in ordered], color="grey", linewidth=1, linestyle=":")
     epochs.set_ylabel("epochs (dotted)")
     epochs.set_ylim(bottom=0)
     axis.legend(loc="lower left")
@@ -142,23 +147,23 @@ def _note(expected, rule: str) -> str:
     return f"read {expected.epochs:.2f} times" if expected.epochs > 1.05 else "read once"
 
 
-def _source_table(found: dict) -> Table:
+def _source_table(inspection: dict) -> Table:
     headings = ("files", "bytes", "tokens", "per byte", "share", "taken", "epochs")
-    table = _table(f"budget: {tokens_text(found['budget'])} tokens", "source", headings)
-    for name, s in found["sources"].items():
+    table = _table(f"budget: {tokens_text(inspection['budget'])} tokens", "source", headings)
+    for name, s in inspection["sources"].items():
         texts = sum(x["tokens"] / x["tokens_per_byte"] for x in s["languages"].values() if x["tokens_per_byte"])
         per_byte = f"{s['tokens'] / texts:.3f}" if texts else "-"
         numbers = (f"{s['files']:,}", tokens_text(s["bytes"]), tokens_text(s["tokens"]), per_byte, f"{s['share']:.2%}")
         table.add_row(name, *numbers, tokens_text(s["taken"]), f"{s['epochs']:.3g}")
     table.add_section()
-    totals = [sum(s[k] for s in found["sources"].values()) for k in ("files", "bytes", "tokens", "taken")]
+    totals = [sum(s[k] for s in inspection["sources"].values()) for k in ("files", "bytes", "tokens", "taken")]
     files, size, tokens, taken = totals
     table.add_row("all", f"{files:,}", tokens_text(size), tokens_text(tokens), "", "", tokens_text(taken), "")
     return table
 
 
 def _language_table(name: str, languages: dict) -> Table:
-    """The most and the least repeated languages."""
+    """Return a table of the most and the least repeated languages."""
     ordered = sorted(languages.items(), key=lambda item: (-item[1]["epochs"], item[0]))
     title = f"{name}: {len(languages)} languages, the most repeated first"
     table = _table(title, "language", ("bytes", "tokens", "per byte", "taken", "epochs"))

@@ -4,10 +4,10 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
+from easylm_mling.errors import without_secrets
 from easylm_mling.formatting import duration_text, tokens_text
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.params import parameter_count
-from easylm_mling.monitoring.events import without_secrets
 from easylm_mling.monitoring.report.collect import Findings, collect
 from easylm_mling.monitoring.report.svg import COLOURS, Line, chart, number_text, sparkline
 from easylm_mling.storage.atomic import write_atomically
