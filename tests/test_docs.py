@@ -136,3 +136,12 @@ def test_the_readme_shows_my_corpus_as_it_is():
 
 def test_the_readme_has_two_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 110
+
+
+def test_formats_are_those_of_the_code():
+    rows = re.findall(r"^\| [\w ]+ \| (\d+) \| .+ \| `(.+\.py)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(rows) == 6
+    for number, module in rows:
+        assert f"FORMAT = {number}\n" in (ROOT / "easylm_mling" / module).read_text(encoding="utf-8").replace(
+            '"', ""
+        ), module
