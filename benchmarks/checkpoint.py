@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py [--gigabytes 1] [--rounds 3] [--folder DIR]
 
-All is measured in one run, in turns, so that the ratios hold on a machine that others use, too: each round saves a state,
-restores it (its digests compared, as a resume does), writes the same bytes raw (one file after another of 400 MB, then
-fsync) and reads them. Pages of the files are dropped from memory before every read.
+Everything is measured in one run, in turns, so the ratios also hold on a machine that others use. Each round saves a state,
+restores it (and compares its digests, as a resume does), writes the same bytes raw (one file of 400 MB after another, then
+fsync), and reads them. The files' pages are dropped from memory before every read.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/export.py [--model configs/model/gemma-2b.yaml] [--layers N] [--folder DIR]
 
-Makes random bfloat16 weights in the model's shapes, imports them and exports them again; both ways are compared at the
-end, byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B) and 4 bytes of memory a parameter for
+Makes random bfloat16 weights in the model's shapes, imports them and exports them again. At the end both are compared,
+byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B) and 4 bytes of memory a parameter for
 the import: on a CPU the devices' memory, which holds the float32 parameters, is the host's.
 
 Every part is a process of its own, with one device, and begins with nothing of its input in the page cache. Measured by

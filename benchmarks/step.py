@@ -4,9 +4,9 @@
 
 One Gemma of random weights (42 million parameters unless model.* overrides say otherwise) takes the same rows through
 forward, backward, clipping and AdamW in both frameworks: ours as `train` runs it, theirs as a loop over
-GemmaForCausalLM, with `sdpa` attention, its own loss and a fused torch.optim.AdamW. Both run where JAX runs: on a GPU where
-there is one and torch sees it, else on the CPU with all its cores. They take turns, in one process, and the losses of the
-first two steps are compared. The limit is the model's FLOPs (model_flops.py: nothing that is computed twice counts) over
+GemmaForCausalLM, with `sdpa` attention, its own loss and a fused torch.optim.AdamW. Both run where JAX runs: on a GPU if
+torch sees it, too, else on the CPU with all its cores. They take turns in one process, and the losses of the first two
+steps are compared. The limit is the model's FLOPs (model/flops.py: nothing that is computed twice counts) over
 the best rate at which either framework multiplies large square matrices here.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m easylm_mling VERB ...`, the same as `easylm-mling VERB ...`."""
+"""The entry point of `python -m easylm_mling VERB ...`, the same as `easylm-mling VERB ...`."""
 
 import sys
 

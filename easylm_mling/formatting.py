@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Format token counts and durations for people."""
 
 
 def tokens_text(n: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The TPU chips that are known: how the compiler calls them, and how fast and large one is."""
+"""The known TPU chips: the compiler's name of each, its speed and its memory."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""Checkpoints: save and restore with Orbax, their folders, and reading them without it."""
+"""Checkpoints: saving and restoring with Orbax, the folders of steps, and reading a step without Orbax."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one Orbax step holds everything that a resume needs.
+"""Save and restore checkpoints of a run: one Orbax step holds everything that a resume needs.
 
     RUN/checkpoints/STEP/params     float32 parameters
                         /training   optimizer state and counters

@@ -1,4 +1,4 @@
-"""The command line: `easylm-mling VERB ...`, the same as `python -m easylm_mling VERB ...`.
+"""The entry point of the command line `easylm-mling VERB ...`, and its parser.
 
 Each verb imports what it needs when it runs: help and a wrong config must not wait for JAX to load.
 """

@@ -1,4 +1,4 @@
-"""What is read, in which shares and in which order."""
+"""Settings of the data: what is read, in which shares, in which order."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The shape of a model, in the names of Hugging Face's `config.json`."""
+"""Settings of a model's shape, in the names of Hugging Face's `config.json`."""
 
 import math
 from dataclasses import dataclass, fields

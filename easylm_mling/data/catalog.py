@@ -1,4 +1,4 @@
-"""The list of everything a run reads: its files, and the units they are cut into.
+"""The catalog of everything a run reads: its files, and the units that they are cut into.
 
 It is built once, kept in the run directory, and compared with the files on every resume. A run whose files have changed
 is refused: its checkpoint counts in an order that no longer exists.

@@ -1,4 +1,4 @@
-"""The order of an epoch, and the shuffled documents of its blocks, as pure functions of the seed.
+"""The order of an epoch and the shuffled documents of its blocks, as pure functions of the seed.
 
 An epoch is a seeded permutation of a source's units. By the rate of its language a unit may be in it more than once, or
 not at all. Neighbours are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, can be one

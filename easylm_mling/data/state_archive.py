@@ -1,4 +1,4 @@
-"""The data states of a run's checkpoints, kept for `data audit` when the checkpoints themselves are long gone.
+"""The archive of data states, one for each checkpoint: `data audit` needs them long after the checkpoint is gone.
 
 RUN/data_states/STEP.npz holds the state after that step, and the stages and fingerprints by which the batches up to it
 were drawn. It takes at most some 40 kB. None is removed, except those of steps that a resumed run repeats.

@@ -1,4 +1,4 @@
-"""The endless token stream of one lane and source, and the file that keeps its text out of memory.
+"""The endless token stream of one lane and source, and the spill file that keeps its text out of memory.
 
 A host may hold a thousand streams, each in the middle of a window of megabytes. Their shuffled text waits in one
 unlinked temporary file and is tokenised a row at a time: memory does not grow with the window, and a resume tokenises

@@ -1,1 +1,1 @@
-"""Processes of one run: joining, agreeing, and the watchdog."""
+"""Processes of one run: joining, agreeing, and the watchdog over them."""

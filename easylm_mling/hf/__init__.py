@@ -1,1 +1,1 @@
-"""Hugging Face models in and out."""
+"""Hugging Face models in and out: import, export, verification, the model card."""

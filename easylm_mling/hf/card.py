@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what the run's own records say, and nothing that they do not.
+"""Write the model card of an export from the run's own records, and from nothing else.
 
 Records are the checkpoint's info and data state, metrics.jsonl, catalog.json and the ledger. Paths and addresses stay
 out, for they can hold names and keys: a source goes by its name in the config.

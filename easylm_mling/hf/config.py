@@ -1,4 +1,4 @@
-"""`config.json` of a Gemma 1, 2 or 3 (text) or Llama model, read and written in the dialects of transformers 4 and 5.
+"""Read and write `config.json` of Gemma 1, 2, 3 (text) and Llama, in the dialects of transformers 4 and 5.
 
 Source: transformers 5.23 `configuration_gemma.py`, `configuration_gemma2.py`, `configuration_gemma3.py` and
 `configuration_llama.py`; 4.x names are those of the published configs.

@@ -1,4 +1,4 @@
-"""A checkpoint's parameters as a Hugging Face directory, one tensor in memory at a time.
+"""Export a checkpoint's parameters to a Hugging Face directory, one tensor in memory at a time.
 
 The plan of files and their headers follow from shapes alone, so each tensor is written the moment it is read.
 Source of the format: safetensors README (8-byte little-endian header length, JSON header, then the data).

@@ -1,4 +1,4 @@
-"""Models by their hub names, through huggingface_hub (the extra [hf]); it finds a token itself, and no token is seen here."""
+"""Download and upload models by their hub names. huggingface_hub finds a token itself; none is seen here."""
 
 import importlib.util
 import re

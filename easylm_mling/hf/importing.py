@@ -1,4 +1,4 @@
-"""Hugging Face weights into sharded arrays, and from there into a checkpoint that training starts from.
+"""Import Hugging Face weights as sharded arrays into a checkpoint that training starts from.
 
 Every name, shape and dtype is checked from the files' headers before the first byte of a weight is read.
 """

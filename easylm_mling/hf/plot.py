@@ -1,4 +1,4 @@
-"""The picture of an exported model's card: the loss of each source over the run, drawn if matplotlib is there."""
+"""The picture in an exported model's card: the loss of each source over the run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Is an exported directory what its checkpoint says? Bytes against bytes, and where transformers is, logits too.
+"""Verify an export against its checkpoint: bytes with bytes, and logits with those of transformers.
 
 The files are read as a stranger would: by the safetensors library, by transformers. torch and transformers are no
 requirements of this package; what cannot be checked without them is said.

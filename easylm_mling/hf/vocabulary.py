@@ -1,4 +1,4 @@
-"""New pieces for an old model: a tokenizer that goes on where the model's own ends, and rows of the embedding for it.
+"""Add pieces to a vocabulary: a tokenizer that extends the model's own, and embedding rows for the new pieces.
 
 A new piece starts as the mean of the rows that its text had under the old tokenizer (Hewitt 2021, "Initializing new
 word embeddings", averages over all rows; over the piece's own text, as here, it starts nearer to what it will mean).

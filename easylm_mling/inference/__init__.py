@@ -1,1 +1,1 @@
-"""Text from a model."""
+"""Inference: text from a model."""

@@ -1,4 +1,4 @@
-"""Text from a model: a key/value cache, one prefill and one compiled loop over new tokens.
+"""Generate text: a key/value cache, one prefill, and one compiled loop over new tokens.
 
 Axis letters: B prompts, P prompt slots, S cache slots (P and room for new tokens), L layers, K key/value heads,
 H head_dim, V vocabulary.

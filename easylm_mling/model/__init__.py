@@ -1,1 +1,1 @@
-"""The model: its parameter table, its sharding, and the decoder as pure functions of both."""
+"""The model: its parameter table, its sharding, and the decoder as a pure function of both."""

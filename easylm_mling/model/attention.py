@@ -1,4 +1,4 @@
-"""Causal attention among positions of one segment, behind one function with one meaning of the mask.
+"""Causal attention within segments: one mask, and its forms for XLA and cuDNN.
 
 Sources: google/gemma_pytorch `model.py` for the window (a position sees itself and `window - 1` before it) and for the
 soft cap, which comes before the mask.

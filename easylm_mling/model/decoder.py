@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (and Llama) as a stack of layers of one form, run by one scan.
+"""The decoder of Gemma 1, 2, 3 and Llama: a stack of layers of one form, run by one scan.
 
 What differs from layer to layer (the window, the rotary frequencies) is scanned beside the parameters; what differs
 from family to family is in config/model.py's table of families.

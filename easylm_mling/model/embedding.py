@@ -1,4 +1,4 @@
-"""Looking tokens up in an embedding that is cut along both of its axes.
+"""Look up tokens in an embedding that is sharded along both of its axes.
 
 Axis letters: B rows, T positions, V vocabulary, D embed.
 """

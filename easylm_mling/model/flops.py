@@ -1,4 +1,4 @@
-"""The FLOPs that training needs by the model's shape alone: what MFU is a share of."""
+"""FLOPs that training needs by the model's shape alone, the basis of MFU."""
 
 from easylm_mling.config import ModelConfig
 from easylm_mling.model.params import parameter_count

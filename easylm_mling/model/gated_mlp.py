@@ -1,4 +1,4 @@
-"""The second half of the gated MLP, activation(gate) * up through the down projection, with a backward pass of its own.
+"""The second half of the gated MLP, activation(gate) * up and the down projection, with its own backward pass.
 
 Every element's value is computed once, in the output of the product before it. XLA, left alone, would compute it in the
 input of the products after it, and so again for each of their tiles of output: 0.4 of 3.8 s a step of Gemma 7B on a v5e-64.

@@ -1,4 +1,4 @@
-"""Where every array lives: one table from logical axes to mesh axes, applied strictly.
+"""The sharding of every array: one table from logical axes to mesh axes, applied strictly.
 
 A dimension that does not divide, or a mesh axis used twice in one array, is an error, never a silent replica.
 """

@@ -1,4 +1,4 @@
-"""Attention by JAX's splash kernel for TPU: the same function as model/attention.py's, without a score in HBM.
+"""Attention by JAX's splash kernel for TPU: same result as model/attention.py, and no scores in HBM.
 
 Source: jax.experimental.pallas.ops.tpu.splash_attention, which follows FlashAttention-2 (Dao 2023).
 

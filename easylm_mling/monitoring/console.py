@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one line that follows it, a table now and then, warnings that stand out."""
+"""What a person sees while a run trains: a line of progress, a table now and then, warnings that stand out."""
 
 import time
 

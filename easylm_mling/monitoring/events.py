@@ -1,4 +1,4 @@
-"""What happened to a run, and when: events.jsonl, and goodput, which is computed from nothing else.
+"""events.jsonl: what happened to a run, and when. Goodput is computed from it alone.
 
 A line is `{"event": NAME, "time": ISO-8601 UTC, "attempt": N, "step": S, ...}`, written by the first process:
 

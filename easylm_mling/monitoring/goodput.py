@@ -1,4 +1,4 @@
-"""Goodput: where a run's time went, computed from its events alone."""
+"""Compute goodput, where a run's time went, from its events alone."""
 
 from collections.abc import Iterable
 from datetime import datetime

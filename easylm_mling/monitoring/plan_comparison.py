@@ -1,4 +1,4 @@
-"""A run's measured step time, MFU and memory beside what its plan predicted."""
+"""Compare a run's measured step time, MFU and memory with what its plan predicted."""
 
 import json
 import statistics

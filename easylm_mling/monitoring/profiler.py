@@ -1,4 +1,4 @@
-"""A window of steps under JAX's profiler: `profile.steps=100:105` leaves a trace in RUN/profile."""
+"""A trace of some steps by JAX's profiler: `profile.steps=100:105` leaves it in RUN/profile."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How fast a run is, as its first process sees it: what a line of metrics.jsonl says of time and memory."""
+"""How fast a run is, as its first process sees it: time, FLOPs and memory in a line of metrics.jsonl."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Other places that the lines of metrics.jsonl go to, if `log` asks for them: TensorBoard and Weights & Biases.
+"""Where lines of metrics.jsonl go besides, if `log` asks for it: TensorBoard and Weights & Biases.
 
 A thread feeds them from a bounded queue, so that training waits for none and outlives each: a sink that fails is told
 once and left alone, and so are lines that find the queue full. metrics.jsonl has them all.

@@ -1,1 +1,1 @@
-"""The plan: memory, speed and cost of a run, by the TPU's own compiler, before a chip is paid for."""
+"""The plan: memory, speed and cost of a run by the TPU's own compiler, before a chip is paid for."""

@@ -1,4 +1,4 @@
-"""Which buffers fill a chip's memory when it is fullest, from the live-range report of an XLA dump."""
+"""List the buffers that fill a chip's memory at its peak, from the live-range report of an XLA dump."""
 
 import re
 from typing import NamedTuple

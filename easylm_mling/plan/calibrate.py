@@ -1,4 +1,4 @@
-"""What was predicted beside what a run measured, and the factor between them for the next plan.
+"""Calibrate later plans: what a run measured beside its plan, and the factor between the two.
 
 RUN/plan.json is the plan that `plan --keep` left; RUN/calibration.json is what `plan --calibrate RUN` made of it.
 """

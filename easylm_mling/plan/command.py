@@ -1,4 +1,4 @@
-"""`easylm-mling plan`: one config, several side by side, or a search for the best."""
+"""`easylm-mling plan`: plan one config, compare several, or search for the fastest."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The training step of a config, compiled for a TPU slice by libtpu, on any machine.
+"""Compile a config's training step for a TPU slice with libtpu, on any machine.
 
 `compile_step` does it in this process; JAX must not have looked for devices yet.
 """

@@ -1,4 +1,4 @@
-"""Scheduled HLO as text: its computations and instructions, and what one instruction alone says of itself.
+"""Parse scheduled HLO text: computations, instructions, and the FLOPs and bytes of one instruction.
 
 Source: the text format of openxla/xla, `docs/hlo_text` and `hlo/parser/hlo_parser.cc`. Only what plans need is read.
 """

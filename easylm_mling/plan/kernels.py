@@ -1,4 +1,4 @@
-"""Seconds of Pallas kernels, for which the compiler's HLO holds no estimate.
+"""Estimate the seconds of Pallas kernels, which the compiler's HLO leaves out.
 
 Splash attention: measured instruction bundles of the compiler's own schedule over the clock (issue slots only, no waiting
 for memory), scaled by heads, positions, head_dim and blocks. Any other kernel: its own cost estimate at a stated share of

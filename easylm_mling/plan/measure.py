@@ -1,4 +1,4 @@
-"""One measurement: a config's step compiled for its slice and walked, in a process of its own.
+"""Measure one config in a process of its own: compile its step for its slice and walk the schedule.
 
 A compiler that runs out of this machine's memory then takes nothing with it, and several can work side by side.
 `python -m easylm_mling.plan.measure CONFIG.yaml RESULT.json` is that process; `Measuring` starts it.

@@ -1,4 +1,4 @@
-"""Measurements of many configs: made side by side, and kept, so that none is made twice."""
+"""Measure many configs side by side, and cache each measurement so that none is made twice."""
 
 import hashlib
 import importlib.metadata

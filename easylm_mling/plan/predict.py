@@ -1,4 +1,4 @@
-"""From a measurement to what a person decides by: does it fit, how fast, how many days, what cost."""
+"""Predict from a measurement what a person decides by: whether it fits, its speed, days and cost."""
 
 from easylm_mling.config import RunConfig
 from easylm_mling.model.flops import model_flops

@@ -1,4 +1,4 @@
-"""Memory that would lie idle, spent on speed: the remat policy, or mixture of two, with the least predicted step time.
+"""Choose the remat policy, or mixture of two, with the least predicted step time that memory allows.
 
 A mixture keeps more in its first layers. How many layers fit is interpolated between the peaks of its two policies, then
 measured, and corrected once by what was measured.

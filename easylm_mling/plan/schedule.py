@@ -1,4 +1,4 @@
-"""How long a compiled step takes, by the compiler's own cycles: a walk over the scheduled HLO.
+"""Estimate a compiled step's seconds by a walk over its schedule, in the compiler's own cycles.
 
 Compute is the sum of `estimated_cycles` over the clock, loop bodies times their trips. Collectives, and transfers to and
 from the host's memory, are bytes over link bandwidth, on one link of each kind that serves them one after another; the

@@ -1,4 +1,4 @@
-"""Which mesh, micro-batch and remat are fastest on a slice, within the config's global batch.
+"""Search for the fastest mesh, micro-batch and remat on a slice, within the config's global batch.
 
 First every mesh with full remat and one sequence a chip at a time, which needs the least memory; then, for the fastest
 that fit, more sequences; then, for the fastest of these, everything that remat can do (see plan/remat.py). Measurements are kept

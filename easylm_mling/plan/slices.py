@@ -1,4 +1,4 @@
-"""The TPU slices that a run can be planned for: how the compiler calls them, and how fast and large a chip is.
+"""The TPU slices that a run can be planned for: names, shapes, and the chip of each.
 
 Sources: cloud.google.com/tpu/docs (peaks, memory, slice shapes; a v4 or v5p name counts TensorCores, two a chip). The
 clock is the one of the compiler's cycle estimates. Usable memory is what the compiler itself says when a program is too

@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Print a plan, a ranking or a comparison for a person to read."""
 
 import math
 from collections.abc import Callable

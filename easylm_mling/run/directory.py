@@ -1,4 +1,4 @@
-"""The directory of a run: what lies in it, and whether this config may continue it.
+"""The directory of a run: its files, and the check that this config may continue it.
 
 RUN/config.yaml      the resolved config, written once
    /format.json      which format all of this has

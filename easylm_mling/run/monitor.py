@@ -1,4 +1,4 @@
-"""All that is told of a run while it trains: its records with their sinks, the console, the profiler's window.
+"""What a run says of itself while it trains. The loop says what happened; the monitor knows where that is written.
 
 The first process of several tells; in the others the same calls write to nowhere.
 """

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, whatever is killed when."""
+"""Write files and directories that appear whole or not at all, whatever is killed when."""
 
 import fcntl
 import glob

@@ -1,4 +1,4 @@
-"""Append-only files of one JSON object a line, which a kill may cut short in the last one."""
+"""Append-only files of one JSON object a line. A kill may cut the last line short, and readers allow for it."""
 
 import errno
 import json

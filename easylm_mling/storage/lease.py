@@ -1,4 +1,4 @@
-"""A lease on a run directory, for storage without locks: an object that its owner writes anew every few seconds.
+"""A lease on a run directory where storage has no locks: an object that its owner rewrites every few seconds.
 
 It is only ever written on condition that it is still the one that was read before, which a bucket decides. Who finds
 another's lease watches it by his own clock, for clocks differ: if nothing is written in STALE_SECONDS the owner is dead

@@ -1,4 +1,4 @@
-"""A run directory in a bucket, `gs://BUCKET/PATH`: its objects, and a local folder that mirrors the small files of the run.
+"""A run directory in a bucket, `gs://BUCKET/PATH`: its objects, and a local mirror of the run's small files.
 
 Checkpoints go from every process straight to the bucket (checkpoint/checkpoint.py). All else is written to a local folder, as in any
 run, and pushed from there: what has changed every half minute, at the end, and before each checkpoint is committed, so

@@ -1,1 +1,1 @@
-"""Training as pure functions: the step, the loss, the optimizer, the spike guard; and how they are compiled."""
+"""Training as pure functions: step, loss, optimizer, spike guard, digests; and how the step is compiled."""

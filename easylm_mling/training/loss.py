@@ -1,4 +1,4 @@
-"""Cross entropy through the output head, in chunks of positions: no [B, T, V] array exists, forward or backward.
+"""Cross entropy through the output head in chunks of positions: no [B, T, V] array exists, forward or backward.
 
 Axis letters: B batch, T positions, C chunk of positions, D embed, V vocabulary.
 """

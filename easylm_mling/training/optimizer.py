@@ -1,4 +1,4 @@
-"""AdamW with float32 moments, its schedule, and which parameters weight decay spares."""
+"""AdamW with float32 moments, its schedule, and the mask that keeps weight decay off some parameters."""
 
 import jax
 import jax.numpy as jnp

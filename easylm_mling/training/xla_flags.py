@@ -1,4 +1,4 @@
-"""What the XLA compiler is told, for each kind of chip: the same for `train` and for `plan`.
+"""XLA compiler flags for each kind of chip, the same for `train` and for `plan`.
 
 A flag stands here only with its reason. `train.compiler_flags` of a config goes over it.
 """

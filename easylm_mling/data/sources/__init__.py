@@ -1,1 +1,1 @@
-"""Sources: from file names to documents."""
+"""Sources: from the file names in a config to documents."""

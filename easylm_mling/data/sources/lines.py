@@ -1,4 +1,4 @@
-"""The lines of a file, plain or compressed, in memory that does not grow with the file or with a line."""
+"""The lines of a file, plain or compressed, in memory that grows with neither the file nor a line."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""The documents of one unit of a file, in the file's order and in bounded memory.
+"""Read the documents of one unit of a file, in the file's order and in bounded memory.
 
 A unit is a range of *positions* of one file (see data/sources/splitting.py): bytes of a file of lines, row groups of a
 parquet file, byte offsets of an Arrow stream's messages, or record batches of an Arrow file. A compressed file of lines

@@ -1,4 +1,4 @@
-"""The tokenizer files that travel with a model."""
+"""Copy the tokenizer files that travel with a model."""
 
 import shutil
 from pathlib import Path

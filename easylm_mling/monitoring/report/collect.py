@@ -1,4 +1,4 @@
-"""What the report says, gathered from a run's directory in one pass over its records and in bounded memory."""
+"""What the report shows, gathered from a run's directory in one pass over its files and in bounded memory."""
 
 from collections import deque
 from dataclasses import dataclass, field

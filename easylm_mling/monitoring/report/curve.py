@@ -1,4 +1,4 @@
-"""A curve of any length in bounded memory."""
+"""A curve of any length, kept in bounded memory."""
 
 from dataclasses import dataclass, field
 

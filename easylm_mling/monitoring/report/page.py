@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds everything it shows. What comes from a run is data: escaped, and no script runs."""
+"""The report: one HTML file that holds all it shows. Its layout is the template report.html; here are its values."""
 
 from datetime import UTC, datetime
 from html import escape

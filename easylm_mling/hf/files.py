@@ -1,1 +1,0 @@
-"""The tokenizer files that travel with a model."""
