@@ -140,7 +140,7 @@ def _add_data_verbs(parser: argparse.ArgumentParser):
     inspect = verbs.add_parser("inspect", help="before a run: sizes, shares and epochs of every source and language")
     inspect.add_argument("config", nargs="+", metavar="CONFIG.yaml|key=value", help="as for train")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
-    inspect.add_argument("--png", metavar="FILE", help="also draw the shares (needs matplotlib)")
+    inspect.add_argument("--png", metavar="FILE", help="also draw the shares")
     inspect.set_defaults(run=_inspect)
 
     audit = verbs.add_parser("audit", help="after a step: which documents each row of its batch came from")
