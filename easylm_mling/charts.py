@@ -131,7 +131,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
         room = abs(low) / 10 or 1.0
         low, high = low - room, high + room
     if not log:
-        return MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high).round(12).tolist()
+        return [round(float(tick), 12) for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)]
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = -(-(last - first) // 6)
     ticks = [m * 10.0**i for i in range(first, last + step, step) for m in ((1, 2, 5) if last - first < 4 else (1,))]
@@ -146,14 +146,15 @@ def _with_dots(lines: list[Line]) -> list[Line]:
 @contextmanager
 def _style(font_size: float = 10) -> Iterator[None]:
     import matplotlib
+    from cycler import cycler
 
-    settings = {
+    settings: Any = {
         "axes.axisbelow": True,
         "axes.edgecolor": _RULE,
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.labelcolor": _SOFT,
-        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLOURS),
         "axes.spines.bottom": False,
         "axes.spines.left": False,
         "axes.spines.right": False,

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from processes import ROOT, TINY
-from test_watch import event
+from test_monitor import event
 
 from easylm_mling.charts import Line, _ticks, draw_svg
 from easylm_mling.cli.main import main

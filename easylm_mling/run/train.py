@@ -56,6 +56,7 @@ class Run(NamedTuple):
     watchdog: Watchdog
     rewinds: int
     replay: ReplayCheck
+    saving: dict[int, tuple[float, int]]  # by step: how long the loop stood still for the save under way, and its bytes
 
 
 def train(
@@ -84,11 +85,10 @@ def train(
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
     say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
 
-    with closing(run), jax.set_mesh(mesh), Monitor(config, run, mesh, console, begun) as monitor:
+    with closing(run), jax.set_mesh(mesh), Monitor.open(config, run, mesh, console, begun) as monitor:
         step, data_state, stop_request, data_ended = run_process(config, mesh, data, tokenizer, monitor, max_hours)
         event, why, code = why_over(config, step, stop_request, data_ended)
         monitor.ended(event, step, why)
-        monitor.tell_speed()
         if is_primary() and data_state is not None:
             console.print(summary_table(config, run.metrics_file, data.ledger.sources(data_state)))
     if why:
@@ -123,7 +123,7 @@ def run_process(
             together = HostSync(own_lanes(config, mesh))
             parts = Run(
                 config, mesh, program, data, loader, checkpoints, evaluate, together, monitor, console, stop, watchdog,
-                count_rewinds(run), ReplayCheck(config, mesh, data, monitor.log),
+                count_rewinds(run), ReplayCheck(config, mesh, data, monitor.log), {},
             )  # fmt: skip
             monitor.begin(int(state.step))
             if int(state.step) == 0:
@@ -135,6 +135,7 @@ def run_process(
                 spikes = int(state.spikes)
                 skipped = {"spikes": spikes, "not_finite": int(state.skipped) - spikes}
                 data.write_ledger(int(state.step), data_state, skipped)
+    report_saves(parts)
     why_ended = (loader.ended or "another host's lanes have none left") if ended else ""
     return int(state.step), data_state, stop_request, why_ended
 
@@ -244,6 +245,7 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
     while last or not begun:
         with run.monitor.throughput.pausing() as pause:
             before, lost = checkpoints.newest_begun, checkpoints.finish()
+            report_saves(run, lost)
             if begun and not lost:
                 return
             unsaved = checkpoints.save(state, data_state._asdict(), info, partial(write_before, run, step, data_state))
@@ -251,13 +253,20 @@ def save(run: Run, state: TrainState, data_state: DataState, last: bool):
             if problem:
                 run.monitor.save_failed(of, problem, checkpoints.failed_in_a_row)
         if not unsaved:
-            run.monitor.saving(step, pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state))))
+            run.saving[step] = pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state)))
         if (last and unsaved) or checkpoints.failed_in_a_row >= run.config.checkpoint.max_failed:
             raise TrainingStopped(
                 f"{checkpoints.failed_in_a_row} checkpoints in a row could not be saved ({unsaved or lost}); make room or repair "
                 "the disk, then run again: it resumes from the newest checkpoint"
             )
         begun = True
+
+
+def report_saves(run: Run, lost: str = ""):
+    """The save under way has ended, and nothing was `lost`."""
+    for step, (seconds, size) in run.saving.items() if not lost else ():
+        run.monitor.saved(step, seconds, size)
+    run.saving.clear()
 
 
 def write_before(run: Run, step: int, data_state: DataState):
@@ -286,15 +295,12 @@ def skip_batches(run: Run, step: int, count: int) -> DataState:
 def report(run: Run, before: DataState | None, step: int, metrics: dict, answer: Callable[[], Agreement]) -> Agreement:
     """Log one finished step and return what was said at it; stop the run when too many in a row changed nothing."""
     config, said = run.config, answer()
-    values = run.monitor.finished(step, metrics, lambda: run.data.ledger.sources(said.state))
+    values = run.monitor.step(step, metrics, lambda: run.data.ledger.sources(said.state))
     ends = [order.epochs for order in run.loader.orders]
     news = run.data.ledger.news(before, said.state, ends, run.loader.lanes_with_data)
     if skipped := skip_news(metrics, values, config.train.spike_sigmas):
         news.append(skipped)
-    if news:
-        run.monitor.log.write("news", step, news=news)
-    for line in news:
-        say(run.console, f"step {step}: {line}")
+    run.monitor.news(step, news)
     if int(metrics["skipped_in_a_row"]) >= config.train.max_skipped_in_a_row:
         spiked = int(metrics["verdict"]) == SPIKE
         what = "spiked" if spiked else "was not finite"

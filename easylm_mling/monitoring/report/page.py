@@ -13,6 +13,7 @@ from easylm_mling.formatting import duration_text, tokens_text
 from easylm_mling.hardware import GiB
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.params import parameter_count
+from easylm_mling.monitoring.console import epochs_text
 from easylm_mling.monitoring.events import without_secrets
 from easylm_mling.monitoring.report.collect import RunHistory, collect
 from easylm_mling.storage.atomic import write_atomically
@@ -78,7 +79,7 @@ def _template():
     environment.filters |= {
         "count": "{:,}".format,
         "duration": duration_text,
-        "epochs": lambda epochs: "-" if epochs is None else f"{epochs:.2f}",
+        "epochs": epochs_text,
         "loss": _loss_text,
         "number": number_text,
         "polyline": _polyline,

@@ -419,7 +419,7 @@ def test_the_console_warns_and_shows_tables_without_reading_markup():
     source = {"wanted": 0.5, "tokens": 1000, "epochs": None}
     ledger = {f"[b]{i}": source for i in range(14)}
     console.print(sources_table(9, {"ledger": ledger, "sources": {"[b]0": 2.0}}, {"sources": {"[b]0": 1.5}}))
-    with ProgressLine(console, 100, 1000, 0) as line:
+    with ProgressLine(console, 100, 1000) as line:
         assert line.update(1, None) is None
         line.update(2, 2.0, 0.5)
     said = out.getvalue()
