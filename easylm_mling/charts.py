@@ -65,7 +65,7 @@ def draw_svg(title: str, lines: list[Line], log: bool = False, marks: Sequence[t
             if left <= x <= right:
                 axis.axvline(x, color=_SOFT, linewidth=1, linestyle=(0, (2, 4)), clip_on=False)
                 axis.text(x, 1.02, label, transform=axis.get_xaxis_transform(), ha="center", color=_SOFT)
-        axis.set_xlabel("tokens", loc="right", labelpad=6)
+        axis.set_xlabel("tokens", loc="right", labelpad=9)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     tooltips = [
@@ -88,22 +88,13 @@ def draw_png(path: str | Path, width: float, height: float) -> Iterator["Figure"
 def draw_lines(axis: Any, lines: list[Line], log: bool = False):
     """Draw `lines` on a matplotlib axis, between round numbers that lie below and above all points."""
     for line in lines:
-        faint = line.style == "faint"
-        xs, ys = zip(*line.points, strict=True)
-        axis.plot(
-            xs,
-            ys,
-            label=None if faint else line.name,
-            color=COLOURS[line.colour % len(COLOURS)],
-            linestyle="--" if line.dashed else "-",
-            linewidth=1 if faint else 1.8,
-            alpha=0.5 if faint else 1,
-            marker="o" if line in _with_dots(lines) else None,
-            markersize=6,
-            markeredgewidth=0,
-            zorder=2 if faint else 3,
-            clip_on=False,
-        )
+        style: dict[str, Any] = {"linewidth": 1.8, "label": line.name, "zorder": 3}
+        if line.style == "faint":
+            style = {"linewidth": 1, "alpha": 0.65, "zorder": 2}
+        if line in _with_dots(lines):
+            style |= {"marker": "o", "markersize": 6, "markeredgewidth": 0}
+        style |= {"color": COLOURS[line.colour % len(COLOURS)], "linestyle": "--" if line.dashed else "-"}
+        axis.plot(*zip(*line.points, strict=True), clip_on=False, **style)
     xs, ys = ([point[i] for line in lines for point in line.points] for i in (0, 1))
     if log:
         axis.set_yscale("log")
@@ -120,7 +111,7 @@ def number_text(y: float) -> str:
     """A number as short as an axis has room for: 0.004167, 2.5, 12.3K, 1e-5."""
     if abs(y) >= 10_000:
         return tokens_text(y)
-    return f"{y:.4g}" if abs(y) >= 1e-3 or y == 0 else f"{y:.0e}".replace("e-0", "e-")
+    return f"{y:.4g}" if abs(y) >= 1e-3 or y == 0 else f"{y:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
@@ -128,7 +119,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
     if low == high:
-        room = abs(low) / 10 or 1.0
+        room = abs(low) / 2 or 1.0
         low, high = low - room, high + room
     if not log:
         return [round(float(tick), 12) for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)]
@@ -150,26 +141,19 @@ def _style(font_size: float = 10) -> Iterator[None]:
 
     settings: Any = {
         "axes.axisbelow": True,
-        "axes.edgecolor": _RULE,
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.labelcolor": _SOFT,
         "axes.prop_cycle": cycler(color=COLOURS),
-        "axes.spines.bottom": False,
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
+        **{f"axes.spines.{side}": False for side in ("bottom", "left", "right", "top")},
         "font.size": font_size,
         "grid.color": _RULE,
         "grid.linewidth": 1,
         "svg.fonttype": "none",  # letters, and not their outlines
         "svg.hashsalt": "easylm-mling",  # the same names for the same shapes
         "text.parse_math": False,  # a source may be called $x$
-        "xtick.bottom": False,
-        "xtick.labelcolor": _SOFT,
-        "ytick.labelcolor": _SOFT,
-        "ytick.left": False,
-        "ytick.major.size": 0,
+        **{"xtick.bottom": False, "xtick.labelcolor": _SOFT},
+        **{"ytick.left": False, "ytick.labelcolor": _SOFT, "ytick.major.size": 0},
     }
     with matplotlib.rc_context(settings):
         yield

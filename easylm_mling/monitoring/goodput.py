@@ -1,6 +1,5 @@
 """Goodput: where a run's time went, computed from its events alone."""
 
-from collections.abc import Iterable
 from datetime import datetime
 
 KINDS = ("init", "restore", "compile", "step", "evaluation", "save", "lost", "idle")
@@ -91,11 +90,3 @@ class Goodput:
             if begin < step or end <= step:
                 kept.append((begin, min(end, step), seconds - lost))
         self._parts = kept
-
-
-def goodput(events: Iterable[dict]) -> Goodput:
-    """Goodput of all `events` of a run, in order."""
-    result = Goodput()
-    for event in events:
-        result.add(event)
-    return result

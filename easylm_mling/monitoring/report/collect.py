@@ -13,13 +13,13 @@ from easylm_mling.storage.object_store import run_files
 
 # Curves of the run as a whole, by their name in a train line.
 _WHOLE_RUN = (
-    "loss", "gradient_norm", "parameter_norm", "learning_rate", "tokens_per_second", "mfu", "tflops_per_chip", "step_seconds",
-    "data_wait_seconds", "hbm_peak_bytes",
+    "loss", "gradient_norm", "parameter_norm", "learning_rate", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds",
+    "hbm_peak_bytes",
 )  # fmt: skip
 _SOURCE_POINTS, _LANGUAGE_POINTS, _LISTED = 400, 100, 200
 # Speeds are means of so many lines: the time of one step, as the host sees it, depends on what waited before it.
 _SECONDS, _LINES, _FEWEST_LINES = ("step_seconds", "data_wait_seconds"), 8, 4
-_RATES = ("tokens_per_second", "mfu", "tflops_per_chip")
+_RATES = ("tokens_per_second", "mfu")
 
 
 @dataclass

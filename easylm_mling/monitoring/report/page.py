@@ -16,6 +16,7 @@ from easylm_mling.model.params import parameter_count
 from easylm_mling.monitoring.console import epochs_text
 from easylm_mling.monitoring.events import without_secrets
 from easylm_mling.monitoring.report.collect import RunHistory, collect
+from easylm_mling.monitoring.report.curve import Curve
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.object_store import Bucket, is_bucket
 
@@ -111,9 +112,10 @@ def _tiles(run: RunHistory) -> list[tuple[str, str, str]]:
     ]
 
 
-def _loss_charts(run: RunHistory) -> list[dict]:
+def _loss_charts(run: RunHistory) -> list[dict | None]:
     names = list(enumerate(_largest_sources(run)))
-    keys = sorted(run.languages, key=lambda key: -_language_tokens(run, *key))[:_LANGUAGE_LINES]
+    tokens = {(row["source"], row["name"]): row["tokens"] for row in _languages(run)}
+    keys = sorted(run.languages, key=lambda key: -tokens.get(key, 0))[:_LANGUAGE_LINES]
     one_source = len({source for source, _ in keys}) == 1
     languages = [
         Line(language if one_source else f"{source}: {language}", run.languages[source, language].points, i, "marked")
@@ -124,42 +126,38 @@ def _loss_charts(run: RunHistory) -> list[dict]:
     each_held_out = [Line(n, run.held_out[n].points, i, "marked") for i, n in names if n in run.held_out]
     each_training = [Line(n, run.training[n].points, i) for i, n in names if n in run.training]
     common: Any = {"unit": "nats a token", "marks": _restarts(run)}
-    return _charts(
+    return [
         _chart("Loss", training, validation, **common),
         _chart("Held-out loss of each source", *each_held_out, **common),
         _chart("Training loss of each source", *each_training, **common),
         _chart("Held-out loss of each language", *languages, **common),
-    )
+    ]
 
 
-def _speed_charts(run: RunHistory) -> list[dict]:
+def _speed_charts(run: RunHistory) -> list[dict | None]:
     restarts, curves = _restarts(run), run.curves
     percent = [(x, 100 * y) for x, y in curves["mfu"].points]
     gib = [(x, y / GiB) for x, y in curves["hbm_peak_bytes"].points]
     waiting = Line("waiting for data", curves["data_wait_seconds"].points, 1)
-    return _charts(
+    return [
         _chart("Throughput", Line("", curves["tokens_per_second"].points), unit="tokens a second", marks=restarts),
         _chart("MFU", Line("", percent), unit="% of the chips' bf16 peak", marks=restarts),
         _chart("Seconds of a step", Line("a step", curves["step_seconds"].points), waiting, log=True, marks=restarts),
         _chart("Memory", Line("", gib), unit="GiB a chip, peak", marks=restarts),
-    )
+    ]
 
 
-def _optimizer_charts(run: RunHistory) -> list[dict]:
+def _optimizer_charts(run: RunHistory) -> list[dict | None]:
     skips = [(float(step * run.config.tokens_per_step), "x") for step in run.skips]
-    return _charts(
+    return [
         _chart("Gradient norm", Line("", run.curves["gradient_norm"].points), log=True, marks=skips),
         _chart("Learning rate", Line("", run.curves["learning_rate"].points, 2)),
         _chart("Parameter norm", Line("", run.curves["parameter_norm"].points, 3)),
-    )
-
-
-def _charts(*charts: dict | None) -> list[dict]:
-    return [chart for chart in charts if chart]
+    ]
 
 
 def _chart(title: str, *lines: Line, unit: str = "", log: bool = False, marks: list | None = None) -> dict | None:
-    """A figure of the page over tokens; None where no line has points. A legend tells lines apart, if there is a name."""
+    """A figure of the page over tokens, with a legend of the lines that have a name; None where no line has points."""
     shown = [Line(n.name, [p for p in n.points if not log or p[1] > 0], n.colour, n.style) for n in lines]
     shown = [line for line in shown if line.points]
     if not shown:
@@ -180,16 +178,12 @@ def _largest_sources(run: RunHistory) -> list[str]:
     return [n for n in names if n in largest]
 
 
-def _language_tokens(run: RunHistory, source: str, language: str) -> int:
-    return run.consumed_languages.get(source, {}).get(language, {}).get("tokens", 0)
-
-
 def _sources(run: RunHistory) -> list[dict]:
     """The ledger's entry of each source, the largest first, with its held-out losses."""
     ledger = run.train.get("ledger", {})
     total = max(1, sum(entry["tokens"] for entry in ledger.values()))
     return [
-        {**entry, "name": name, "share": entry["tokens"] / total, "points": _points(run.held_out.get(name))}
+        {**entry, "name": name, "share": entry["tokens"] / total, "points": run.held_out.get(name, Curve()).points}
         for name, entry in sorted(ledger.items(), key=lambda item: -item[1]["tokens"])
     ]
 
@@ -197,15 +191,11 @@ def _sources(run: RunHistory) -> list[dict]:
 def _languages(run: RunHistory) -> list[dict]:
     """The ledger's entry of each language, the largest first, with its held-out losses."""
     rows = [
-        {**entry, "name": language, "source": source, "points": _points(run.languages.get((source, language)))}
+        {**entry, "name": language, "source": source, "points": run.languages.get((source, language), Curve()).points}
         for source, entries in run.consumed_languages.items()
         for language, entry in entries.items()
     ]
     return sorted(rows, key=lambda row: -row["tokens"])
-
-
-def _points(curve) -> list[Point]:
-    return curve.points if curve else []
 
 
 def _attempts(run: RunHistory) -> list[dict]:
