@@ -48,9 +48,9 @@ class Line:
 
 
 def draw_svg(title: str, lines: list[Line], log: bool = False, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """Draw `lines` over tokens as an SVG element to stand in an HTML page. Each line has at least one point.
+    """Draw `lines` over tokens, each of one point or more, as an SVG element for an HTML page.
 
-    `marks`: the x and the label of upright lines. Dots show their value when pointed at. With `log`, every y is positive.
+    `marks`: the x and the label of upright lines. With `log`, every y is positive. Dots show their value when pointed at.
     """
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def draw_svg(title: str, lines: list[Line], log: bool = False, marks: Sequence[t
 
 @contextmanager
 def draw_png(path: str | Path, width: float, height: float) -> Iterator["Figure"]:
-    """Give a figure of so many inches to draw on, and write it to `path` at the end."""
+    """Give a figure of `width` by `height` inches to draw on, and write it to `path` at the end."""
     from matplotlib.figure import Figure
 
     with _style():
@@ -115,7 +115,7 @@ def number_text(y: float) -> str:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, on a logarithmic axis with 2 and 5 where decades are few."""
+    """Round numbers from at most `low` to at least `high`. A `log` axis has powers of ten, and 2 and 5 if they are few."""
     from matplotlib.ticker import MaxNLocator
 
     if low == high:
@@ -160,7 +160,7 @@ def _style(font_size: float = 10) -> Iterator[None]:
 
 
 def _for_a_page(svg: str, title: str, tooltips: list[str]) -> str:
-    """matplotlib's SVG file as an element: colours are the page's, fonts too, and nothing in it is an address."""
+    """matplotlib's SVG file as an element of a page: with the page's colours and fonts, and without any address."""
     body = svg[svg.index("</defs>") + len("</defs>") :]
     for pattern, replacement in (
         (r"<defs>\s*<clipPath.*</defs>", ""),

@@ -52,6 +52,7 @@ def page(run: RunHistory) -> str:
     return _template().render(
         run=run,
         rows=_ROWS,
+        colours=len(COLOURS),
         about=f"{model.model_type}, {parameter_count(model):,} parameters; {config.tokens_per_step:,} tokens a step",
         written=datetime.now(UTC).isoformat(timespec="seconds"),
         tiles=_tiles(run),
@@ -98,6 +99,7 @@ def _tiles(run: RunHistory) -> list[tuple[str, str, str]]:
     time_left = "-" if run.step >= steps else duration_text(train.get("seconds_to_budget"))
     bits = f"{_loss_text(run.evaluation.get('bits_per_byte'))} bits a byte"
     last_save = next((event for event in reversed(run.checkpoint_events) if event["event"] == "saved"), None)
+    saved_at = _time_text(last_save["time"]) if last_save else "none yet"
     return [
         ("step", f"{run.step:,}", f"of {steps:,}"),
         ("tokens", tokens_text(tokens), f"{min(1, tokens / budget):.1%} of {tokens_text(budget)}"),
@@ -106,9 +108,7 @@ def _tiles(run: RunHistory) -> list[tuple[str, str, str]]:
         ("speed", tokens_text(train.get("tokens_per_second")), f"tokens a second{f', MFU {mfu:.1%}' if mfu else ''}"),
         ("goodput", "-" if share is None else f"{share:.1%}", f"{len(run.attempts)} attempts"),
         ("left", time_left, "at the last speed"),
-        ("checkpoint", f"{last_save['step']:,}", _time_text(last_save["time"]))
-        if last_save
-        else ("checkpoint", "-", "none yet"),
+        ("checkpoint", f"{last_save['step']:,}" if last_save else "-", saved_at),
     ]
 
 
@@ -205,23 +205,15 @@ def _attempts(run: RunHistory) -> list[dict]:
         outcome = attempt.end["event"] if attempt.end else "killed" if after else "running, or killed"
         again = attempt.last_step - after.first_step + 1 if after and after.first_step else 0
         why = attempt.end.get("error") or attempt.end.get("why") or "" if attempt.end else ""
-        rows.append(
-            {
-                **vars(attempt),
-                "outcome": outcome,
-                "look": _LOOKS.get(outcome, "warn"),
-                "again": max(0, again),
-                "why": why,
-            }
-        )
+        row = {"outcome": outcome, "look": _LOOKS.get(outcome, "warn"), "again": max(0, again), "why": why}
+        rows.append(vars(attempt) | row)
     return rows
 
 
 def _environment(run: RunHistory) -> list[tuple[str, str]]:
     start = run.attempts[-1].start if run.attempts else {}
-    values = {k: start[k] for k in ("hosts", "devices", "device_kind", "mesh") if k in start} | start.get(
-        "versions", {}
-    )
+    values = {key: start[key] for key in ("hosts", "devices", "device_kind", "mesh") if key in start}
+    values |= start.get("versions", {})
     return [
         (name, ", ".join(f"{axis} {size}" for axis, size in value.items()) if isinstance(value, dict) else str(value))
         for name, value in values.items()
