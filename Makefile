@@ -19,6 +19,7 @@ demo: .venv/run.stamp clean-demo
 test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What `make test` leaves out for its time.

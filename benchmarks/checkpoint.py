@@ -24,13 +24,14 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-import easylm_mling.run.train  # noqa: E402
 from easylm_mling.checkpoint.checkpoint import Checkpoints  # noqa: E402
 from easylm_mling.config import load  # noqa: E402
 from easylm_mling.data.mixture import initial_state  # noqa: E402
 from easylm_mling.monitoring.metrics import read_metrics  # noqa: E402
+from easylm_mling.run.saving import Saver  # noqa: E402
+from easylm_mling.run.train import train  # noqa: E402
 from easylm_mling.training.digests import digests  # noqa: E402
-from easylm_mling.training.step import TrainState  # noqa: E402
+from easylm_mling.training.state import TrainState  # noqa: E402
 
 FILE = 400_000_000
 
@@ -48,17 +49,17 @@ def main():
 
 def demo(run_dir: Path):
     """The demo's model and batches, a save every 5 steps of 40."""
-    blocked, save = [], easylm_mling.run.train.save
+    blocked, save = [], Saver.save
 
-    def timed(*args, **kwargs):
-        jax.block_until_ready(args[1])
+    def timed(saver: Saver, state: TrainState, *args, **kwargs):
+        jax.block_until_ready(state)
         began = time.perf_counter()
-        save(*args, **kwargs)
+        save(saver, state, *args, **kwargs)
         blocked.append(time.perf_counter() - began)
 
-    easylm_mling.run.train.save = timed
+    Saver.save = timed
     overrides = [f"run_dir={run_dir}", "train.stop_at_step=40", "checkpoint.every_steps=5", "eval.every_steps=0"]
-    easylm_mling.run.train.train(load(["configs/demo.yaml"], overrides), Console(file=io.StringIO()))
+    train(load(["configs/demo.yaml"], overrides), Console(file=io.StringIO()))
     lines = read_metrics(run_dir / "metrics.jsonl", "train")
     steps = [b["time"] - a["time"] for a, b in zip(lines[5:], lines[6:], strict=False) if b["step"] % 5 not in (0, 1)]
     # The first compiles the digests.
@@ -74,30 +75,32 @@ def throughput(folder: Path, gigabytes: float, rounds: int):
     digests(state)  # compiles
     data = initial_state(8, 4, range(8))._asdict()
     raw = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-    found: dict[str, list[float]] = {}
+    seconds_of: dict[str, list[float]] = {}
     for n in range(rounds):
         with Checkpoints(folder / "run", keep_last=1) as checkpoints:
             now = state._replace(step=state.step + n + 1)
-            timed(found, "digests", lambda: digests(now))  # noqa: B023
-            timed(found, "blocked", lambda: checkpoints.save(now, data, {}))  # noqa: B023
-            timed(found, "save", checkpoints.finish, found["blocked"][-1])
-            timed(found, "raw write", lambda: write(folder / "raw", raw))
+            timed(seconds_of, "digests", lambda: digests(now))  # noqa: B023
+            timed(seconds_of, "blocked", lambda: checkpoints.save(now, data, {}))  # noqa: B023
+            timed(seconds_of, "save", checkpoints.wait, seconds_of["blocked"][-1])
+            timed(seconds_of, "raw write", lambda: write(folder / "raw", raw))
             drop(folder)
-            timed(found, "restore", lambda: jax.block_until_ready(checkpoints.restore(n + 1, abstract(now))[0]))  # noqa: B023
-            timed(found, "raw read", lambda: read(folder / "raw", size))
+            timed(seconds_of, "restore", lambda: jax.block_until_ready(checkpoints.restore(n + 1, abstract(now))[0]))  # noqa: B023
+            timed(seconds_of, "raw read", lambda: read(folder / "raw", size))
             shutil.rmtree(folder / "raw")
-    for name, seconds in found.items():
+    for name, seconds in seconds_of.items():
         print(f"{name:10}" + "".join(f"{size / s / 1e6:8.0f}" for s in seconds) + " MB/s")
     # On an accelerator the digests are computed where the arrays are; here they take the processor from the writing.
     for name in ("save", "restore"):
-        found[f"{name} less digests"] = [s - d for s, d in zip(found[name], found["digests"], strict=True)]
+        seconds_of[f"{name} less digests"] = [
+            s - d for s, d in zip(seconds_of[name], seconds_of["digests"], strict=True)
+        ]
     for ours, theirs in (
         ("save", "raw write"),
         ("save less digests", "raw write"),
         ("restore", "raw read"),
         ("restore less digests", "raw read"),
     ):
-        ratios = [t / o for o, t in zip(found[ours], found[theirs], strict=True)]
+        ratios = [t / o for o, t in zip(seconds_of[ours], seconds_of[theirs], strict=True)]
         print(
             f"{ours} / {theirs}: {statistics.median(ratios):.2f} (of rounds: {', '.join(f'{r:.2f}' for r in ratios)})"
         )
@@ -123,10 +126,10 @@ def abstract(state: TrainState):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def timed(found: dict, name: str, call, more: float = 0.0):
+def timed(seconds_of: dict, name: str, call, more: float = 0.0):
     began = time.perf_counter()
     call()
-    found.setdefault(name, []).append(time.perf_counter() - began + more)
+    seconds_of.setdefault(name, []).append(time.perf_counter() - began + more)
 
 
 def write(folder: Path, raw: np.ndarray):

@@ -1,139 +1,153 @@
-"""Raw text to batches: ours beside Grain, Hugging Face datasets and a numpy memmap; same files, same tokenizer, one run.
+"""Raw text to batches: our loader beside Hugging Face datasets and Grain; same files, same tokenizer, one machine.
 
-    python benchmarks/data.py CONFIG.yaml [key=value ...] --megabytes 500 --million-tokens 100
+    python benchmarks/data.py [TOKENIZER.model] [--megabytes 200] [--million-tokens 40]
                                             (needs grain and datasets: pip install 'easylm-mling[benchmark]')
 
-The files of CONFIG's sources are repeated into a temporary folder up to `--megabytes`, and weighted by their bytes, so
-that none is read for a second time before the others. Each contestant is a process of its own that lists its files,
-loads the tokenizer and then makes rows of data.sequence_length until it has `--million-tokens` (the two other libraries
-a tenth of that: they take long, and their rate does not change). Its rate is tokens over the CPU seconds of its process
-and children from the first batch asked for on, so it is a rate a core, whatever else the machine does. Repeated text
-flatters what remembers it (data/encoder.py); `kitoken alone` is the encoder beneath, on some of the same texts.
+The text does not repeat itself: its documents are as long as those of data/sample, and made of the words there, each
+as frequent as there and drawn at random with a fixed seed. With TEXT=FOLDER in the environment it is the text of that
+folder instead, one source for each folder in it, as it is. Either is written to parquet files, weighted by size.
 
-The others are used as their documentation says: a shuffled, weighted mixture of the same sources, each document
-tokenised (by kitoken, as ours) and packed into rows. None of them counts tokens of a source, cuts documents exactly, or
-resumes on another number of hosts; that is not what is measured here.
+Each contestant is a process of its own that lists its files, loads the tokenizer and makes rows of 8192 tokens. A rate
+is tokens over CPU seconds of the process and its children from the first batch on, so it is a rate a core. All encode
+with SentencePiece, a text at a time. `SentencePiece alone` is the limit: nothing but the encoder, on texts in memory.
+
+The others do as their documentation says: a shuffled mixture of the sources by weight, each document tokenised and
+packed into rows. Neither counts what was read of a source, nor goes on with another number of hosts; that is not measured.
 """
 
 import argparse
 import json
+import os
+import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from easylm_mling import config as c
+from easylm_mling.config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader, open_orders
-from easylm_mling.data.shuffle import windows
+from easylm_mling.data.shuffle import EpochOrder, epoch_windows
 from easylm_mling.data.token_cache import TokenCache
-from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.data.tools.pretokenize import blocks
 from easylm_mling.data.weights import make_plan
 
+SAMPLE = Path(__file__).parents[1] / "data/sample"
+LENGTH = 8192
 LANES = 16  # of one host: 256 lanes on 16 hosts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="+")
-    parser.add_argument("--megabytes", type=float, default=500)
-    parser.add_argument("--million-tokens", type=float, default=100)
-    parser.add_argument("--only", choices=[*CONTESTANTS, RESUME, FILL], help=argparse.SUPPRESS)
+    parser.add_argument("tokenizer", nargs="?", default=str(SAMPLE / "tokenizer/tokenizer.model"))
+    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--million-tokens", type=float, default=40)
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # a contestant, and the folder of parquet files
     a = parser.parse_args()
-    files = [x for x in a.config if Path(x).is_file()]
-    config = c.load(files, [x for x in a.config if x not in files])
-    if a.only in (RESUME, FILL):
-        print(json.dumps({RESUME: resume_of_many_lanes, FILL: fill}[a.only](config)))
-        return
     if a.only:
-        print(json.dumps(measure(CONTESTANTS[a.only], config, a.million_tokens * 1e6)))
+        name, folder = a.only
+        print(json.dumps(measure(CONTESTANTS[name](config_of(Path(folder), a.tokenizer)), a.million_tokens * 1e6)))
         return
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as folder:
-        text_bytes = repeat(config, Path(folder), a.megabytes * 1e6)
-        tree = c.to_tree(config)
-        for name, source in tree["data"]["sources"].items():
-            source["paths"] = [str(Path(folder) / name / p) for p in relative(source["paths"])]
-            source["weight"] = float(sum(f.stat().st_size for f in (Path(folder) / name).rglob("*") if f.is_file()))
-        tree["data"] |= {"lanes": LANES, "token_cache": str(Path(folder) / "tokens")}
-        tree["train"] |= {"batch_size": LANES, "budget_tokens": 10**12, "accumulation_steps": 1}
-        repeated = Path(folder) / "config.yaml"
-        repeated.write_text(json.dumps(tree))
-        print(f"{text_bytes / 1e6:.0f} MB of files, rows of {config.data.sequence_length} tokens, {LANES} lanes")
-        print(f"{'':34}{'Mtokens/core-s':>15}{'first batch s':>15}{'peak GB':>9}")
-        run(repeated, FILL, 0)
+        size = write_corpora(Path(folder), a.megabytes * 1e6)
+        print(
+            f"{size / 1e6:.0f} MB of {os.environ.get('TEXT', 'made-up text')}, rows of {LENGTH} tokens, {LANES} lanes"
+        )
+        print(f"{'':28}{'Mtokens/core-s':>15}{'of ours':>9}{'first batch s':>15}{'peak GB':>9}")
+        ours = 0.0
         for name in CONTESTANTS:
-            report(name, run(repeated, name, a.million_tokens * (0.1 if name in SLOW else 1)))
-        many = run(repeated, RESUME, a.million_tokens)
-        print(f"{RESUME}: " + ", ".join(f"{k} {v}" for k, v in many.items()))
+            command = [sys.executable, __file__, a.tokenizer, "--only", name, folder]
+            done = subprocess.run([*command, "--million-tokens", str(a.million_tokens)], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{name:28}failed: {done.stderr.strip().splitlines()[-1][:100]}")
+                continue
+            m = json.loads(done.stdout.splitlines()[-1])
+            ours = ours or m["rate"]
+            print(
+                f"{name:28}{m['rate'] / 1e6:>15.2f}{m['rate'] / ours:>9.2f}{m['first']:>15.2f}{m['peak'] / 1e9:>9.2f}"
+            )
 
 
-def run(config: Path, name: str, million_tokens: float) -> dict:
-    command = [sys.executable, __file__, str(config), "--only", name, "--million-tokens", str(million_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][:100]}
-    return json.loads(done.stdout.splitlines()[-1])
+def write_corpora(folder: Path, wanted: float) -> int:
+    """Write one parquet file of 20 MB or less after another into FOLDER/SOURCE; returns the bytes of text."""
+    real, total = os.environ.get("TEXT"), 0
+    sources = {f.name: f for f in sorted(Path(real or SAMPLE).iterdir()) if f.is_dir() and f.name != "tokenizer"}
+    for number, (name, source) in enumerate(sources.items()):
+        texts = texts_of(source)
+        (folder / name).mkdir()
+        part, size, written = [], 0, 0
+        for text in texts if real else made_up(texts, wanted / len(sources), number):
+            part.append(text)
+            size += len(text.encode())
+            if size > 20e6:
+                write_part(folder / name, part)
+                part, size, written = [], 0, written + size
+        write_part(folder / name, part)
+        total += written + size
+    return total
 
 
-def report(name: str, m: dict):
-    if "failed" in m:
-        print(f"{name:34}failed: {m['failed']}")
-    else:
-        print(f"{name:34}{m['rate'] / 1e6:>15.2f}{m['first']:>15.2f}{m['peak'] / 1e9:>9.2f}")
+def write_part(folder: Path, texts: list[str]):
+    path = folder / f"{len(list(folder.iterdir())):03}.parquet"
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000)
 
 
-def relative(paths) -> list[str]:
-    """Patterns below the deepest folder without a wildcard, so that copies keep the published layout."""
-    return [p[len(fixed_part(p)) :] for p in paths]
+def texts_of(folder: Path) -> list[str]:
+    """All documents below a folder, by our own readers."""
+    data = DataConfig("", {"s": SourceConfig((str(folder),), 1.0, holdout_fraction=0.0)})
+    order = EpochOrder(build_catalog(data).sources["s"], 0, data.block_bytes)
+    return [text.decode() for window in epoch_windows(order, 0, "train") for text in window.documents]
 
 
-def fixed_part(pattern: str) -> str:
-    cut = min([pattern.find(x) for x in "*?[{" if x in pattern], default=len(pattern))
-    return pattern[: pattern.rfind("/", 0, cut) + 1]
+def made_up(texts: list[str], size: float, seed: int):
+    """Yield documents of about `size` bytes in all: words of `texts` by their frequency, lengths of `texts`."""
+    # Scripts without spaces have no words to be told apart by a pattern: runs of up to 6 characters stand for them.
+    split = [re.findall(r"\s*\w{1,6}|\s*\W", text) for text in texts]
+    words, lengths = np.array([w for words in split for w in words]), np.array([len(words) for words in split])
+    rng, made = np.random.default_rng(seed), 0
+    while made < size:
+        text = "".join(rng.choice(words, rng.choice(lengths)).tolist())
+        made += len(text.encode())
+        yield text
 
 
-def repeat(config: c.RunConfig, folder: Path, wanted: float) -> int:
-    """Copy every source's files so often that they are about `wanted` bytes in all."""
+def config_of(folder: Path, tokenizer: str) -> RunConfig:
     sources = {
-        name: [
-            (f, Path(fixed_part(p)))
-            for p in s.paths
-            for f in Path(fixed_part(p)).glob(p[len(fixed_part(p)) :].replace("{language}", "*"))
-        ]
-        for name, s in config.data.sources.items()
+        f.name: SourceConfig((str(f / "*.parquet"),), float(sum(p.stat().st_size for p in f.iterdir())))
+        for f in sorted(folder.iterdir())
+        if f.name != "tokens"
     }
-    once = sum(f.stat().st_size for files in sources.values() for f, _ in files)
-    times = max(1, round(wanted / once))
-    for name, files in sources.items():
-        for file, root in files:
-            place = folder / name / file.relative_to(root)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            stem, _, ending = place.name.partition(".")
-            for i in range(times):
-                shutil.copyfile(file, place.with_name(f"{stem}{i}.{ending}"))
-    return once * times
+    model = ModelConfig(
+        vocab_size=1 << 18, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    # Smaller blocks than the default, so that every source has more blocks than lanes, as a real corpus has.
+    data = DataConfig(tokenizer, sources, sequence_length=LENGTH, lanes=LANES, block_bytes=1_000_000)
+    return RunConfig("unused", model, data, TrainConfig(budget_tokens=10**12, batch_size=LANES))
 
 
-def measure(contestant, config: c.RunConfig, tokens: float) -> dict:
+def measure(sizes, tokens: float) -> dict:
+    """Take sizes of batches until there are `tokens`."""
     began = time.monotonic()
-    rows = contestant(config)
-    seen, first, cpu = 0, 0.0, cpu_seconds()
-    for batch in rows:
-        first = first or time.monotonic() - began
-        seen += batch
+    seen, first = next(sizes), time.monotonic() - began
+    seen, cpu = 0, cpu_seconds()
+    for size in sizes:
+        seen += size
         if seen >= tokens:
             break
-    rows.close()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rate": seen / (cpu_seconds() - cpu), "first": first, "peak": peak}
+    return {
+        "rate": seen / (cpu_seconds() - cpu),
+        "first": first,
+        "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
 
 
 def cpu_seconds() -> float:
@@ -141,166 +155,82 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def with_data(config: c.RunConfig, lanes: int = LANES, **data) -> c.RunConfig:
-    train = replace(config.train, batch_size=lanes)
-    return replace(config, train=train, data=replace(config.data, lanes=lanes, **data))
+def ours(config: RunConfig):
+    with Loader(config, build_catalog(config.data), Tokenizer(config.data.tokenizer)) as loader:
+        for batch, _ in loader:
+            yield batch["tokens"].size
 
 
-def ours(config: c.RunConfig):
-    """Tokenised as it is read."""
-    return ours_cached(with_data(config, token_cache=None))
-
-
-def ours_cached(config: c.RunConfig):
-    """From the token cache, which `fill` made before."""
-    catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
-
-    def sizes():
-        with Loader(config, catalog, tokenizer) as loader:
-            for batch, _ in loader:
-                yield batch["tokens"].size
-
-    return sizes()
-
-
-def fill(config: c.RunConfig) -> dict:
-    """Put the first epoch of every source into the token cache."""
-    catalog, cache = (
-        build_catalog(config.data),
-        TokenCache(config.data.token_cache or "", Tokenizer(config.data.tokenizer)),
-    )
+def ours_cached(config: RunConfig):
+    """From the token cache, filled with an epoch before anything is measured."""
+    folder = str(Path(next(iter(config.data.sources.values())).paths[0]).parents[1] / "tokens")
+    data = replace(config.data, token_cache=folder)
+    config = replace(config, data=data)
+    catalog, cache = build_catalog(data), TokenCache(folder, Tokenizer(data.tokenizer))
     plan = make_plan(config, catalog, None)
     orders = open_orders(config, catalog, plan)
-    return {"tokens": sum(cache.fill(orders[s], e, b) for s, e, b in blocks(config, catalog, plan, 1))}
+    for source, epoch, block in blocks(config, catalog, plan, 1):
+        cache.fill(orders[source], epoch, block)
+    return ours(config)
 
 
-def resume_of_many_lanes(config: c.RunConfig) -> dict:
-    """A host that owns 256 lanes of every source: its first batch after a resume, its peak memory, its state."""
-    config = with_data(config, lanes=256, token_cache=None)
-    catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
-    with Loader(config, catalog, tokenizer) as loader:
-        for _ in range(20):
-            state = next(loader)[1]
-    began, cpu = time.monotonic(), cpu_seconds()
-    with Loader(config, catalog, tokenizer, state) as loader:
-        next(loader)
-        seconds, used = time.monotonic() - began, cpu_seconds() - cpu
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = sum(part.nbytes for part in state)
-    figures = {"first batch after resume s": seconds, "of CPU s": used, "peak GB": peak / 1e9, "state KiB": size / 1024}
-    return {name: round(figure, 2) for name, figure in figures.items()}
+def load(source: SourceConfig, **options):
+    from datasets import load_dataset
+
+    files = sorted(map(str, Path(source.paths[0]).parent.glob("*.parquet")))
+    return load_dataset("parquet", data_files=files, split="train", **options)
 
 
-def load(config: c.RunConfig, name: str, streaming: bool):
-    """A source as a Hugging Face dataset of texts. Folders are loaded one by one: Glot500's differ in their columns."""
-    from datasets import concatenate_datasets, load_dataset
-
-    source, folders = config.data.sources[name], {}
-    for p in source.paths:
-        for f in sorted(Path(fixed_part(p)).glob(p[len(fixed_part(p)) :].replace("{language}", "*"))):
-            folders.setdefault(f.parent, []).append(str(f))
-    parts = []
-    for files in folders.values():
-        kind = "parquet" if files[0].endswith("parquet") else "arrow" if files[0].endswith("arrow") else "json"
-        kept = {} if streaming else {"cache_dir": tempfile.mkdtemp()}
-        part = load_dataset(kind, data_files=files, split="train", streaming=streaming, **kept)
-        parts.append(part.select_columns([source.text_column]))
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-
-
-def pack(encoded, length: int):
-    """Rows of `length` from a stream of token lists, cut without regard to documents; yields tokens made."""
-    held, size = [], 0
-    for ids in encoded:
-        held += (np.array([2], np.int32), ids, np.array([1], np.int32))
-        size += len(ids) + 2
-        if size >= length * 8:
-            stream = np.concatenate(held)
-            whole = len(stream) // length * length
-            stream[:whole].reshape(-1, length)
-            held, size = [stream[whole:]], len(stream) - whole
-            yield whole
-
-
-def huggingface(config: c.RunConfig):
+def hugging_face(config: RunConfig):
     """load_dataset(streaming=True), shuffle with a buffer, interleave by probabilities, tokenise in batches, pack."""
     from datasets import interleave_datasets
 
-    tokenizer = Tokenizer(config.data.tokenizer)
-    parts = [load(config, n, streaming=True).shuffle(seed=0, buffer_size=1000) for n in config.data.sources]
-    weights = np.array([s.weight for s in config.data.sources.values()])
+    tokenizer, held = Tokenizer(config.data.tokenizer), np.zeros(0, np.int32)
+    sources = config.data.sources.values()
+    parts = [load(s, streaming=True).shuffle(seed=0, buffer_size=1000) for s in sources]
+    weights = np.array([s.weight for s in sources])
     mixed = interleave_datasets(
         parts, probabilities=(weights / weights.sum()).tolist(), seed=0, stopping_strategy="all_exhausted"
     )
-    texts = (next(iter(batch.values())) for batch in mixed.iter(batch_size=64))
-    return pack(
-        (ids for batch in texts for ids in tokenizer.encode([t for t in batch if t])), config.data.sequence_length
-    )
+    for batch in mixed.iter(batch_size=64):
+        held = np.concatenate([held, join_documents(tokenizer, batch["text"])])
+        if rows := len(held) // LENGTH:
+            packed, held = held[: rows * LENGTH].reshape(-1, LENGTH), held[rows * LENGTH :]
+            yield packed.size
 
 
-class JsonlWriter:
-    """Random access to a source's texts, as Grain wants it: here by the Arrow files that datasets makes of them."""
-
-    def __init__(self, config: c.RunConfig, name: str):
-        self.data = load(config, name, streaming=False).with_format("arrow")
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return self.data[int(i)].column(0)[0].as_py() or ""
-
-
-def grain(config: c.RunConfig):
+def grain(config: RunConfig):
     """MapDataset of each source, shuffled, repeated, mixed by weights, tokenised, concatenated and split into rows."""
     import grain
     from grain.experimental import ConcatThenSplitIterDataset
 
-    tokenizer, length = Tokenizer(config.data.tokenizer), config.data.sequence_length
-
-    def encode(text):
-        return {"tokens": np.concatenate([[2], tokenizer.encode([text])[0], [1]]).astype(np.int32)}
-
-    parts = [grain.MapDataset.source(JsonlWriter(config, n)).seed(0).shuffle().repeat() for n in config.data.sources]
-    mixed = grain.MapDataset.mix(parts, [s.weight for s in config.data.sources.values()]).map(encode)
-    rows = ConcatThenSplitIterDataset(mixed.to_iter_dataset(), length_struct={"tokens": length})
-    return (int(np.count_nonzero(row["tokens"])) for row in rows)
-
-
-def memmap(config: c.RunConfig):
-    """The limit for tokens to batches: random rows of one memory-mapped array of tokens."""
-    file = tempfile.NamedTemporaryFile()
-    np.random.default_rng(0).integers(0, 256_000, 32_000_000, dtype=np.int32).tofile(file.name)
-
-    def sizes():
-        stored, length, rng = np.memmap(file.name, np.int32, "r"), config.data.sequence_length, np.random.default_rng(1)
-        while True:
-            starts = rng.integers(0, len(stored) - length, LANES)
-            yield np.stack([stored[s : s + length] for s in starts]).size
-
-    return sizes()
+    tokenizer = Tokenizer(config.data.tokenizer)
+    sources = config.data.sources.values()
+    with tempfile.TemporaryDirectory(prefix="benchmark_arrow_") as cache:
+        # Random access to the texts, as Grain wants it, through the Arrow files that datasets makes of them.
+        texts = [load(s, cache_dir=cache) for s in sources]
+        parts = [grain.MapDataset.source(part).seed(0).shuffle().repeat() for part in texts]
+        mixed = grain.MapDataset.mix(parts, [s.weight for s in sources])
+        tokens = mixed.map(lambda row: {"tokens": join_documents(tokenizer, [row["text"]])})
+        for row in ConcatThenSplitIterDataset(tokens.to_iter_dataset(), length_struct={"tokens": LENGTH}):
+            yield int(np.count_nonzero(row["tokens"]))
 
 
-def kitoken_alone(config: c.RunConfig):
-    """The limit for text to tokens: nothing but the encoder, on some 8 MB of texts of every source."""
-    import kitoken
-
-    encoder = kitoken.Kitoken.from_sentencepiece_file(config.data.tokenizer)
-    orders = open_orders(config, catalog := build_catalog(config.data), make_plan(config, catalog, None))
-    texts = [t.decode() for order in orders for b in range(2) for w in windows(order, 0, b) for t in w.documents]
-    return (sum(map(len, encoder.encode_all(texts[i : i + 64], False))) for i in cycle(range(0, len(texts), 64)))
+def encoder_alone(config: RunConfig):
+    tokenizer = Tokenizer(config.data.tokenizer)
+    folders = [Path(s.paths[0]).parent for s in config.data.sources.values()]
+    texts = [t for f in folders for t in pq.read_table(f / "000.parquet")["text"].to_pylist()]
+    np.random.default_rng(0).shuffle(texts)
+    return (sum(map(len, tokenizer.encode(texts[i : i + 64]))) for i in range(0, len(texts), 64))
 
 
-RESUME, FILL = "256 lanes", "fill"
 CONTESTANTS = {
     "ours, raw text": ours,
     "ours, token cache": ours_cached,
-    "Hugging Face datasets, raw text": huggingface,
-    "Grain, raw text": grain,
-    "numpy memmap, tokens": memmap,
-    "kitoken alone, texts": kitoken_alone,
+    "Hugging Face datasets": hugging_face,
+    "Grain": grain,
+    "SentencePiece alone": encoder_alone,
 }
-SLOW = ("Hugging Face datasets, raw text", "Grain, raw text")
 
 
 if __name__ == "__main__":

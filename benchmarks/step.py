@@ -26,7 +26,8 @@ from easylm_mling.config import RunConfig, load
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.params import parameter_count, parameter_table, to_nested
 from easylm_mling.model.sharding import make_mesh
-from easylm_mling.training.step import init_state, jit_train_step, state_shardings
+from easylm_mling.training.state import init_state, state_shardings
+from easylm_mling.training.step import jit_train_step
 
 SHAPE = [
     "model.vocab_size=16384", "model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=8",

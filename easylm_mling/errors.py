@@ -1,4 +1,4 @@
-"""How a process ends: its exit code, which whoever restarts runs can rely on, and the one line that an error becomes.
+"""Errors of ours, the exit codes of a process, and the one line that an error becomes.
 
 0    done: the budget, train.stop_at_step, --max-hours or the end of the data is reached
 1    training cannot go on, or a crash: look at the message
@@ -9,16 +9,48 @@
 130  stopped at once by a second signal; what was saved is whole
 """
 
+import os
 import re
 import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 DONE, STOPPED, WRONG_INPUT, NO_CHECKPOINT, PREEMPTED, STUCK, INTERRUPTED = 0, 1, 2, 3, 42, 85, 130
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+class EasylmError(Exception):
+    """An error whose message is one line that says what is wrong and the way out."""
 
     code = STOPPED
+
+
+class ConfigError(EasylmError, ValueError):
+    """A setting, or something that it names, is wrong."""
+
+    code = WRONG_INPUT
+
+
+class UnknownFormat(ConfigError):
+    """A file or directory of ours has a format that this version does not know."""
+
+
+class DataError(EasylmError, ValueError):
+    """The data is too damaged to train on."""
+
+    code = WRONG_INPUT
+
+
+class DamagedCheckpoint(EasylmError, ValueError):
+    """A stored step is not what was saved."""
+
+    code = WRONG_INPUT
+
+
+class TrainingStopped(EasylmError, RuntimeError):
+    """Training cannot go on."""
 
 
 class NoUsableCheckpoint(TrainingStopped):
@@ -27,36 +59,64 @@ class NoUsableCheckpoint(TrainingStopped):
     code = NO_CHECKPOINT
 
 
-def report_error(error: BaseException) -> int | None:
-    """Print the error in one line and return its exit code; None for a fault of the program, to be seen with its traceback."""
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted; everything saved so far is whole", file=sys.stderr)
-        return INTERRUPTED
-    ours = type(error).__module__.startswith("easylm_mling")
-    if not isinstance(error, OSError) and not (ours and isinstance(error, (ValueError, RuntimeError))):
-        return None
-    print(f"error: {error}", file=sys.stderr)
-    return WRONG_INPUT if isinstance(error, ValueError) else getattr(error, "code", STOPPED)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line, without the query of a URL: signed URLs carry secrets there."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\?[^\s'\")]*", "?...", text)[:200]
-
-
-class ConfigError(ValueError):
-    """A setting is wrong. The message is one line that names the key and the way out."""
+class VerificationError(EasylmError, RuntimeError):
+    """An export is not what its checkpoint says."""
 
 
 def check(ok: bool, message: str):
+    """Raise ConfigError with `message` unless `ok`."""
     if not ok:
         raise ConfigError(message)
 
 
-class DamagedCheckpoint(ValueError):
-    """A stored step is not what was saved; the message says what is wrong with it."""
+def check_format(where: object, what: str, number: object, known: int):
+    """Raise UnknownFormat, with the way out, unless the format `number` of the `what` in `where` is the `known` one."""
+    if number != known:
+        stored = "no format number" if number is None else f"format {number!r}"
+        raise UnknownFormat(
+            f"{where}: this {what} has {stored}, and this version of easylm_mling knows format {known}; use the version that "
+            "wrote it"
+        )
 
 
-class DataError(ValueError):
-    """The data is too damaged to train on. The message is one line that names the source and the way out."""
+def is_expected(error: BaseException) -> bool:
+    """Whether its message is enough for a user: an error of ours, of the file system, or an interrupt."""
+    return isinstance(error, (EasylmError, OSError, KeyboardInterrupt))
+
+
+def report_error(error: BaseException) -> int:
+    """Print the error in one line, and the traceback of an unexpected one below it; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; everything saved so far is whole", file=sys.stderr)
+        return INTERRUPTED
+    if is_expected(error):
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "code", STOPPED)
+    print(f"error: unexpected {type(error).__name__}: {one_line(error)}; please report it with this:", file=sys.stderr)
+    traceback.print_exception(error)
+    return STOPPED
+
+
+@contextmanager
+def crash_file(folder: Path) -> Iterator[None]:
+    """Within it, the traceback of an unexpected error is also written to FOLDER/crash-TIME-PID.txt."""
+    try:
+        yield
+    except Exception as error:
+        if not is_expected(error):
+            file = folder / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+            with suppress(OSError):
+                file.write_text(without_secrets("".join(traceback.format_exception(error))), encoding="utf-8")
+                error.add_note(f"(also in {file})")
+        raise
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, without secrets."""
+    return without_secrets(" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def without_secrets(text: str) -> str:
+    """`text` with addresses cut where a key may be: names before an @, and everything behind a question mark."""
+    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
+    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\")]*", r"\1?...", text)

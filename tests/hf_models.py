@@ -27,7 +27,7 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params
 from easylm_mling.model.decoder import logits
 from easylm_mling.model.sharding import make_mesh
-from easylm_mling.training.step import model_graph
+from easylm_mling.training.state import model_graph
 
 TINY = dict(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=3, head_dim=32)
 HEADS = [(4, 4), (4, 2), (4, 1)]

@@ -20,7 +20,7 @@ from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
 from easylm_mling.run.train import train
 from easylm_mling.storage.object_store import small_files
-from easylm_mling.training.step import abstract_params
+from easylm_mling.training.state import abstract_params
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

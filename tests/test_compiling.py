@@ -6,8 +6,8 @@ import sys
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from easylm_mling.compiling import keep_programs
-keep_programs()
+from easylm_mling.training.compilation import enable_compilation_cache
+enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 counts = []
 jax.monitoring.register_event_listener(lambda name, **_: counts.append(name))

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from easylm_mling import config as c
+from easylm_mling.config.describe import known_keys
 
 MINIMAL = """
 run_dir: runs/x
@@ -34,10 +35,11 @@ def test_a_config_survives_the_trip_through_plain_trees_and_yaml(minimal, tmp_pa
     file = tmp_path / "resolved.yaml"
     file.write_text(c.to_yaml(got))
     assert c.load([str(file)]) == got
-    assert c.differences(got, c.load([minimal])) == {
-        "init_from": ("some/where", None),
-        "optimizer.warmup": ("20 steps", "0 steps"),
-    }
+    changes = c.differences(got, c.load([minimal]))
+    assert [(change.key, change.old, change.new) for change in changes] == [
+        ("init_from", "some/where", None),
+        ("optimizer.warmup", "20 steps", "0 steps"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,5 +144,37 @@ def test_the_last_step_passes_the_budget_by_less_than_a_batch(minimal):
         assert 0 <= got.total_steps * got.tokens_per_step - budget < got.tokens_per_step
 
 
-def test_what_is_not_of_the_step_is_of_train():
-    assert set(c.NOT_OF_THE_STEP) <= {field.name for field in dataclasses.fields(c.TrainConfig)}
+# As a run's life needs it: what may change when it resumes, what with --accept-data-change, what no step depends on.
+FREE = {
+    "run_dir", "init_from", "data.stages", "data.max_bad_fraction", "data.token_cache", "data.retries", "data.retry_seconds",
+    "train.stop_at_step", "train.log_every_steps", "train.max_skipped_in_a_row", "train.spike_sigmas", "train.stuck_minutes",
+    "train.digest_every_steps", "train.rewind", "train.skip_batches", "train.remat", "train.remat_first",
+    "train.remat_first_layers", "train.remat_memory", "train.attention", "train.attention_block", "train.offload",
+    "train.accumulation_steps", "train.loss_chunk", "train.compiler_flags",
+}  # fmt: skip
+FREE_SECTIONS = ("mesh", "checkpoint", "eval", "log", "profile")
+OUTSIDE_STEP = {
+    "stop_at_step", "log_every_steps", "digest_every_steps", "max_skipped_in_a_row", "stuck_minutes", "rewind", "skip_batches",
+    "remat_memory",
+}  # fmt: skip
+
+
+def test_what_a_key_affects_is_said_by_the_key_itself():
+    for name, key in known_keys().items():
+        section = name.split(".")[0]
+        free = name in FREE or section in FREE_SECTIONS or name.startswith("data.stages")
+        assert key.setting.free == free, name
+        data = name == "data.tokenizer" or name.startswith(("data.sources", "data.weighting"))
+        assert key.setting.data == data, name
+        outside = section == "train" and name.removeprefix("train.") in OUTSIDE_STEP
+        assert key.setting.outside_step == outside, name
+
+
+def test_a_neighbour_of_a_free_key_is_not_free():
+    @dataclasses.dataclass(frozen=True)
+    class Invented(c.TrainConfig):
+        attention_dropout: float = 0.0
+
+    settings = {key: leaf.setting for key, leaf in c.leaves(Invented(1)).items()}
+    assert settings["attention"].free and not settings["attention_dropout"].free
+    assert "attention_dropout" in c.step_settings(Invented(1)) and "stop_at_step" not in c.step_settings(Invented(1))

@@ -200,8 +200,8 @@ def test_the_command_line_prints_an_audit_and_an_inspection(corpora, undisturbed
     assert sum(line.startswith("row ") for line in capsys.readouterr().out.splitlines()) == 8
     config = [str(corpora / "config.yaml"), "run_dir=unused"]
     assert main(["data", "inspect", *config, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["sources"]) == ["web", "pair/ko", "pair/en", "many"]
+    inspection = json.loads(capsys.readouterr().out)
+    assert list(inspection["sources"]) == ["web", "pair/ko", "pair/en", "many"]
     assert main(["data", "inspect", *config]) == 0
     output = capsys.readouterr().out
     assert "used up after" in output and "the most repeated first" in output
@@ -210,14 +210,14 @@ def test_the_command_line_prints_an_audit_and_an_inspection(corpora, undisturbed
 
 def test_an_inspection_foretells_the_run(corpora, undisturbed, capsys):
     main(["data", "inspect", str(corpora / "config.yaml"), "run_dir=unused", "--json"])
-    found = json.loads(capsys.readouterr().out)["sources"]
+    inspection = json.loads(capsys.readouterr().out)["sources"]
     ledger = json.loads((undisturbed[0] / "ledger.json").read_text())
     for name, source in ledger["sources"].items():
-        assert found[name]["taken"] == pytest.approx(source["tokens"], rel=0.1, abs=64), name
-        assert found[name]["epochs"] == pytest.approx(source["epochs"], rel=0.1, abs=0.1)
+        assert inspection[name]["taken"] == pytest.approx(source["tokens"], rel=0.1, abs=64), name
+        assert inspection[name]["epochs"] == pytest.approx(source["epochs"], rel=0.1, abs=0.1)
     for language, x in ledger["languages"]["many"].items():
         # Shares of languages are met over an epoch; this run read part of one.
-        assert found["many"]["languages"][language]["taken"] == pytest.approx(x["tokens"], rel=0.5)
+        assert inspection["many"]["languages"][language]["taken"] == pytest.approx(x["tokens"], rel=0.5)
 
 
 def test_a_picture_of_the_shares(corpora, tmp_path):

@@ -125,8 +125,8 @@ def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_pa
             state = next(s for _, s in loader if s.lanes[..., EPOCH].min() == 2)
         # What lies behind the state goes when the next process starts.
         Loader(config, catalog, tokenizer(), state, quarantine=tmp_path / name).close()
-        found = [line for line in (tmp_path / name).read_text().splitlines() if json.loads(line)["epoch"] < 2]
-        return sorted(found), state
+        entries = [line for line in (tmp_path / name).read_text().splitlines() if json.loads(line)["epoch"] < 2]
+        return sorted(entries), state
 
     whole, state = run("whole", [])
     (tmp_path / "killed").write_text('{"source": "s", "la')
@@ -135,16 +135,6 @@ def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_pa
         offsets = [e["offset"] for e in map(json.loads, whole) if e["epoch"] == epoch]
         assert len(offsets) == len(set(offsets)) == 43
     assert state.lanes[..., BAD].sum() >= len(whole)
-
-
-def test_entries_from_before_they_had_a_place_are_kept(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": t}) for t in documents(30)))
-    config = run_config(data_config(path, length=T, tokenizer=tokenizer_path()), 1)
-    old = '{"source": "s", "file": "a", "offset": 1, "reason": "r", "head": ""}\n'
-    (tmp_path / "q").write_text(old)
-    Loader(config, build_catalog(config.data), tokenizer(), quarantine=tmp_path / "q").close()
-    assert (tmp_path / "q").read_text() == old
 
 
 def test_a_document_longer_than_many_rows_is_cut_into_them(tmp_path):

@@ -35,9 +35,9 @@ def test_units_and_the_documents_of_a_block_are_each_in_a_new_order_every_epoch(
     assert epoch_documents(one, 0) != epoch_documents(one, 1)
 
 
-def listed(found) -> list:
+def listed(made) -> list:
     """Windows as tuples that can be compared."""
-    return [tuple(w._replace(provenance=w.provenance.tolist())) for w in found]
+    return [tuple(w._replace(provenance=w.provenance.tolist())) for w in made]
 
 
 def test_a_block_does_not_depend_on_what_was_read_before(tmp_path):

@@ -9,6 +9,7 @@ from data_corpus import data_config, documents, run_config, tokenizer, tokenizer
 from rich.console import Console
 
 from easylm_mling.config import SourceConfig
+from easylm_mling.data import token_cache
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader, open_orders
 from easylm_mling.data.token_cache import TokenCache
@@ -97,6 +98,13 @@ def test_another_tokenizer_order_or_corpus_finds_nothing(config):
     there = len(files(config))
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=5))
     assert filled(other) > 0 and len(files(config)) > there
+
+
+def test_a_cache_of_another_format_is_refused_by_name(config, monkeypatch):
+    filled(config)
+    monkeypatch.setattr(token_cache, "_FORMAT", 2)
+    with pytest.raises(ConfigError, match=r"safetensors: has format 1, .* knows only 2; .* remove the folder .*cache"):
+        drawn(config, cached=True)
 
 
 @pytest.mark.slow

@@ -136,7 +136,11 @@ def test_a_file_that_is_not_what_its_suffix_says(tmp_path, layout):
 def test_a_catalog_that_is_not_one(tmp_path):
     path = tmp_path / "catalog.json"
     assert "catalog.json" in message_of(Catalog.load, path)
-    path.write_text('{"version": 1, ')
+    path.write_text('{"format": 1, ')
     assert "catalog.json" in message_of(Catalog.load, path)
-    path.write_text('{"version": 99}')
-    assert "version 99" in message_of(Catalog.load, path)
+    for content, has in (('{"format": 99}', "format 99"), ("{}", "no format number"), ("[]", "no format number")):
+        path.write_text(content)
+        message = message_of(Catalog.load, path)
+        assert (
+            f"catalog.json: has {has}" in message and "use the version that wrote it, or start a new run_dir" in message
+        )

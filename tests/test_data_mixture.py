@@ -20,15 +20,15 @@ def constant_plan(weights: list[float]) -> MixingPlan:
 def play(weights, lanes, rounds, seed=0):
     """Sources [rounds, V] of a run from its start."""
     plan, planned = constant_plan(weights), np.zeros((lanes, len(weights)), np.int64)
-    dealt = []
+    assigned = []
     for _ in range(rounds):
-        dealt.append(next_round(plan, seed, planned, [lanes] * len(weights)))
-        planned[np.arange(lanes), dealt[-1]] += 1
-    return np.array(dealt)
+        assigned.append(next_round(plan, seed, planned, [lanes] * len(weights)))
+        planned[np.arange(lanes), assigned[-1]] += 1
+    return np.array(assigned)
 
 
-def counts(dealt, sources):
-    return (dealt[..., None] == np.arange(sources)).sum(axis=-2)
+def counts(assigned, sources):
+    return (assigned[..., None] == np.arange(sources)).sum(axis=-2)
 
 
 @given(WEIGHTS)
@@ -43,9 +43,9 @@ def test_integer_weights_are_exact(weights):
 @settings(deadline=None, max_examples=60)
 @given(WEIGHTS, st.integers(1, 24))
 def test_every_round_and_all_rounds_so_far_are_within_a_row_of_the_shares(weights, lanes):
-    dealt = play(weights, lanes, 60)
+    assigned = play(weights, lanes, 60)
     share = np.array(weights) / sum(weights)
-    each = counts(dealt, len(weights))
+    each = counts(assigned, len(weights))
     assert (np.abs(each - share * lanes) < 1 + 1e-6).all()
     rounds = np.arange(1, 61)[:, None]
     assert (np.abs(np.cumsum(each, axis=0) - share * lanes * rounds) < 1.5).all()
@@ -54,21 +54,21 @@ def test_every_round_and_all_rounds_so_far_are_within_a_row_of_the_shares(weight
 
 @settings(deadline=None, max_examples=40)
 @given(WEIGHTS, st.integers(1, 16), st.integers(0, 5))
-# Two lanes and shares of 1/2, 1/4, 1/4 resonate: dealt source by source, one lane never had the last one.
+# Two lanes and shares of 1/2, 1/4, 1/4 resonate: assigned source by source, one lane never had the last one.
 @example([2, 1, 1], 2, 0)
 @example([0.7733, 0.8212, 0.3983, 0.2941], 3, 0)
 def test_every_lane_has_the_mixture(weights, lanes, seed):
-    dealt = play(weights, lanes, 150, seed)
+    assigned = play(weights, lanes, 150, seed)
     share = np.array(weights) / sum(weights)
-    each_lane = np.cumsum(dealt[..., None] == np.arange(len(weights)), axis=0)
+    each_lane = np.cumsum(assigned[..., None] == np.arange(len(weights)), axis=0)
     assert np.abs(each_lane - share * np.arange(1, 151)[:, None, None]).max() < 3.5
 
 
 def test_lanes_do_not_go_in_step():
-    dealt = play([0.25, 0.25, 0.25, 0.25], 16, 64)
-    agree = (dealt[:, :, None] == dealt[:, None, :]).mean(axis=0)
+    assigned = play([0.25, 0.25, 0.25, 0.25], 16, 64)
+    agree = (assigned[:, :, None] == assigned[:, None, :]).mean(axis=0)
     assert agree[~np.eye(16, dtype=bool)].max() < 0.6
-    assert (play([0.25] * 4, 16, 8, seed=1) != dealt[:8]).any()
+    assert (play([0.25] * 4, 16, 8, seed=1) != assigned[:8]).any()
 
 
 def test_a_round_is_a_function_of_the_rows_so_far():
@@ -81,9 +81,9 @@ def test_a_round_is_a_function_of_the_rows_so_far():
 def test_changed_weights_are_approached_by_one_row_a_round():
     planned = counts(play([1, 0], 8, 20).T, 2)
     for _ in range(40):
-        dealt = next_round(constant_plan([1, 1]), 0, planned, [8, 8])
-        assert 3 <= (dealt == 1).sum() <= 5
-        planned[np.arange(8), dealt] += 1
+        assigned = next_round(constant_plan([1, 1]), 0, planned, [8, 8])
+        assert 3 <= (assigned == 1).sum() <= 5
+        planned[np.arange(8), assigned] += 1
 
 
 def test_rounds_are_exact_after_a_billion_rows():

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from easylm_mling.config import SourceConfig, StageConfig
 from easylm_mling.data.catalog import Catalog, File, Source, build_catalog
 from easylm_mling.data.loader import Loader
-from easylm_mling.data.mixture import BAD, DOCUMENTS, EXTRA, PADDING, ROWS, TOKENS, whole_state
+from easylm_mling.data.mixture import BAD, DOCUMENTS, EXTRA, PADDING, ROWS, TOKENS, initial_state, whole_state
 from easylm_mling.data.shuffle import EpochOrder
+from easylm_mling.data.state_archive import KeptState, keep_state, load_state
 from easylm_mling.data.weights import ONE, language_rates, make_plan
+from easylm_mling.errors import ConfigError
 
 T = 32
 POOL = {
@@ -86,7 +88,7 @@ def draw_batches(config, catalog, steps, hosts=1, state=None):
 
 def read_documents(batches, source, lanes) -> list[str]:
     """The documents of a source in the batches that are whole there: its rows of each lane, end to end."""
-    found = []
+    documents_read = []
     for lane in range(lanes):
         tokens = [np.zeros(0, np.int32)]
         for batch, _ in batches:
@@ -97,8 +99,8 @@ def read_documents(batches, source, lanes) -> list[str]:
         begins, ends = (np.flatnonzero(stream == x) for x in (2, 1))
         # BOS and EOS take turns: exactly one of each a document.
         assert (begins[1:] == ends[: len(begins) - 1] + 1).all() and 0 <= len(begins) - len(ends) <= 1
-        found += [tokenizer().decode(stream[a + 1 : b]) for a, b in zip(begins, ends, strict=False)]
-    return found
+        documents_read += [tokenizer().decode(stream[a + 1 : b]) for a, b in zip(begins, ends, strict=False)]
+    return documents_read
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -128,9 +130,9 @@ def test_any_mixture_is_the_same_on_any_hosts_across_any_stops_and_loses_nothing
     assert final.languages[:, 2].sum() == final.lanes[..., BAD].sum()
     assert final.languages[:, 1].sum() == final.lanes[..., DOCUMENTS].sum()
     if not final.lanes[..., EXTRA].any() and not any(s.get("max_epochs") for s in sources.values()):
-        dealt = np.array([np.bincount(b["source"], minlength=len(sources)) for b, _ in whole]).cumsum(axis=0)
+        taken = np.array([np.bincount(b["source"], minlength=len(sources)) for b, _ in whole]).cumsum(axis=0)
         target = np.array([plan.target(per_lane * (n + 1)) for n in range(len(whole))]) / ONE * lanes
-        assert np.abs(dealt - target).max() < 2
+        assert np.abs(taken - target).max() < 2
 
 
 def check_documents(read, name, source, its):
@@ -250,15 +252,28 @@ def test_500_real_languages_are_read_as_often_as_the_cap_says(tmp_path):
 
 
 def test_the_state_of_256_lanes_and_5_sources_is_small(tmp_path):
-    from easylm_mling.data.mixture import initial_state
-    from easylm_mling.data.state_archive import KeptState, keep_state
-
     state = initial_state(256, 5, range(256), 412)
     assert sum(a.nbytes for a in state) < 200 * 1024
     rng = np.random.default_rng(0)
     filled = type(state)(*(rng.integers(0, 10**7, a.shape) for a in state))
     keep_state(tmp_path / "states", 1, KeptState(filled, {}))
     assert (tmp_path / "states" / "1.npz").stat().st_size < 100 * 1024
+
+
+@pytest.mark.parametrize("number, has", [({"format": 9}, "format 9"), ({}, "no format number")])
+def test_a_data_state_of_another_format_is_refused_by_name(tmp_path, number, has):
+    np.savez(tmp_path / "7.npz", lanes=np.zeros(3), **number)
+    with pytest.raises(ConfigError, match=f"7.npz: has {has}, .* use the version that wrote it, or restore it"):
+        load_state(tmp_path, 7)
+
+
+def test_a_damaged_data_state_is_named(tmp_path):
+    keep_state(tmp_path, 7, KeptState(initial_state(2, 1, range(2)), {}))
+    whole = (tmp_path / "7.npz").read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "7.npz").write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match="7.npz: not a readable data state"):
+            load_state(tmp_path, 7)
 
 
 def test_every_catalog_here_is_the_same_after_saving(root, tmp_path):

@@ -255,9 +255,9 @@ def test_a_data_set_is_resolved_to_its_files(tmp_path):
         dataset = HubDataset(str(tmp_path / "hub"), config, split)
         return data_config({"s": SourceConfig((), 1.0, dataset=dataset)})
 
-    found = {config: build_catalog(data(config)).sources["s"].files for config in ("small", "all")}
-    assert [f.name.split("/")[-1] for f in found["all"]] == ["train-0.parquet", "train-1.parquet"]
-    assert [f.name.split("/")[-1] for f in found["small"]] == ["train-1.parquet"]
+    files_of = {config: build_catalog(data(config)).sources["s"].files for config in ("small", "all")}
+    assert [f.name.split("/")[-1] for f in files_of["all"]] == ["train-0.parquet", "train-1.parquet"]
+    assert [f.name.split("/")[-1] for f in files_of["small"]] == ["train-1.parquet"]
     assert "its splits are: train, test" in message_of(build_catalog, data("all", "dev"))
     assert "small" in message_of(build_catalog, data("none"))
     stored = build_catalog(data("all"))

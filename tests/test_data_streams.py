@@ -8,22 +8,35 @@ from data_corpus import data_config, documents, epoch_order, tokenizer, write
 
 from easylm_mling.data import streams
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS, initial_state
-from easylm_mling.data.streams import LaneStream, SpillFile
+from easylm_mling.data.streams import LaneStream, SpillFile, StreamState
 from easylm_mling.data.tokenization.tokenizer import join_documents
 from easylm_mling.errors import ConfigError
 
 
 @pytest.fixture
 def open_stream():
-    """A function (order, state, lane) -> LaneStream; its temporary files are closed after the test."""
+    """A function (order, state, lane) -> Lane; its temporary files are closed after the test."""
     with contextlib.ExitStack() as stack:
 
         def make(order, state, lane=0, on_window=lambda window: None):
             spill_file = stack.enter_context(contextlib.closing(SpillFile()))
-            languages = np.zeros((len(order.source.languages), 3), np.int64)
-            return LaneStream(order, tokenizer(), lane, len(state), state[lane, 0], languages, spill_file, on_window)
+            start = StreamState.from_counters(state[lane, 0])
+            return Lane(LaneStream(order, tokenizer(), lane, len(state), start, spill_file), state[lane, 0], on_window)
 
         yield make
+
+
+class Lane:
+    """A stream whose state is written into `counters` after every row, as the loader does after every batch."""
+
+    def __init__(self, stream, counters, on_window):
+        self.stream, self.counters, self.on_window = stream, counters, on_window
+
+    def take(self, count):
+        while (row := self.stream.take(count)) is None:
+            self.on_window(self.stream.entered)
+        self.stream.state.write_to(self.counters)
+        return row
 
 
 def read_documents(tokens) -> list[str]:
@@ -86,11 +99,11 @@ def test_a_stream_goes_on_from_any_state(tmp_path, open_stream, layout):
             np.testing.assert_array_equal(resumed, states[step + 1])
 
 
-def test_readers_that_rest_too_long_start_again_and_change_nothing(tmp_path, open_stream, monkeypatch):
+def test_readers_that_wait_too_long_start_again_and_change_nothing(tmp_path, open_stream, monkeypatch):
     order = epoch_order(data_config(write(tmp_path / "a", "jsonl.gz", documents(300))))
     stream = open_stream(order, initial_state(1, 1, range(1)).lanes)
     rows = [stream.take(64) for _ in range(60)]
-    monkeypatch.setattr(streams, "_RESTING", 0)
+    monkeypatch.setattr(streams, "_WAITING_READERS", 0)
     stream = open_stream(order, initial_state(1, 1, range(1)).lanes)
     np.testing.assert_array_equal([stream.take(64) for _ in range(60)], rows)
 
@@ -111,9 +124,9 @@ def test_text_that_waits_is_not_in_memory(tmp_path, open_stream):
     path = write(tmp_path / "a", "jsonl", documents(3000))
     stream = open_stream(epoch_order(data_config(path, block_bytes=10**6)), initial_state(1, 1, range(1)).lanes)
     stream.take(32)
-    held = sum(v.nbytes for v in vars(stream).values() if isinstance(v, np.ndarray))
-    assert held < 3000 * 4 + 2000
-    assert not any(isinstance(v, (bytes, list, str)) for v in vars(stream).values())
+    attributes = vars(stream.stream).values()
+    assert sum(v.nbytes for v in attributes if isinstance(v, np.ndarray)) < 3000 * 4 + 2000
+    assert not any(isinstance(v, (bytes, list, str)) for v in attributes)
 
 
 def test_a_source_without_a_document_to_train_on_is_an_error_and_no_endless_loop(tmp_path, open_stream):

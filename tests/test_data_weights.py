@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
 from easylm_mling.data.shuffle import EpochOrder
@@ -35,7 +35,7 @@ from easylm_mling.data.weights import (
     spread,
 )
 from easylm_mling.errors import ConfigError
-from easylm_mling.run.train import next_everywhere
+from easylm_mling.run.train import next_on_all_hosts
 
 T, LANES = 32, 4
 SIZES = st.lists(st.floats(1, 1e6), min_size=1, max_size=8)
@@ -103,9 +103,9 @@ def draw(config, catalog, steps, state=None):
 
 
 def shares(config, catalog, budget=None):
-    found = tokens_per_byte(estimate(catalog, tokenizer()))
-    plan = make_plan(config, catalog, found)
-    sizes = {n: sum(language_tokens(s, found[n])) for n, s in catalog.sources.items()}
+    rates = tokens_per_byte(estimate(catalog, tokenizer()))
+    plan = make_plan(config, catalog, rates)
+    sizes = {n: sum(language_tokens(s, rates[n])) for n, s in catalog.sources.items()}
     return np.array(plan.shares[0]) / ONE, np.array(list(sizes.values()))
 
 
@@ -143,13 +143,34 @@ def test_a_sample_without_a_good_document_is_told(tmp_path):
 
 def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(root):
     config, catalog = mixture(root)
-    found = estimate(catalog, tokenizer())
-    assert found == estimate(catalog, tokenizer())
+    estimates = estimate(catalog, tokenizer())
+    assert estimates == estimate(catalog, tokenizer())
     for name, source in catalog.sources.items():
         order = EpochOrder(source, 0, 2000)
         texts = epoch_documents(order)
         truth = sum(len(ids) + 2 for ids in tokenizer().encode(texts))
-        assert sum(language_tokens(source, tokens_per_byte(found)[name])) == pytest.approx(truth, rel=0.1), name
+        assert sum(language_tokens(source, tokens_per_byte(estimates)[name])) == pytest.approx(truth, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"format": 9, "sources": {}}', "has format 9, .* use the version that wrote it, or remove the file"),
+        ('{"data": "", "tokenizer": "", "sources": {}}', "has no format number, .* or remove the file"),
+        ('{"format": 1, "sou', "not readable as estimates .* remove the file"),
+    ],
+)
+def test_estimates_of_another_format_or_damaged_ones_are_refused_by_name(root, tmp_path, content, message):
+    _, catalog = mixture(root)
+    path = tmp_path / "estimates.json"
+    estimates = open_estimates(path, catalog, tokenizer())
+    assert load_estimates(path) == estimates == open_estimates(path, catalog, tokenizer())
+    path.write_text(content)
+    for read in (load_estimates, pinned_fingerprints, lambda p: open_estimates(p, catalog, tokenizer())):
+        with pytest.raises(ConfigError, match=f"estimates.json: {message}"):
+            read(path)
+    path.unlink()
+    assert open_estimates(path, catalog, tokenizer()) == estimates
 
 
 def test_sampling_takes_a_fraction_by_text_and_leaves_the_held_out_ones_alone(tmp_path):
@@ -226,7 +247,7 @@ def test_redistributed_rows_go_to_the_others_by_their_shares(root):
 
 def read_documents(drawn, source, lanes=LANES) -> Counter:
     """How often each document of a source stands in the batches: its rows of each lane, end to end."""
-    found = Counter()
+    times = Counter()
     for lane in range(lanes):
         tokens = [np.zeros(0, np.int32)]
         for batch, _ in drawn:
@@ -236,8 +257,8 @@ def read_documents(drawn, source, lanes=LANES) -> Counter:
         stream = np.concatenate(tokens)
         for document in np.split(stream, np.flatnonzero(stream == 2))[1:]:
             if document[-1] == 1:
-                found[tokenizer().decode(document[1:-1])] += 1
-    return found
+                times[tokenizer().decode(document[1:-1])] += 1
+    return times
 
 
 def test_stop_ends_the_run_before_the_row_that_is_missing_on_all_numbers_of_hosts(root):
@@ -266,7 +287,7 @@ def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
         if mine:
             for _ in loader:
                 pass
-        assert (next_everywhere(loader) is None) == (mine or theirs)
+        assert (next_on_all_hosts(loader) is None) == (mine or theirs)
 
 
 def test_a_source_too_small_to_stop_by_is_refused(root):

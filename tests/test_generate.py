@@ -20,7 +20,7 @@ from easylm_mling.inference import generate as module
 from easylm_mling.inference.generate import generate, load_model, sample_text
 from easylm_mling.model.decoder import logits
 from easylm_mling.model.sharding import make_mesh
-from easylm_mling.training.step import model_graph
+from easylm_mling.training.state import model_graph
 
 PROMPTS = [[2, 17, 40, 5], [2], [2, 9, 9, 250, 31, 77, 8, 120, 44], [2, 299, 3]]
 

@@ -25,7 +25,7 @@ from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.monitoring.metrics import MetricsLog
 from easylm_mling.training.spike_guard import nothing_recent
-from easylm_mling.training.step import TrainState, init_params
+from easylm_mling.training.state import TrainState, init_params
 
 STEP = 3
 # Source -> (tokens, documents); not in the order of the alphabet.

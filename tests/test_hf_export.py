@@ -30,7 +30,7 @@ from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf, widest_mesh
 from easylm_mling.model.sharding import parameter_shardings
 from easylm_mling.training.spike_guard import nothing_recent
-from easylm_mling.training.step import TrainState, init_params
+from easylm_mling.training.state import TrainState, init_params
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params, widest_mesh
 from easylm_mling.model.params import parameter_table, to_flat
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
-from easylm_mling.training.step import abstract_params
+from easylm_mling.training.state import abstract_params
 
 
 def test_import_is_sharded_and_bit_equal_to_one_device(hf_source):

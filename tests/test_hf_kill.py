@@ -13,7 +13,7 @@ from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.storage.atomic import atomic_directory, atomic_file
-from easylm_mling.training.step import init_params
+from easylm_mling.training.state import init_params
 
 # One process loads the libraries, which takes seconds, and forks one for each export: of those, only exporting is left.
 # Writes a line a kill: the moment as a share of the whole export, and "done" if it had ended before.

@@ -10,9 +10,10 @@ from hf_models import FAMILIES, save, transformers_model
 from safetensors.torch import load_file, save_file
 
 from easylm_mling.cli import main as command
+from easylm_mling.errors import VerificationError
 from easylm_mling.hf import verify
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.hf.verify import VerificationError, verify_export
+from easylm_mling.hf.verify import verify_export
 
 
 @pytest.fixture(scope="module")

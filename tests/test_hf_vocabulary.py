@@ -21,7 +21,7 @@ from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.inference.generate import sample_text
 from easylm_mling.model.sharding import make_mesh
-from easylm_mling.training.step import abstract_params
+from easylm_mling.training.state import abstract_params
 
 ROWS = 460  # of the old model; its tokenizer has 400 pieces
 NEW = ["안녕", "\u2581hello\u2581there", "새벽에", "the"] + [f"piece{i}" for i in range(76)]

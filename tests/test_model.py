@@ -20,7 +20,7 @@ from easylm_mling.model.params import parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.model.splash_attention import splash_attention
 from easylm_mling.training.loss import cross_entropy
-from easylm_mling.training.step import init_params, model_graph
+from easylm_mling.training.state import init_params, model_graph
 
 M = ModelConfig(
     vocab_size=96,

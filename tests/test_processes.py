@@ -28,7 +28,7 @@ from processes import (
 )
 
 from easylm_mling.data.mixture import BLOCK, DataState
-from easylm_mling.distributed.processes import ProcessGroup, find_process_group, roll_call
+from easylm_mling.distributed.joining import ProcessGroup, find_process_group, roll_call
 from easylm_mling.errors import ConfigError
 from easylm_mling.run.host_sync import HostSync, own_quarantine
 

@@ -14,12 +14,12 @@ from test_monitor import event
 from easylm_mling.charts import Line, _ticks, draw_svg
 from easylm_mling.cli.main import main
 from easylm_mling.config import load, to_yaml
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, without_secrets
 from easylm_mling.hf.plot import plot_losses
-from easylm_mling.monitoring.events import without_secrets
 from easylm_mling.monitoring.report.collect import collect
 from easylm_mling.monitoring.report.curve import Curve
 from easylm_mling.monitoring.report.page import page, write_report
+from easylm_mling.storage.object_store import write_run_format
 
 VOID = {"meta"}
 HOSTILE = "</style><script>alert('x')</script>&\"'"
@@ -60,6 +60,7 @@ def make_run(folder, steps=40, source="skypile", language="ja"):
     config = load(["configs/demo.yaml"], [*TINY, f"run_dir={folder}", "train.budget_tokens=20480"])
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_run_format(folder)
     rng, lines, events = random.Random(0), [], []
     names = [source if n == "skypile" else n for n in config.data.sources]
     second = 0.0

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kitoken
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -172,13 +171,11 @@ def test_unseen_characters_become_bytes_and_digits_stand_alone(sp):
     assert [sp.id_to_piece(i) for i in sp.encode("2024")] == ["2", "0", "2", "4"]
 
 
-def test_three_encoders_agree_on_every_document(sp, texts):
-    fast = kitoken.Kitoken.from_sentencepiece_file(str(SAMPLE / "tokenizer/tokenizer.model"))
+def test_two_encoders_agree_on_every_document(sp, texts):
     hugging_face = pytest.importorskip("tokenizers").Tokenizer.from_file(str(SAMPLE / "tokenizer/tokenizer.json"))
     for name, documents in texts.items():
         for text in documents:
             ids = sp.encode(text)
-            assert list(fast.encode(text, False)) == ids, (name, text)
             assert hugging_face.encode(text).ids == [2, *ids], (name, text)
             assert sp.decode(ids) == text
 

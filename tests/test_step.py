@@ -23,14 +23,8 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.model.params import to_flat
 from easylm_mling.model.sharding import batch_sharding, check_run, make_mesh
 from easylm_mling.training.optimizer import decay_mask, make_optimizer, make_schedule
-from easylm_mling.training.step import (
-    init_params,
-    init_state,
-    jit_eval_step,
-    jit_train_step,
-    model_graph,
-    state_shardings,
-)
+from easylm_mling.training.state import init_params, init_state, model_graph, state_shardings
+from easylm_mling.training.step import jit_eval_step, jit_train_step
 
 T = 16
 
@@ -59,6 +53,10 @@ def make_batch(seed=0):
         "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (8, T)).copy(),
         "source": rng.integers(0, 2, 8).astype(np.int32),
     }
+
+
+def schedule_of(config):
+    return make_schedule(config.optimizer, config.total_steps, config.tokens_per_step)
 
 
 COMPILED = {}
@@ -163,7 +161,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_weight_decay_spares_norms_and_by_choice_the_embedding():
     for decay_embedding in (False, True):
-        mask = to_flat(decay_mask(make_config(decay_embedding=decay_embedding)))
+        config = make_config(decay_embedding=decay_embedding)
+        mask = to_flat(decay_mask(config.optimizer, config.model))
         assert mask["embed_tokens"] is decay_embedding
         assert not any(v for k, v in mask.items() if "norm" in k)
         assert all(v for k, v in mask.items() if "proj" in k)
@@ -180,29 +179,31 @@ def test_the_update_is_clipped_adamw(reference):
     np.testing.assert_allclose(optax.tree.norm(gradient), metrics["gradient_norm"], rtol=1e-4)
     tx = optax.chain(
         optax.clip_by_global_norm(0.1),
-        optax.adamw(float(make_schedule(config)(0)), b2=0.95, weight_decay=0.1, mask=decay_mask(config)),
+        optax.adamw(
+            float(schedule_of(config)(0)), b2=0.95, weight_decay=0.1, mask=decay_mask(config.optimizer, config.model)
+        ),
     )
     updates, _ = tx.update(gradient, tx.init(start), start)
     assert_close(state.params, optax.apply_updates(start, updates), 1e-5)
-    assert make_optimizer(config.optimizer, decay_mask(config)).init(start)[0].mu["norm"].dtype == jnp.float32
+    assert make_optimizer(config.optimizer, config.model).init(start)[0].mu["norm"].dtype == jnp.float32
 
 
 def test_schedules_in_steps_and_in_tokens():
     base = make_config(schedule="cosine", warmup=Duration(10, "steps"))
     assert base.total_steps == 100
-    rate = make_schedule(base)
+    rate = schedule_of(base)
     np.testing.assert_allclose(
         [rate(0), rate(9), rate(10), rate(55), rate(100)], [0.001, 0.01, 0.01, 0.0055, 0.001], rtol=1e-5
     )
     tokens = replace(base, optimizer=replace(base.optimizer, warmup=Duration(10 * base.tokens_per_step, "tokens")))
-    assert all(make_schedule(tokens)(s) == rate(s) for s in range(100))
-    wsd = make_schedule(
+    assert all(schedule_of(tokens)(s) == rate(s) for s in range(100))
+    wsd = schedule_of(
         make_config(schedule="wsd", warmup=Duration(10, "steps"), decay=Duration(20, "steps"), final_fraction=0.0)
     )
     np.testing.assert_allclose(
         [wsd(5), wsd(9), wsd(79), wsd(90), wsd(100)], [0.006, 0.01, 0.01, 0.005, 0], rtol=1e-5, atol=1e-9
     )
-    none = make_schedule(make_config())
+    none = schedule_of(make_config())
     assert none(0) == np.float32(0.01)
 
 

@@ -23,7 +23,7 @@ from easylm_mling.errors import ConfigError, TrainingStopped
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
 from easylm_mling.run.train import train
-from easylm_mling.training.step import abstract_params
+from easylm_mling.training.state import abstract_params
 
 TINY = [*SMALL, "mesh.cpu_devices=0"]
 

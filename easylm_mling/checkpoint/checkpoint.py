@@ -7,33 +7,31 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file knows Orbax; checkpoint/layout.py and checkpoint/reading.py find and read steps without it. What Orbax restores it does
-not check: every leaf's digest (training/digests.py) is saved with the step and compared after a restore.
+Nothing but this file knows Orbax; checkpoint/layout.py and checkpoint/reading.py find and read steps without it. Orbax does
+not check what it restores: every leaf's digest (training/digests.py) is saved with the step and compared after a restore.
 """
 
-import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from easylm_mling.checkpoint.layout import checkpoints_folder, remove_unfinished, set_aside, step_directory
 from easylm_mling.checkpoint.reading import check_stored, load_info, packed, read_data, read_strings, unpacked
-from easylm_mling.distributed.processes import all_agree, broadcast, is_multiprocess, is_primary
+from easylm_mling.distributed.agreement import all_agree, broadcast, is_multiprocess, is_primary
 from easylm_mling.distributed.watchdog import Watchdog
-from easylm_mling.errors import ConfigError, DamagedCheckpoint, NoUsableCheckpoint, one_line
+from easylm_mling.errors import ConfigError, DamagedCheckpoint, NoUsableCheckpoint, UnknownFormat, one_line
 from easylm_mling.storage.files import transport_errors
 from easylm_mling.storage.object_store import Bucket, is_bucket
 from easylm_mling.training.digests import differing, digests, leaf_name
-from easylm_mling.training.step import TrainState
+from easylm_mling.training.state import TrainState
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
@@ -67,6 +65,18 @@ def _chunks(path, value):
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
 
 
+class SaveResult(NamedTuple):
+    """How the save of `step` ended, or began: `problem` is why it failed, "" if it did not."""
+
+    step: int
+    problem: str = ""
+    begun: bool = True  # False: it failed before anything was written
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem
+
+
 class Restored(NamedTuple):
     """A step's training state, data state and info; and which newer steps were damaged (step, what is wrong)."""
 
@@ -78,12 +88,12 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of the run in `directory`. Use as a context manager: leaving it waits for the save under way.
+    """The checkpoints of the run in `directory`. A context manager: leaving it waits for the save under way.
 
     With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
-    without, it holds all of them a second time until everything is written. `before_commit` is called, in another thread,
-    before a step becomes visible; what it raises makes the save fail. A save that has not ended after `stuck_seconds` (0:
-    of any time) ends the process with exit code 85 (`record_stuck`: see Watchdog): Orbax itself waits for storage that is gone.
+    without, it holds all of them a second time until everything is written. A save that has not ended after
+    `stuck_seconds` (0: never) ends the process with exit code 85, because Orbax itself waits for storage that is gone;
+    `record_stuck` is then called, see Watchdog.
     """
 
     def __init__(
@@ -93,7 +103,6 @@ class Checkpoints:
         keep_every_steps: int = 0,
         bytes_at_a_time: int | None = None,
         stuck_seconds: float = 0.0,
-        before_commit: Callable[[], None] | None = None,
         record_stuck: Callable[[str, int], None] = lambda what, code: None,
     ):
         keep = [_policies.LatestN(keep_last)]
@@ -103,13 +112,14 @@ class Checkpoints:
             logging.getLogger(library).setLevel(logging.ERROR)
         self._bucket = Bucket(str(directory)) if is_bucket(directory) else None
         self._directory, self.path = directory, checkpoints_folder(directory)
-        self._first = before_commit and _First(before_commit)
         stuck = f"a save to {self.path} has not ended in {stuck_seconds / 60:g} minutes (checkpoint.stuck_minutes)"
-        self._watch = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress(), record_stuck)
+        self._watchdog = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress(), record_stuck)
         self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
         self._stuck_seconds = stuck_seconds
         self._orbax = self._open()
-        self._begun, self._problem, self.failed_in_a_row, self.newest_begun = False, "", 0, 0
+        self._saving: int | None = None  # the step under way
+        self._problem = ""  # of this process, with the step under way
+        self.failed_in_a_row = 0
 
     def _open(self):
         return ocp.training.Checkpointer(
@@ -121,61 +131,61 @@ class Checkpoints:
         )
 
     def __enter__(self):
-        self._watch.__enter__()
+        self._watchdog.__enter__()
         return self
 
     def __exit__(self, kind, *_):
-        with closing(self._watch):
+        with closing(self._watchdog):
             # After an error the others may not come to where this process would wait for them.
             if kind is None or not is_multiprocess():
-                problem = self.finish()
+                ended = self.wait()
                 self._orbax.close()
-                if problem and kind is None:
-                    raise OSError(problem)
+                if ended and not ended.ok and kind is None:
+                    raise OSError(ended.problem)
 
     def steps(self) -> list[int]:
         return sorted(c.step for c in self._orbax.checkpoints)
 
     def save(
-        self, state: TrainState, data: dict[str, np.ndarray], info: dict, prepare: Callable[[], None] = lambda: None
-    ) -> str:
-        """Start to save `state` as its step; returns once the device arrays are copied.
+        self, state: TrainState, data: dict[str, np.ndarray], info: dict, *, problem: str = "", wait: bool = False
+    ) -> SaveResult:
+        """Save `state` as its step; returns once the device arrays are copied, or with `wait` once it is committed.
 
-        Returns why it cannot begin, "" if it does: there is no room, or `prepare`, which every process calls before, raised an
-        OSError. Call `finish` before.
+        `problem`: why this process could not write what must be on disk before the step, "" if it could. No process begins
+        a save that another does not. Call `wait` before. Collective.
         """
+        assert self._saving is None, "a save is under way"
         step = int(state.step)
         arrays = {"params": state.params, "training": _training(state), "data": data}
-        parts = {**arrays, "info": packed({**info, "digests": digests(arrays)})}
-        if self._first:
-            parts["record"] = self._first
-        if no_room := self._no_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), prepare):
+        if problem := self._problem_before(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), problem):
             self.failed_in_a_row += 1
-        else:
-            self._begun, self.newest_begun = True, step
-            self._watch.beat()
-            try:
-                self._orbax.save_checkpointables_async(step, parts, force=True)
-            except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
-                self._problem = one_line(error)  # the other processes hear of it in `finish`
-        return no_room
+            return SaveResult(step, problem, begun=False)
+        parts = {**arrays, "info": packed({**info, "digests": digests(arrays)})}
+        self._saving = step
+        self._watchdog.beat()
+        with self._noting_problem():
+            self._orbax.save_checkpointables_async(step, parts, force=True)
+        return (self.wait() if wait else None) or SaveResult(step)
 
-    def finish(self) -> str:
-        """Wait for the save under way, if there is one; returns what went wrong with it, "" if nothing did.
-
-        Of several processes all must call it; if one failed, all have.
-        """
-        if not self._begun:
-            return ""
-        try:
+    def committed(self) -> int | None:
+        """The step under way, if this process knows it to be committed. Neither waits nor looks at the storage."""
+        if self._saving is None or self._problem or self._orbax.is_saving_in_progress():
+            return None
+        with self._noting_problem():
             self._orbax.wait()
-        except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
-            # What Orbax says of a failed save depends on the storage.
-            self._problem = self._problem or one_line(error)
-        self._begun, problem, self._problem = False, self._problem, ""
+        return None if self._problem else self._saving
+
+    def wait(self) -> SaveResult | None:
+        """Wait for the save under way; None if there is none. If one process failed, all have. Collective."""
+        if self._saving is None:
+            return None
+        if not self._problem:
+            with self._noting_problem():
+                self._orbax.wait()
+        step, problem, self._saving, self._problem = self._saving, self._problem, None, ""
         if all_agree(not problem):
             self.failed_in_a_row = 0
-            return ""
+            return SaveResult(step)
         self.failed_in_a_row += 1
         # After a failed save the object itself is of no use.
         until = time.monotonic() + 30
@@ -184,17 +194,25 @@ class Checkpoints:
                 time.sleep(0.2)
         all_agree(True)
         self._orbax = self._open()
-        return f"{self.path}: {problem or 'another process could not write its part'}"
+        return SaveResult(step, f"{self.path}: {problem or 'another process could not write its part'}")
 
-    def _no_room(self, needed: int, prepare: Callable[[], None]) -> str:
-        """What all say together, for no process may begin a save that another does not."""
-        free, problem = 1 << 62, ""
+    @contextmanager
+    def _noting_problem(self) -> Iterator[None]:
+        """Within it, a failed save becomes this process's problem; the others hear of it in `wait`."""
         try:
-            prepare()
-            if is_primary() and not self._bucket and self.path.is_dir():
+            yield
+        except (ValueError, RuntimeError, OSError, *transport_errors()) as error:
+            # What Orbax raises for a failed save depends on the storage.
+            self._problem = one_line(error)
+
+    def _problem_before(self, needed: int, problem: str) -> str:
+        """Why a save of `needed` bytes cannot begin, the same text or at least a text in every process. Collective."""
+        free = 1 << 62
+        if is_primary() and not self._bucket and self.path.is_dir():
+            try:
                 free = shutil.disk_usage(self.path).free
-        except OSError as error:
-            problem = one_line(error)
+            except OSError as error:
+                problem = problem or one_line(error)
         if not all_agree(not problem):
             return problem or "another process could not write what goes with it"
         free = broadcast(free)
@@ -212,18 +230,17 @@ class Checkpoints:
 
         Raises Damaged, in every process, if it cannot be read or is not what was saved.
         """
-        abstract = _training(state)
-        got: Any = None
-        wrong, new, data, info = "", {}, {}, {}
+        wanted = {"params": state.params, "training": _training(state)}
+        restored: Any = None
+        wrong, data, info = "", {}, {}
+        where = self.path / str(step)
         try:
-            stored = self._orbax.checkpointables_metadata(step).metadata["training"] or ()
-            # Checkpoints had no spike guard once; its window then begins empty.
-            new = {k: abstract.pop(k) for k in ("spikes", "recent") if k not in stored}
-            wanted = {"params": state.params, "training": abstract}
-            where = self.path / str(step)
+            info = unpacked(read_strings(where), where)
             check_stored(where, wanted)
-            data, info = read_data(where), unpacked(read_strings(where))
-            got = self._orbax.load_checkpointables(step, wanted)
+            data = read_data(where)
+            restored = self._orbax.load_checkpointables(step, wanted)
+        except UnknownFormat:
+            raise  # the same in every process, and no damage
         except (KeyError, ValueError, FileNotFoundError) as error:
             wrong = " ".join(str(error).split())[-200:]
             if self._bucket:
@@ -231,10 +248,9 @@ class Checkpoints:
                 self._bucket.names()
         if not all_agree(not wrong):
             raise DamagedCheckpoint(wrong or "another process cannot read it")
-        # Checkpoints had no digests once.
-        if "digests" in info and (leaf := differing(info["digests"], {**got, "data": data})):
+        if leaf := differing(info.get("digests", {}), {**restored, "data": data}):
             raise DamagedCheckpoint(f"{leaf} is not what was saved")
-        return TrainState(params=got["params"], **got["training"], **(_zeros(new) if new else {})), data, info
+        return TrainState(params=restored["params"], **restored["training"]), data, info
 
     def restore_newest(self, state: TrainState) -> Restored | None:
         """The newest step that is what was saved; damaged newer ones are then set aside. None if there are no steps.
@@ -244,12 +260,12 @@ class Checkpoints:
         damaged: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             try:
-                found = Restored(step, *self._restore_patiently(step, state), damaged)
+                restored = Restored(step, *self._restore_patiently(step, state), damaged)
             except DamagedCheckpoint as error:
                 damaged.append((step, str(error)))
                 continue
             self.set_aside([step for step, _ in damaged], "damaged")
-            return found
+            return restored
         if damaged:
             raise NoUsableCheckpoint(
                 f"{self.path}: every checkpoint is damaged (step {damaged[0][0]}: {damaged[0][1]}); restore one from a backup, "
@@ -276,19 +292,6 @@ class Checkpoints:
         self._orbax = self._open()
 
 
-class _First:
-    """What Orbax takes for something to be saved with the rest, for which it waits before it commits the step."""
-
-    def __init__(self, call: Callable[[], None]):
-        self._call = call
-
-    async def save(self, _directory):
-        return asyncio.to_thread(self._call)
-
-    async def load(self, _directory):
-        raise AssertionError("nothing of it is stored")
-
-
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
     """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
 
@@ -303,9 +306,8 @@ def load_params(directory: str | Path, abstract: dict, step: int | None = None) 
     except (KeyError, ValueError, FileNotFoundError) as error:
         why = " ".join(str(error).split())[-200:]
         raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
-    # Checkpoints had no digests once.
     saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
-    if saved and (leaf := differing(saved, {"params": params})):
+    if leaf := differing(saved, {"params": params}):
         raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
     return params
 
@@ -315,12 +317,12 @@ def check_same_shapes(directory: str | Path, abstract: dict):
     where = step_directory(directory)
     stored = ocp.checkpointables_metadata(str(where)).metadata["params"]
     expected = jax.tree_util.tree_leaves_with_path(abstract)
-    found = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}
+    shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}
     for path, leaf in expected:
         name = jax.tree_util.keystr(path)
-        if found.get(name) != tuple(leaf.shape):
+        if shapes.get(name) != tuple(leaf.shape):
             raise ConfigError(
-                f"{where}: parameter {name} has shape {found.get(name)}, the model needs {tuple(leaf.shape)}; "
+                f"{where}: parameter {name} has shape {shapes.get(name)}, the model needs {tuple(leaf.shape)}; "
                 "use the model config that the checkpoint was made with"
             )
 
@@ -328,8 +330,3 @@ def check_same_shapes(directory: str | Path, abstract: dict):
 def _training(state: TrainState) -> dict:
     """What is stored as `training`: all but the parameters."""
     return {name: value for name, value in state._asdict().items() if name != "params"}
-
-
-def _zeros(abstract: dict) -> dict:
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=where)()

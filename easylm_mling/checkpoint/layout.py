@@ -1,6 +1,6 @@
-"""The folders of checkpoints, RUN/checkpoints/STEP: which are whole, and how one gets out of the way.
+"""The folders of checkpoints, RUN/checkpoints/STEP: which are committed, and how one is set aside.
 
-A step becomes visible only when it is whole: as the last act Orbax renames it, or in a bucket (`gs://`) writes the object
+A step is visible only when it is committed: last of all Orbax renames it, or in a bucket (`gs://`) writes the object
 STEP/commit_success.txt.
 """
 
@@ -22,22 +22,22 @@ def checkpoints_folder(directory: str | Path) -> Any:
 
 
 def committed_steps(directory: str | Path) -> list[int]:
-    """Those that are whole."""
+    """The committed steps, in order."""
     root = checkpoints_folder(directory)
     if is_bucket(directory):
         names = Bucket(str(directory)).names()
-        found = [
+        folders = [
             n.split("/")[1]
             for n in names
             if n.startswith(f"{FOLDER}/") and n.endswith(f"/{COMMITTED}") and n.count("/") == 2
         ]
     else:
-        found = [p.name for p in root.iterdir()] if root.is_dir() else []
-    return sorted(int(name) for name in found if name.isdigit())
+        folders = [p.name for p in root.iterdir()] if root.is_dir() else []
+    return sorted(int(name) for name in folders if name.isdigit())
 
 
 def step_directory(directory: str | Path, step: int | None = None) -> Path:
-    """The directory of `step` (default: the newest whole one) of a run or of an imported checkpoint.
+    """The directory of `step` (default: the newest committed one) of a run or of an imported checkpoint.
 
     Raises ConfigError when there is none.
     """
@@ -52,7 +52,7 @@ def step_directory(directory: str | Path, step: int | None = None) -> Path:
 
 
 def newest_step(directory: str | Path) -> int:
-    """The step of the newest whole checkpoint, 0 if there is none."""
+    """The newest committed step, 0 if there is none."""
     return max(committed_steps(directory), default=0)
 
 
@@ -70,7 +70,7 @@ def set_aside(directory: str | Path, step: int, why: str):
 
 
 def remove_unfinished(directory: str | Path) -> bool:
-    """Remove what failed saves left. Whether there was any: their writers may still be at it for a moment."""
+    """Remove what failed saves left. Returns whether there was anything: their writers may go on for a moment."""
     if is_bucket(directory):
         bucket, whole = Bucket(str(directory)), set(committed_steps(directory))
         names = [n for n in bucket.names() if n.startswith(f"{FOLDER}/")]

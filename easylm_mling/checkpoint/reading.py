@@ -1,4 +1,4 @@
-"""What a step holds, read without Orbax, and at a cost that its shapes bound: a stranger may have made it."""
+"""Reading a checkpoint without Orbax, at a cost that its shapes bound: a stranger may have made it."""
 
 import json
 import re
@@ -13,64 +13,65 @@ import tensorstore as ts
 
 from easylm_mling.checkpoint.layout import step_directory
 from easylm_mling.data.mixture import DataState
-from easylm_mling.errors import ConfigError, DamagedCheckpoint
+from easylm_mling.errors import ConfigError, DamagedCheckpoint, check_format
 from easylm_mling.storage.object_store import store_spec
 
 # Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
 _MOST_DATA = 1 << 30
+# Of what a step holds, and of the keys in its `info`.
+FORMAT = 1
 _KINDS = {"params": "parameter", "training": "array", "data": "array"}
 
 
 def open_store(
     where: Path, name: str, shape: tuple[int, ...], dtype: str = "float32", part: str = "params"
 ) -> ts.TensorStore:
-    """The array `name` (`a.b`) of a part of the step in `where`, through tensorstore and not Orbax, which would restore
-    whole stacks.
+    """Open the array `name` (`a.b`) of a part of the step in `where`. (Orbax would restore whole stacks of layers.)
 
-    Raises ConfigError unless it has this `shape` and `dtype`, and is stored as `save` does it: reading an array takes no
-    more memory than it has, whoever made the files. (A chunk may claim any size, and what is packed may unpack to any.)
+    Raises ConfigError unless the array has this `shape` and `dtype` and is stored as `save` stores it. So reading it takes no
+    more memory than its size, whoever made the files: a chunk may claim any size, and packed data may unpack to any.
     """
     store = _open(where, name, part)
-    found, wanted = (store.shape, store.dtype.name), (tuple(shape), dtype)
-    if found != wanted:
-        raise ConfigError(f"{where}: {_KINDS[part]} {name} is {found}, not {wanted}; use another step")
+    stored, wanted = (store.shape, store.dtype.name), (tuple(shape), dtype)
+    if stored != wanted:
+        raise ConfigError(f"{where}: {_KINDS[part]} {name} is {stored}, not {wanted}; use another step")
     _check_chunks(where, name, part, store)
     return store
 
 
 def read_data(where: Path) -> dict[str, np.ndarray]:
     """The arrays of a DataState; raises ConfigError for what `open_store` refuses, and for over a GiB."""
-    found = {}
+    arrays = {}
     for name in DataState._fields:
         store = _open(where, name, "data")
         if store.dtype.name != "int64" or store.size * 8 > _MOST_DATA:
             raise ConfigError(f"{where}: {name} is {(store.shape, store.dtype.name)}, not counters; use another step")
         _check_chunks(where, name, "data", store)
-        found[name] = np.asarray(store.read().result())
-    return found
+        arrays[name] = np.asarray(store.read().result())
+    return arrays
 
 
 def read_strings(where: Path) -> dict:
     """The strings of the step's `info`; raises ValueError if there are none."""
-    found = json.loads(ts.KvStore.open(store_spec(f"{where}/info")).result().read("_strings.json").result().value)
-    if not isinstance(found, dict) or not isinstance(found.get("json"), str):
+    strings = json.loads(ts.KvStore.open(store_spec(f"{where}/info")).result().read("_strings.json").result().value)
+    if not isinstance(strings, dict) or not isinstance(strings.get("json"), str):
         raise ValueError("it holds no text")
-    return found
+    return strings
 
 
 def load_info(directory: str | Path, step: int | None = None) -> dict:
-    """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer`."""
+    """The JSON part of a checkpoint: `config` or `model`, `tokens`, `tokenizer` ... Raises ConfigError if it cannot be read."""
     where = step_directory(directory, step)
     try:
         stored = read_strings(where)
     except (KeyError, ValueError, FileNotFoundError) as error:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
-    return unpacked(stored)
+    return unpacked(stored, where)
 
 
 def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """What the mixer had consumed, the arrays of a DataState by name; raises ConfigError for an imported checkpoint."""
+    """The arrays of the checkpoint's DataState, by name. Raises ConfigError for an imported checkpoint, which has none."""
     where = step_directory(directory, step)
     if not (where / "data").is_dir():
         raise ConfigError(f"{directory}: an imported checkpoint, not a run: nothing has been consumed")
@@ -78,7 +79,7 @@ def load_data_state(directory: str | Path, step: int | None = None) -> dict[str,
 
 
 def check_stored(where: Path, abstract: dict):
-    """Raise ConfigError unless every array of these parts is stored as open_store wants it, which Orbax would not ask."""
+    """Raise ConfigError unless every array of these parts is stored as open_store demands; Orbax would not check."""
     for part, tree in abstract.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -87,15 +88,17 @@ def check_stored(where: Path, abstract: dict):
 
 def packed(info: dict) -> dict:
     """As one string: Orbax sorts the keys of JSON, and the order of the sources means something."""
-    text = json.dumps(info)
+    text = json.dumps({"format": FORMAT, **info})
     return {"json": text, "digest": _digest(text)}
 
 
-def unpacked(stored: dict) -> dict:
-    """Raises Damaged if it is not what was packed."""
+def unpacked(stored: dict, where: Path) -> dict:
+    """The `info` of the step in `where`, packed before.
+
+    Raises DamagedCheckpoint if it is not what was packed, and UnknownFormat for a format that another version wrote.
+    """
     text = stored["json"]
-    # Checkpoints had no digest of it once.
-    if stored.get("digest", _digest(text)) != _digest(text):
+    if stored.get("digest") != _digest(text):
         raise DamagedCheckpoint("its info is not what was saved")
     try:
         info = json.loads(text)
@@ -103,6 +106,7 @@ def unpacked(stored: dict) -> dict:
         info = None
     if not isinstance(info, dict):
         raise DamagedCheckpoint("its info cannot be read")
+    check_format(where, "checkpoint", info.get("format"), FORMAT)
     return info
 
 

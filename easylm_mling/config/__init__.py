@@ -5,17 +5,28 @@ YAML files merge left to right, then `key.path=value` arguments. Units are in th
 knows jax: a config must load in milliseconds on a laptop.
 """
 
-from easylm_mling.config.basics import Duration
+from easylm_mling.config.basics import Duration, Setting
 from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, StageConfig, WeightingConfig
-from easylm_mling.config.loading import differences, from_tree, load, to_tree, to_yaml
+from easylm_mling.config.loading import (
+    Change,
+    Leaf,
+    differences,
+    from_tree,
+    leaves,
+    load,
+    load_mixer,
+    step_settings,
+    to_tree,
+    to_yaml,
+)
 from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
 from easylm_mling.config.run import (
-    NOT_OF_THE_STEP,
     REMAT_NAMES,
     CheckpointConfig,
     EvalConfig,
     LogConfig,
     MeshConfig,
+    MixerConfig,
     OptimizerConfig,
     ProfileConfig,
     RunConfig,
@@ -25,21 +36,24 @@ from easylm_mling.errors import ConfigError, check
 
 __all__ = [
     "FAMILIES",
-    "NOT_OF_THE_STEP",
     "REMAT_NAMES",
+    "Change",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "Duration",
     "EvalConfig",
     "HubDataset",
+    "Leaf",
     "LogConfig",
     "MeshConfig",
+    "MixerConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ProfileConfig",
     "RopeScaling",
     "RunConfig",
+    "Setting",
     "SourceConfig",
     "StageConfig",
     "TrainConfig",
@@ -47,7 +61,10 @@ __all__ = [
     "check",
     "differences",
     "from_tree",
+    "leaves",
     "load",
+    "load_mixer",
+    "step_settings",
     "to_tree",
     "to_yaml",
 ]

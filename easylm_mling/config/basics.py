@@ -1,6 +1,52 @@
-"""What every part of a config uses: the error, its check, and lengths of training."""
+"""What every part of a config uses: what is known of a setting, and lengths of training."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one config key, besides its type and default. A section's marks hold for all keys in it."""
+
+    help: str = ""
+    unit: str = ""
+    # May change when a run resumes: how it is carried out, and not what it computes.
+    free: bool = False
+    # May change with --accept-data-change.
+    data: bool = False
+    # Neither the compiled step nor a bit that it computes depends on it.
+    outside_step: bool = False
+    # Why it may not change.
+    reason: str = ""
+
+    def inside(self, section: "Setting") -> "Setting":
+        """This key's setting in a section that has marks of its own."""
+        return dataclasses.replace(self, free=self.free or section.free, data=self.data or section.data)
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    unit: str = "",
+    free: bool = False,
+    data: bool = False,
+    outside_step: bool = False,
+    reason: str = "",
+    factory: Callable[[], Any] | None = None,
+) -> Any:
+    """A dataclass field that carries its Setting; `factory` makes a default that is a dict."""
+    metadata = {"setting": Setting(help, unit, free, data, outside_step, reason)}
+    if factory:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def setting_of(field: dataclasses.Field) -> Setting:
+    """The Setting of a dataclass's field."""
+    return field.metadata.get("setting", Setting())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from easylm_mling.config.basics import setting
 from easylm_mling.errors import check
 
 
@@ -11,11 +12,12 @@ from easylm_mling.errors import check
 class HubDataset:
     """A data set of the Hugging Face hub (or a local folder like one), resolved to its files when a run begins."""
 
-    name: str
-    config: str | None = None
-    split: str = "train"
-    # A branch, tag or commit; by default the newest commit, to which the run then keeps.
-    revision: str | None = None
+    name: str = setting(help="of the data set on the hub, or a local folder like one")
+    config: str | None = setting(None, "one of its configurations")
+    split: str = setting("train", "one of its splits")
+    revision: str | None = setting(
+        None, "a branch, tag or commit; by default the newest commit, to which the run then keeps"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,39 @@ class SourceConfig:
     `llama2ko/ko` and `llama2ko/en`, that divide the group's weight by their own.
     """
 
-    paths: tuple[str, ...] = ()
-    # Its share of the tokens, relative to the other sources'. Left out where `data.weighting` finds the shares.
-    weight: float | None = None
-    dataset: HubDataset | None = None
-    text_column: str = "text"
-    # "document": a row is a document. "line": a row is a line, and a blank row ends a document. (A row of a .txt file
-    # is a line of it.)
-    row: str = "document"
-    holdout_fraction: float = 0.001
-    # Train on this share of the documents, chosen by a hash of their text (the held-out ones are not affected).
-    sample_fraction: float = 1.0
-    # No document is trained on more often than this in the whole run. 0: as often as the budget needs.
-    max_epochs: int = 0
-    # What a lane does that has read its part of `max_epochs` epochs and is due a row of this source. "repeat": read on
-    # (max_epochs must be 0). "redistribute": take the row from its other sources, by their shares. "stop": end the run.
-    when_used_up: str = "repeat"
-    # A language's share of an epoch is this size of it, "bytes" or "tokens" (estimated), to the power of
-    # `language_temperature`: 1 keeps natural shares, 0 makes all equal. "unimax": equal shares of what the run takes
-    # of this source, but of no language more than max_epochs epochs (arXiv:2304.09151).
-    language_by: str = "bytes"
-    language_temperature: float = 1.0
-    # No language is repeated more often than this inside one epoch, whatever the temperature says.
-    language_max_repeats: int = 4
+    paths: tuple[str, ...] = setting(
+        (), "files, folders and globs, local or remote; {language} stands for one name in them"
+    )
+    weight: float | None = setting(
+        None, "its share of the tokens, relative to the other sources'; left out where data.weighting finds the shares"
+    )
+    dataset: HubDataset | None = setting(None, "instead of paths: a data set of the Hugging Face hub")
+    text_column: str = setting("text", "the column or key that holds the text")
+    row: str = setting(
+        "document",
+        "document: a row is a document. line: a row is a line, and a blank row ends a document; a row of a .txt file is "
+        "a line of it",
+    )
+    holdout_fraction: float = setting(0.001, "of its documents, chosen by a hash of their text, are never trained on")
+    sample_fraction: float = setting(
+        1.0, "train on this share of the documents, chosen by a hash of their text; held-out ones are not affected"
+    )
+    max_epochs: int = setting(
+        0, "no document is trained on more often than this in the whole run; 0: as often as the budget needs"
+    )
+    when_used_up: str = setting(
+        "repeat",
+        "what a lane does that has read its part of max_epochs epochs and is due a row of this source. repeat: read on "
+        "(max_epochs must be 0). redistribute: take the row from its other sources, by their shares. stop: end the run",
+    )
+    language_by: str = setting(
+        "bytes",
+        "a language's share of an epoch is this size of it, bytes or tokens (estimated), to the power of "
+        "language_temperature. unimax: equal shares of what the run takes of this source, but of no language more than "
+        "max_epochs epochs (arXiv:2304.09151)",
+    )
+    language_temperature: float = setting(1.0, "1 keeps natural shares of languages, 0 makes all equal")
+    language_max_repeats: int = setting(4, "no language is repeated more often than this inside one epoch")
 
     def validate(self, name: str):
         key = f"data.sources.{name}"
@@ -97,9 +109,9 @@ class WeightingConfig:
     estimated tokens under the budget (arXiv:2304.09151; the exact limit is each source's own `max_epochs`).
     """
 
-    by: str = "number"
-    temperature: float = 0.7
-    max_epochs: int = 4
+    by: str = setting("number", "number, bytes, tokens, temperature or unimax")
+    temperature: float = setting(0.7, "the power of a source's tokens, for by: temperature")
+    max_epochs: int = setting(4, "the most epochs of a source, for by: unimax")
 
     def __post_init__(self):
         ways = ("number", "bytes", "tokens", "temperature", "unimax")
@@ -115,32 +127,45 @@ class StageConfig:
     A source that is not named keeps its own `weight`.
     """
 
-    from_tokens: int
-    weights: dict[str, float]
+    from_tokens: int = setting(help="the stage begins with the first round of rows from here on", unit="tokens")
+    weights: dict[str, float] = setting(help="of sources; one that is not named keeps its own weight")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and in which order."""
 
-    tokenizer: str
-    sources: dict[str, SourceConfig]
-    weighting: WeightingConfig = WeightingConfig()
-    # Those that have not begun may still be changed when a run resumes.
-    stages: tuple[StageConfig, ...] = ()
-    sequence_length: int = 8192
-    # Text is read, shuffled and tokenised in pieces of about this size; it bounds memory and the cost of a resume.
-    block_bytes: int = 4_000_000
-    seed: int = 0
-    # Rows are dealt to this many independent streams. 0: as many as `train.batch_size`. Fixed for a run's life.
-    lanes: int = 0
-    # A folder of tokenised windows that `data tokenize` fills. What is not in it is tokenised when it is due: same bits.
-    token_cache: str | None = None
-    # More bad records than this share of those read (after the first 1000) stop the run.
-    max_bad_fraction: float = 0.01
-    # A read that fails is tried again so often, after so many seconds at first; they double each time.
-    retries: int = 5
-    retry_seconds: float = 1.0
+    tokenizer: str = setting(help="the tokenizer's file, such as tokenizer.model", data=True)
+    sources: dict[str, SourceConfig] = setting(help="the corpora of the mixture, by name", data=True)
+    weighting: WeightingConfig = setting(WeightingConfig(), "where the sources' shares come from", data=True)
+    stages: tuple[StageConfig, ...] = setting(
+        (), "other weights from a token count on; those that have not begun may change when a run resumes", free=True
+    )
+    sequence_length: int = setting(8192, "of a row", unit="tokens")
+    block_bytes: int = setting(
+        4_000_000,
+        "text is read, shuffled and tokenised in pieces of about this size; it bounds memory and the cost of a resume",
+        unit="bytes",
+    )
+    seed: int = setting(0, "of the order of documents")
+    lanes: int = setting(
+        0,
+        "rows are dealt to this many independent streams; 0: as many as train.batch_size",
+        reason="every lane reads its own blocks",
+    )
+    token_cache: str | None = setting(
+        None,
+        "a folder of tokenised windows that `data tokenize` fills; what is not in it is tokenised when it is due, for the "
+        "same bits",
+        free=True,
+    )
+    max_bad_fraction: float = setting(
+        0.01, "more bad records than this share of those read (after the first 1000) stop the run", free=True
+    )
+    retries: int = setting(5, "a read that fails is tried again so often", free=True)
+    retry_seconds: float = setting(
+        1.0, "before the first of these tries; it doubles with each", unit="seconds", free=True
+    )
 
     def __post_init__(self):
         check(

@@ -13,8 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from easylm_mling.config.basics import Duration
-from easylm_mling.config.run import RunConfig
+from easylm_mling.config.basics import Duration, Setting, setting_of
+from easylm_mling.config.data import DataConfig
+from easylm_mling.config.run import MixerConfig, RunConfig, TrainConfig
 from easylm_mling.errors import ConfigError, check
 
 Schema = typing.TypeVar("Schema")
@@ -23,8 +24,29 @@ Schema = typing.TypeVar("Schema")
 def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Merge YAML `files` left to right, then `key.path=value` overrides.
 
-    Raises ConfigError (one line) for a missing file, bad YAML, an unknown key or a value of the wrong type.
+    Raises ConfigError for a missing file, bad YAML, an unknown key or a value of the wrong type.
     """
+    return _build(RunConfig, _merged(files, overrides), "")
+
+
+def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
+    """The mixer's part of a config that may lack all but `data`.
+
+    Without `train`, batches are of 64 rows and the budget is one step. Raises ConfigError as `load` does.
+    """
+    tree = _merged(files, overrides)
+    required = {f.name for f in dataclasses.fields(RunConfig) if f.default is dataclasses.MISSING}
+    if required <= tree.keys():
+        return _build(RunConfig, tree, "").mixer
+    known = {f.name: f for f in dataclasses.fields(RunConfig)}
+    _check_known(tree, known, "")
+    check("data" in tree, "data is missing; add it to the config")
+    train = _build(TrainConfig, {"budget_tokens": 1, **(tree.get("train") or {})}, "train")
+    return MixerConfig(_build(DataConfig, tree["data"], "data"), train.batch_size, train.budget_tokens)
+
+
+def _merged(files: list[str], overrides: Sequence[str]) -> dict:
+    """The plain tree of a config, its groups of sources flattened."""
     merged = OmegaConf.create({})
     try:
         for name in files:
@@ -51,7 +73,7 @@ def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
     data = tree.get("data") if isinstance(tree, dict) else None
     if isinstance(data, dict) and isinstance(data.get("sources"), dict):
         data["sources"] = _flat_sources(data["sources"], "data.sources")
-    return _build(RunConfig, tree, "")
+    return tree if isinstance(tree, dict) else {}
 
 
 def _override(text: str):
@@ -147,18 +169,52 @@ def to_yaml(config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
-def differences(old, new) -> dict[str, tuple]:
-    """Every `key.path` whose value differs between two configs, with both values."""
-    a, b = _flatten(to_tree(old)), _flatten(to_tree(new))
-    return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One key of a config with its value, as a plain tree, and what is known of it."""
+
+    value: typing.Any
+    setting: Setting
 
 
-def _flatten(tree, prefix="") -> dict:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()
-    }
+def leaves(config, path: str = "", section: Setting | None = None) -> dict[str, Leaf]:
+    """Every `key.path` of a config; `section` is what is known of all of it."""
+    section = section or Setting()
+    if dataclasses.is_dataclass(config) and not isinstance(config, Duration):
+        fields = dataclasses.fields(config)
+        inner = {f.name: (getattr(config, f.name), setting_of(f).inside(section)) for f in fields}
+    elif isinstance(config, dict):
+        inner = {name: (value, section) for name, value in config.items()}
+    else:
+        return {path: Leaf(to_tree(config), section)}
+    return {k: v for name, (value, known) in inner.items() for k, v in leaves(value, _join(path, name), known).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A key whose value differs between two configs; None where one of them does not have it."""
+
+    key: str
+    old: typing.Any
+    new: typing.Any
+    setting: Setting
+
+
+def differences(old, new) -> list[Change]:
+    """Every key whose value differs between two configs, in order."""
+    a, b = leaves(old), leaves(new)
+    changes = [
+        Change(
+            key, a[key].value if key in a else None, b[key].value if key in b else None, (b.get(key) or a[key]).setting
+        )
+        for key in sorted(a.keys() | b.keys())
+    ]
+    return [change for change in changes if change.old != change.new]
+
+
+def step_settings(train) -> dict:
+    """The settings of `train` (a TrainConfig) that the compiled step, or a bit that it computes, depends on."""
+    return {key: leaf.value for key, leaf in leaves(train).items() if not leaf.setting.outside_step}
 
 
 def _build(kind, value, path) -> typing.Any:
@@ -195,15 +251,20 @@ def _build(kind, value, path) -> typing.Any:
 def _build_dataclass(kind, value, path):
     check(isinstance(value, dict), f"{path or 'config'}: expected `key: value` lines, found {value!r}")
     hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    for key in value:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"unknown key {_join(path, key)!r}; {hint}")
+    _check_known(value, fields, path)
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         check(name in value or not required, f"{_join(path, name)} is missing; add it to the config")
     return kind(**{k: _build(hints[k], v, _join(path, k)) for k, v in value.items()})
+
+
+def _check_known(tree: dict, fields: dict, path: str):
+    """Raise ConfigError that names the first key of `tree` that is no field, and the nearest one."""
+    for key in tree:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {_join(path, key)!r}; {hint}")
 
 
 def _join(path, key):

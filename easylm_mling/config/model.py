@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+from easylm_mling.config.basics import setting
 from easylm_mling.errors import check
 
 
@@ -37,15 +38,15 @@ FAMILIES = {
 class RopeScaling:
     """Rotary frequencies for texts longer than those of the first training.
 
-    linear: all are divided by `factor`. llama3: those of long waves are, short waves stay, and between the two (set by
-    the next two fields, in waves per `original_max_position_embeddings`) it goes over smoothly.
+    linear: all are divided by `factor`. llama3: those of long waves are divided, those of short waves stay, and between the
+    two (set by `low_freq_factor` and `high_freq_factor`) the change is smooth.
     """
 
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    rope_type: str = setting(help="linear or llama3")
+    factor: float = setting(help="what frequencies are divided by")
+    low_freq_factor: float = setting(1.0, "llama3: waves that are divided whole", unit="waves in the original length")
+    high_freq_factor: float = setting(4.0, "llama3: waves that stay", unit="waves in the original length")
+    original_max_position_embeddings: int = setting(8192, "llama3: the length of the first training", unit="tokens")
 
     def __post_init__(self):
         key = "model.rope_scaling"
@@ -63,34 +64,33 @@ class RopeScaling:
 class ModelConfig:
     """The shape of a Gemma 1, 2 or 3 (text) or Llama decoder, in the names of Hugging Face's `config.json`."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    model_type: str = "gemma"
-    max_position_embeddings: int = 8192
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    initializer_range: float = 0.02
-    pad_token_id: int = 0  # -1: none
-    eos_token_id: int = 1
-    bos_token_id: int = 2
-    # Attention scores are divided by the square root of this (null: of head_dim).
-    query_pre_attn_scalar: int | None = None
-    # In a local layer a position sees itself and the `sliding_window - 1` before it; every
-    # `sliding_window_pattern`-th layer is global.
-    sliding_window: int | None = None
-    sliding_window_pattern: int = 1
-    # Scores and logits x become cap * tanh(x / cap).
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
-    # The rotary base of local layers (null: rope_theta); scaling applies to the others.
-    rope_local_base_freq: float | None = None
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = True
+    vocab_size: int = setting(help="rows of the embedding")
+    hidden_size: int = setting(help="width of the residual stream")
+    intermediate_size: int = setting(help="width of the MLP")
+    num_hidden_layers: int = setting(help="layers")
+    num_attention_heads: int = setting(help="query heads of a layer")
+    num_key_value_heads: int = setting(help="key and value heads of a layer; they divide the query heads")
+    head_dim: int = setting(help="width of a head, even")
+    model_type: str = setting("gemma", "the family: gemma, gemma2, gemma3_text or llama")
+    max_position_embeddings: int = setting(8192, "the longest sequence", unit="tokens")
+    rms_norm_eps: float = setting(1e-6, "added to the mean square in a norm")
+    rope_theta: float = setting(10_000.0, "the rotary base")
+    initializer_range: float = setting(0.02, "standard deviation of fresh parameters")
+    pad_token_id: int = setting(0, "-1: none")
+    eos_token_id: int = setting(1, "ends every document")
+    bos_token_id: int = setting(2, "begins every document")
+    query_pre_attn_scalar: int | None = setting(
+        None, "attention scores are divided by its square root; null: by that of head_dim"
+    )
+    sliding_window: int | None = setting(
+        None, "in a local layer a position sees itself and the sliding_window - 1 before it", unit="tokens"
+    )
+    sliding_window_pattern: int = setting(1, "every so many-th layer is global")
+    attn_logit_softcapping: float | None = setting(None, "attention scores x become cap * tanh(x / cap)")
+    final_logit_softcapping: float | None = setting(None, "logits x become cap * tanh(x / cap)")
+    rope_local_base_freq: float | None = setting(None, "the rotary base of local layers; null: rope_theta")
+    rope_scaling: RopeScaling | None = setting(None, "of global layers only")
+    tie_word_embeddings: bool = setting(True, "the output head is the embedding")
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):

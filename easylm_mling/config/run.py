@@ -2,9 +2,9 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from easylm_mling.config.basics import Duration
+from easylm_mling.config.basics import Duration, setting
 from easylm_mling.config.data import DataConfig
 from easylm_mling.config.model import ModelConfig
 from easylm_mling.errors import check
@@ -12,60 +12,94 @@ from easylm_mling.errors import check
 # What a layer keeps for its backward pass; model/decoder.py says what each name means.
 REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
 OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
-# Of `train`, what neither the step's program nor a bit that it computes depends on.
-NOT_OF_THE_STEP = (
-    "stop_at_step", "log_every_steps", "digest_every_steps", "max_skipped_in_a_row", "stuck_minutes", "rewind", "skip_batches",
-    "remat_memory",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How much is trained, and in which portions."""
 
-    budget_tokens: int
-    # Sequences a step, over all devices and accumulation steps.
-    batch_size: int = 64
-    accumulation_steps: int = 1
-    seed: int = 0
-    compute_dtype: str = "bfloat16"
-    # Which values of a layer are kept for the backward pass; the rest is computed again. See REMAT_NAMES; `auto` takes the
-    # fastest that fits `mesh.slice`, by the compiler (plan/remat.py), and the run keeps it.
-    remat: str = "full"
-    # Another policy for so many of the first layers, which keep more: memory that would lie idle, spent on speed.
-    remat_first: str = "none"
-    remat_first_layers: int = 0
-    # Values of a layer that wait for the backward pass in the host's memory (see OFFLOAD_NAMES), on top of what remat keeps:
-    # more is kept than fits the device, for transfers that a TPU makes while it computes.
-    offload: tuple[str, ...] = ()
-    # auto: JAX's splash kernel on a TPU, chunked attention by XLA elsewhere. Or splash, xla, or cudnn (on a GPU).
-    attention: str = "auto"
-    # Positions in a tile of the splash kernel.
-    attention_block: int = 1024
-    # The vocabulary's logits are computed for this many positions of each sequence at a time.
-    loss_chunk: int = 512
-    z_loss: float = 0.0
-    # Write a line of metrics.jsonl for every step that is a multiple of this.
-    log_every_steps: int = 1
-    # End this process (with a checkpoint) once the run has reached this step. 0: go on to the budget.
-    stop_at_step: int = 0
-    # A step whose loss or gradient norm is over so many standard deviations above the mean of the last 128 steps changes
-    # nothing (training/spike_guard.py). 0: never. 6 is what others use; none has it on by default, and what is skipped is not learnt.
-    spike_sigmas: float = 0.0
-    # Nor does a step whose loss or gradient is not finite. This many of either kind in a row stop the run.
-    max_skipped_in_a_row: int = 5
-    # After every so many steps, digests of the state go to metrics.jsonl, and a step that is done again must give the same
-    # (run/replay_check.py): it finds memory and chips that err. 0: never. Costs one reading of the state.
-    digest_every_steps: int = 0
-    # A process that finishes no step (or the first one's compilation, or a save) in so long ends with exit code 85. 0: never.
-    stuck_minutes: float = 30.0
-    # Go back to the checkpoint of this step, once, and leave out so many batches after it (those of a spike, say).
-    rewind: int = 0
-    skip_batches: int = 0
-    # XLA's own flags for the step (`xla_name: 'value'`), over those in training/xla_flags.py.
-    compiler_flags: dict[str, str] = field(default_factory=dict)
-    # The share of a chip's memory that `remat: auto` and `plan --search` may fill.
-    remat_memory: float = 0.92
+    budget_tokens: int = setting(help="to train on, in all", unit="tokens")
+    batch_size: int = setting(
+        64,
+        "sequences a step, over all devices and accumulation steps",
+        reason="the learning-rate schedule and the budget count steps of the old size",
+    )
+    accumulation_steps: int = setting(1, "a batch is cut into so many microbatches, one after another", free=True)
+    seed: int = setting(0, "of fresh parameters")
+    compute_dtype: str = setting("bfloat16", "of activations and products: bfloat16 or float32")
+    remat: str = setting(
+        "full",
+        "which values of a layer are kept for the backward pass, the rest being computed again: full, save_attention, "
+        "save_out, save_qkv, save_dots or none (model/decoder.py); auto takes the fastest that fits mesh.slice, by the "
+        "compiler, and the run keeps it",
+        free=True,
+    )
+    remat_first: str = setting(
+        "none", "another policy for the first layers, which keep more: idle memory, spent on speed", free=True
+    )
+    remat_first_layers: int = setting(0, "how many layers have the policy remat_first", free=True)
+    offload: tuple[str, ...] = setting(
+        (),
+        "values of a layer that wait for the backward pass in the host's memory, on top of what remat keeps: among "
+        "attention, o, q, k, v, gate and up",
+        free=True,
+    )
+    attention: str = setting(
+        "auto",
+        "auto: JAX's splash kernel on a TPU, chunked attention by XLA elsewhere. Or splash, xla, or cudnn (on a GPU)",
+        free=True,
+    )
+    attention_block: int = setting(1024, "positions in a tile of the splash kernel", free=True)
+    loss_chunk: int = setting(
+        512, "positions of each sequence whose logits are computed at a time", unit="tokens", free=True
+    )
+    z_loss: float = setting(0.0, "times the squared log-normaliser is added to the loss")
+    log_every_steps: int = setting(
+        1, "every multiple of it writes a line of metrics.jsonl", unit="steps", free=True, outside_step=True
+    )
+    stop_at_step: int = setting(
+        0, "end this process, with a checkpoint, at this step; 0: go on to the budget", free=True, outside_step=True
+    )
+    spike_sigmas: float = setting(
+        0.0,
+        "a step whose loss or gradient norm is over so many standard deviations above the mean of the last 128 steps "
+        "changes nothing (training/spike_guard.py); 0: never. 6 is what others use; what is skipped is not learnt",
+        free=True,  # a remedy, as a rewind is; every checkpoint keeps the config that it was made with
+    )
+    max_skipped_in_a_row: int = setting(
+        5, "so many steps in a row that spike or are not finite stop the run", free=True, outside_step=True
+    )
+    digest_every_steps: int = setting(
+        0,
+        "every so many steps, digests of the state go to metrics.jsonl, and a step that is done again must give the same: "
+        "it finds memory and chips that err; 0: never. Costs one reading of the state",
+        unit="steps",
+        free=True,
+        outside_step=True,
+    )
+    stuck_minutes: float = setting(
+        30.0,
+        "a process that finishes no step (nor the first one's compilation, nor a save) in so long ends with exit code 85; "
+        "0: never",
+        unit="minutes",
+        free=True,
+        outside_step=True,
+    )
+    rewind: int = setting(0, "go back to the checkpoint of this step, once", free=True, outside_step=True)
+    skip_batches: int = setting(
+        0, "leave out so many batches after a rewind (those of a spike, say)", free=True, outside_step=True
+    )
+    compiler_flags: dict[str, str] = setting(
+        help="XLA's own flags for the step (`xla_name: 'value'`), over those in training/xla_flags.py",
+        free=True,
+        factory=dict,
+    )
+    remat_memory: float = setting(
+        0.92,
+        "the share of a chip's memory that `remat: auto` and `plan --search` may fill",
+        free=True,
+        outside_step=True,
+    )
 
     def __post_init__(self):
         for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
@@ -123,17 +157,17 @@ class OptimizerConfig:
     wsd: linear warm-up, then constant, then a linear decay over the last `decay`.
     """
 
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: Duration = Duration(0, "steps")
-    decay: Duration = Duration(0, "steps")
-    final_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    decay_embedding: bool = False
-    clip_norm: float = 1.0
+    learning_rate: float = setting(1e-4, "at the peak")
+    schedule: str = setting("cosine", "cosine or wsd")
+    warmup: Duration = setting(Duration(0, "steps"), "linear from zero to the peak")
+    decay: Duration = setting(Duration(0, "steps"), "wsd: linear, at the end of the budget")
+    final_fraction: float = setting(0.1, "of the peak, at the end of the budget")
+    beta1: float = setting(0.9, "of the first moment")
+    beta2: float = setting(0.95, "of the second moment")
+    epsilon: float = setting(1e-8, "added to the root of the second moment")
+    weight_decay: float = setting(0.1, "decoupled; of kernels, and never of norms")
+    decay_embedding: bool = setting(False, "also decay the embedding")
+    clip_norm: float = setting(1.0, "the largest global norm of a gradient")
 
     def __post_init__(self):
         check(self.schedule in ("cosine", "wsd"), f"optimizer.schedule={self.schedule!r} must be 'cosine' or 'wsd'")
@@ -152,14 +186,16 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1, 'all that are left'."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    # Run on the CPU and simulate this many devices (0: use the accelerators that are there).
-    cpu_devices: int = 0
-    # The TPU slice that the run is meant for: `v4-64`, or `2xv4-64` for two of them. `plan` and `remat: auto` read it;
-    # plan/slices.py has those known.
-    slice: str | None = None
+    data: int = setting(1, "copies of the parameters")
+    fsdp: int = setting(-1, "devices that each parameter is cut over, to be gathered when it is used")
+    tensor: int = setting(1, "devices that heads, MLP and vocabulary are cut over")
+    cpu_devices: int = setting(
+        0, "run on the CPU and simulate this many devices; 0: use the accelerators that are there"
+    )
+    slice: str | None = setting(
+        None,
+        "the TPU slice that the run is meant for: v4-64, or 2xv4-64 for two of them; `plan` and `remat: auto` read it",
+    )
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
@@ -172,14 +208,16 @@ class MeshConfig:
 class CheckpointConfig:
     """When a checkpoint is written, and which are kept (the newest `keep_last`, and every multiple of `keep_every_steps`)."""
 
-    every_steps: int = 1000
-    keep_last: int = 2
-    keep_every_steps: int = 0
-    # So many saves in a row that fail (a full disk, say) end the training; fewer are told and counted.
-    max_failed: int = 3
-    # A save that has not ended in so long, or a bucket that was out of reach for so long, ends the process with exit code 85.
-    # 0: never.
-    stuck_minutes: float = 15.0
+    every_steps: int = setting(1000, "a checkpoint is written", unit="steps")
+    keep_last: int = setting(2, "the newest so many are kept")
+    keep_every_steps: int = setting(0, "and every multiple of this step; 0: none", unit="steps")
+    max_failed: int = setting(3, "so many saves in a row that fail (a full disk, say) end the training")
+    stuck_minutes: float = setting(
+        15.0,
+        "a save that has not ended in so long, or a bucket that was out of reach for so long, ends the process with exit "
+        "code 85; 0: never",
+        unit="minutes",
+    )
 
     def __post_init__(self):
         check(0 <= self.stuck_minutes < math.inf, f"checkpoint.stuck_minutes={self.stuck_minutes} must be zero or more")
@@ -193,8 +231,8 @@ class CheckpointConfig:
 class EvalConfig:
     """Validation on held-out documents: up to `rows_per_source` sequences of each source, every `every_steps` (0: only at the end)."""
 
-    every_steps: int = 0
-    rows_per_source: int = 64
+    every_steps: int = setting(0, "measure the held-out loss; 0: at the beginning and the end only", unit="steps")
+    rows_per_source: int = setting(64, "at most so many held-out sequences of each source")
 
     def __post_init__(self):
         check(self.every_steps >= 0, f"eval.every_steps={self.every_steps} must be zero or more")
@@ -205,8 +243,8 @@ class EvalConfig:
 class LogConfig:
     """Where the lines of metrics.jsonl go besides (monitoring/trackers.py): into RUN/tensorboard; to a project of Weights & Biases."""
 
-    tensorboard: bool = False
-    wandb: str = ""
+    tensorboard: bool = setting(False, "write RUN/tensorboard")
+    wandb: str = setting("", "a project's name; its owner is WANDB_ENTITY")
 
     def __post_init__(self):
         check("/" not in self.wandb, f"log.wandb={self.wandb!r} must be a project's name; its owner is WANDB_ENTITY")
@@ -216,7 +254,7 @@ class LogConfig:
 class ProfileConfig:
     """`steps: 100:105` leaves a trace of these steps, as seen by the first process, in RUN/profile (for XProf)."""
 
-    steps: str = ""
+    steps: str = setting("", "FIRST:LAST, such as 100:105")
 
     def __post_init__(self):
         wrong = f"profile.steps={self.steps} must be FIRST:LAST, such as 100:105; in a file in quotes: YAML takes 1:40 for 100"
@@ -231,31 +269,58 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class MixerConfig:
+    """What the mixer needs to know of a run."""
+
+    data: DataConfig
+    batch_size: int  # rows a step
+    budget_tokens: int
+
+    def __post_init__(self):
+        check(
+            self.batch_size % self.lanes == 0,
+            f"train.batch_size={self.batch_size} must be a multiple of data.lanes={self.lanes}",
+        )
+
+    @property
+    def lanes(self) -> int:
+        return self.data.lanes or self.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Steps to the token budget: every row is full, so the last step passes it by less than one batch."""
+        return -(-self.budget_tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
-    run_dir: str
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    log: LogConfig = LogConfig()
-    profile: ProfileConfig = ProfileConfig()
-    # A checkpoint directory (from `import-hf`, or another run) whose parameters this run starts from.
-    init_from: str | None = None
+    run_dir: str = setting(help="the directory of the run, local or gs://BUCKET/PATH", free=True)
+    model: ModelConfig = setting(help="the shape of the model")
+    data: DataConfig = setting(help="what is read, and in which order")
+    train: TrainConfig = setting(help="how much is trained, and in which portions")
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "AdamW and its learning-rate schedule")
+    mesh: MeshConfig = setting(MeshConfig(), "devices along each mesh axis", free=True)
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "when one is written, and which are kept", free=True)
+    eval: EvalConfig = setting(EvalConfig(), "validation on held-out documents", free=True)
+    log: LogConfig = setting(LogConfig(), "where the lines of metrics.jsonl go besides", free=True)
+    profile: ProfileConfig = setting(ProfileConfig(), "a trace of some steps", free=True)
+    init_from: str | None = setting(
+        None,
+        "a checkpoint's directory (from `import-hf`, or another run) whose parameters this run starts from",
+        free=True,
+    )
 
     def __post_init__(self):
         check(
             self.data.sequence_length <= self.model.max_position_embeddings,
             f"data.sequence_length={self.data.sequence_length} is longer than "
             f"model.max_position_embeddings={self.model.max_position_embeddings}",
-        )
-        check(
-            self.train.batch_size % self.lanes == 0,
-            f"train.batch_size={self.train.batch_size} must be a multiple of data.lanes={self.lanes}",
         )
         check(
             self.profile.window[1] <= self.total_steps,
@@ -268,14 +333,17 @@ class RunConfig:
             )
 
     @property
+    def mixer(self) -> MixerConfig:
+        return MixerConfig(self.data, self.train.batch_size, self.train.budget_tokens)
+
+    @property
     def lanes(self) -> int:
-        return self.data.lanes or self.train.batch_size
+        return self.mixer.lanes
 
     @property
     def tokens_per_step(self) -> int:
-        return self.train.batch_size * self.data.sequence_length
+        return self.mixer.tokens_per_step
 
     @property
     def total_steps(self) -> int:
-        """Steps to the token budget: every row is full, so the last step passes it by less than one batch."""
-        return -(-self.train.budget_tokens // self.tokens_per_step)
+        return self.mixer.total_steps

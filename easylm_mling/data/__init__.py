@@ -1,5 +1,5 @@
 """The mixer: files -> units -> blocks -> windows -> documents -> tokens -> rows -> lanes -> batches.
 
-`catalog` lists and cuts the files (sources/), `shuffle` orders an epoch, `streams` turns windows into one token stream a lane and
-source, `mixture` says which source each row has, and `loader` puts the batches together. Only `loader` knows jax.
+`catalog` lists the files and cuts them (sources/). `shuffle` orders an epoch. `streams` turns windows into a token
+stream for each lane and source. `mixture` chooses the source of each row. `loader` builds the batches, and alone knows jax.
 """

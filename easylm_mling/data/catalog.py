@@ -1,7 +1,7 @@
 """The list of everything a run reads: its files, and the units they are cut into.
 
-Built once, kept in the run directory, and compared with the files on every resume: a run whose files changed under it
-is refused, because the order of its data would no longer be the order its checkpoint counts in.
+It is built once, kept in the run directory, and compared with the files on every resume. A run whose files have changed
+is refused: its checkpoint counts in an order that no longer exists.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from easylm_mling.config import DataConfig, SourceConfig, to_tree
+from easylm_mling.config import DataConfig, to_tree
 from easylm_mling.data.sources.listing import Info, find_files, size_and_fingerprint
 from easylm_mling.data.sources.readers import DAMAGE, damaged
 from easylm_mling.data.sources.splitting import Cut, cut, layout_of
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
+from easylm_mling.storage.formats import unknown_format
 
 UNITS_PER_BLOCK = 4
-_VERSION = 1
-# Requests under way at a time: a bucket's thousand files are listed and cut in a minute.
+_FORMAT = 1
+# Requests in flight at a time: a bucket's thousand files are listed and cut in a minute.
 _THREADS = 16
-# Everything but the files that decides the order of the data; not the weights, which may change during a run.
+# The settings that decide the order of the data. Weights are not among them: they may change during a run.
 _DATA_KEYS = ("seed", "block_bytes", "sequence_length")
 _SOURCE_KEYS = (
     "text_column",
@@ -36,12 +37,13 @@ _SOURCE_KEYS = (
     "language_by",
     "language_temperature",
     "language_max_repeats",
+    "dataset",
 )
 
 
 @dataclass(frozen=True)
 class File:
-    """One file as it was listed; `name` is relative if the config's path is."""
+    """One listed file. `name` is relative if the config's path is; `size` is in bytes."""
 
     name: str
     layout: str
@@ -55,8 +57,8 @@ class Source:
     """The files and units of one source.
 
     `units` is int64 [units, 4]: index into `files`, first position, position after the last, estimated bytes of text.
-    `settings` are the values of the source's config that decide the order and content of its documents. `retry` is no
-    part of the catalog: it may change between one process and the next.
+    `settings` are those of the source's config that decide the order and content of its documents. `retry` is not saved:
+    it may differ from process to process.
     """
 
     name: str
@@ -67,11 +69,12 @@ class Source:
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
+        """The languages' names, sorted; one empty name if the paths have no `{language}`."""
         return tuple(sorted({f.language for f in self.files}))
 
     @cached_property
     def unit_languages(self) -> np.ndarray:
-        """int64 [units]: index into `languages`."""
+        """Each unit's index into `languages`, int64 [units]."""
         of_file = np.array([self.languages.index(f.language) for f in self.files], np.int64)
         return of_file[self.units[:, 0]]
 
@@ -85,27 +88,25 @@ class Catalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides which document comes when."""
+        """Hex digest (128 bits) of everything that decides which document comes when."""
         return blake2b(orjson.dumps(self._tree()), digest_size=16).hexdigest()
 
     def save(self, path: str | Path):
-        """Write as JSON; a reader never sees half a file."""
-        write_atomically(path, orjson.dumps(self._tree()))
+        """Write the catalog as JSON, atomically."""
+        write_atomically(path, orjson.dumps({"format": _FORMAT, **self._tree()}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Catalog":
-        """Read what `save` wrote; raises ConfigError if it is missing, damaged or of another version."""
+        """Read what `save` wrote; raises ConfigError if the file is missing, damaged or of an unknown format."""
         try:
             tree = orjson.loads(Path(path).read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
             raise ConfigError(
                 f"{path}: not a readable catalog ({error}); restore it, or start a new run_dir"
             ) from error
-        version = tree.get("version") if isinstance(tree, dict) else None
-        if version != _VERSION:
-            raise ConfigError(
-                f"{path}: catalog version {version}, this code writes {_VERSION}; use the code that began the run"
-            )
+        number = tree.get("format") if isinstance(tree, dict) else None
+        if number != _FORMAT:
+            raise unknown_format(path, number, _FORMAT, "start a new run_dir")
         sources = {}
         for s in tree["sources"]:
             units = np.array(s["units"], np.int64).reshape(-1, 4)
@@ -113,9 +114,9 @@ class Catalog:
         return cls(sources, tree["settings"])
 
     def check(self, fresh: "Catalog"):
-        """Raise ConfigError naming the first file or setting in which `fresh` differs from this, the run's own.
+        """Raise ConfigError, naming the first file or setting in which `fresh` differs from this, the run's own.
 
-        Units are not compared: those of the run hold as long as its files do.
+        Units are not compared: while the files are the same, the run's cuts hold.
         """
         _check_settings("data", self.settings, fresh.settings)
         if list(self.sources) != list(fresh.sources):
@@ -131,14 +132,14 @@ class Catalog:
             {"name": s.name, "settings": s.settings, "files": [asdict(f) for f in s.files], "units": s.units.tolist()}
             for s in self.sources.values()
         ]
-        return {"version": _VERSION, "settings": self.settings, "sources": sources}
+        return {"settings": self.settings, "sources": sources}
 
 
 def build_catalog(data: DataConfig) -> Catalog:
     """List and cut every file of every source.
 
-    Raises ConfigError for a path that matches nothing, a source without text, an unknown or damaged file, a text
-    column that is not there, or a file that cannot be read.
+    Raises ConfigError for a path without a match, a source without text, a missing text column, and a file that is
+    damaged, unreadable or of an unknown kind.
     """
     unit_bytes = max(1, data.block_bytes // UNITS_PER_BLOCK)
     sources = {name: _cut_source(source, unit_bytes) for name, source in _list_sources(data, {}).items()}
@@ -146,9 +147,9 @@ def build_catalog(data: DataConfig) -> Catalog:
 
 
 def reopen_catalog(stored: Catalog, data: DataConfig) -> Catalog:
-    """The catalog a run began with, its cuts included, once its files were found unchanged (by size and fingerprint).
+    """Return the run's catalog, with the cuts it began with, after a check of its files by size and fingerprint.
 
-    Raises ConfigError as Catalog.check does.
+    Raises ConfigError as Catalog.check does, and for files that cannot be listed.
     """
     stored.check(Catalog(_list_sources(data, stored.sources), _settings(data)))
     retry = Retry(data.retries, data.retry_seconds)
@@ -160,22 +161,18 @@ def _settings(data: DataConfig) -> dict:
 
 
 def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Source]:
-    """Every source with its files as they are now, and no units."""
+    """Return every source with its files as they are now, and no units."""
     retry = Retry(data.retries, data.retry_seconds)
     listed = {}
     for name, source in data.sources.items():
-        known = tuple(f.name for f in stored[name].files) if name in stored else ()
-        found = find_files(f"data.sources.{name}", source, retry, known)
-        named = [(path, *found[path], retry) for path in sorted(found)]
-        files = tuple(_in_parallel(lambda args: _list_file(*args), named))
-        listed[name] = Source(name, files, np.zeros((0, 4), np.int64), _source_settings(source), retry)
+        stored_names = tuple(f.name for f in stored[name].files) if name in stored else ()
+        matches = find_files(f"data.sources.{name}", source, retry, stored_names)
+        arguments = [(path, *matches[path], retry) for path in sorted(matches)]
+        files = tuple(_in_parallel(lambda of_file: _list_file(*of_file), arguments))
+        listed[name] = Source(
+            name, files, np.zeros((0, 4), np.int64), {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS}, retry
+        )
     return listed
-
-
-def _source_settings(source: SourceConfig) -> dict:
-    settings = {key: getattr(source, key) for key in _SOURCE_KEYS}
-    # Not as null where there is none: runs that began before there was such a key must go on.
-    return {**settings, "dataset": to_tree(source.dataset)} if source.dataset else settings
 
 
 def _list_file(path: str, language: str, info: Info, retry: Retry) -> File:
@@ -191,22 +188,18 @@ def _cut_source(source: Source, unit_bytes: int) -> Source:
             raise damaged(file.name, error) from error
 
     cuts = _in_parallel(cut_file, source.files)
-    units = [(index, *one) for index, of_file in enumerate(cuts) for one in of_file]
+    units = [(index, *unit) for index, of_file in enumerate(cuts) for unit in of_file]
     if not units:
-        key = "dataset" if source.settings.get("dataset") else "paths"
-        some = ", ".join(f.name for f in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
-        raise ConfigError(f"data.sources.{source.name}.{key}: there is no text in {some}; name files that hold some")
+        key = "dataset" if source.settings["dataset"] else "paths"
+        names = ", ".join(f.name for f in source.files[:3]) + (", ..." if len(source.files) > 3 else "")
+        raise ConfigError(f"data.sources.{source.name}.{key}: there is no text in {names}; name files that hold some")
     return replace(source, units=np.array(units, np.int64))
 
 
 def _in_parallel(call, items) -> list:
-    """`call` of each item, in their order; the first error in that order is raised, and nothing new begun."""
+    """Call `call` with each item; returns the results in order, or raises the first error and drops the items that wait."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="easylm-catalog") as pool:
-        try:
-            return list(pool.map(call, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return list(pool.map(call, items))
 
 
 def _check_source(key: str, old: Source, new: Source):
@@ -220,8 +213,8 @@ def _check_source(key: str, old: Source, new: Source):
 
 def _check_settings(key: str, old: dict, new: dict):
     for name in old:
-        if old[name] != new.get(name):
+        if old[name] != new[name]:
             raise ConfigError(
-                f"{key}.{name} was {old[name]!r} when this run began and is {new.get(name)!r}; "
+                f"{key}.{name} was {old[name]!r} when this run began and is {new[name]!r}; "
                 "set it back, or start a new run_dir"
             )

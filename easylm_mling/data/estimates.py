@@ -1,4 +1,4 @@
-"""How many tokens a corpus holds, found by reading a little of each of its languages."""
+"""How many tokens a corpus holds, estimated from a sample of each of its languages."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,21 @@ from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.shuffle import seeded_order, unit_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import TokensPerByte
+from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.storage.atomic import write_atomically
+from easylm_mling.storage.formats import unknown_format
 
-# Units read of each source, at least one of each language.
+# Units read of each source; at least one of each language.
 _UNITS = 8
-# A unit that cannot be cut small is read so far; of the text read of a language, so much is tokenised.
+# At most so many bytes are read of a unit, and tokenised of a language.
 _READ_BYTES = 4_000_000
 _TOKENISED_BYTES = 64_000
+_FORMAT = 1
+_REMOVE = "remove the file: the next start makes it anew from the same files"
 
 
 class Estimate(NamedTuple):
-    """Of one language: bytes of text in a byte of the catalog (JSON and the like take room), tokens in a byte of text."""
+    """Of one language: bytes of text per byte of the catalog (JSON takes room, too), and tokens per byte of text."""
 
     text_per_byte: float
     tokens_per_text: float
@@ -29,37 +33,49 @@ Estimates = dict[str, dict[str, Estimate]]
 
 
 def estimate(catalog: Catalog, tokenizer: Tokenizer) -> Estimates:
-    """A pure function of the files and the tokenizer. Raises ConfigError for a damaged file.
+    """Estimate every language of every source: a pure function of the files and the tokenizer.
 
-    Reads about a unit of each language, or 4 MB of it. A language without a good document in that has estimates of 0.
+    Reads about a unit of each language, or 4 MB of it. A language whose sample has no good document gets 0. Raises
+    ConfigError for a damaged file.
     """
     return {name: _estimate_source(source, tokenizer) for name, source in catalog.sources.items()}
 
 
 def open_estimates(path: Path, catalog: Catalog, tokenizer: Tokenizer) -> Estimates:
-    """The estimates kept in `path` if they are of this catalog and tokenizer, else new ones, which are then kept."""
+    """Return the estimates saved in `path` if they are of this catalog and tokenizer; else make and save new ones."""
     fingerprints = {"data": catalog.fingerprint, "tokenizer": tokenizer.fingerprint}
     if path.exists() and pinned_fingerprints(path) == fingerprints:
         return load_estimates(path)
     fresh = estimate(catalog, tokenizer)
-    write_atomically(path, json.dumps({**fingerprints, "sources": fresh}).encode())
+    write_atomically(path, json.dumps({"format": _FORMAT, **fingerprints, "sources": fresh}).encode())
     return fresh
 
 
 def load_estimates(path: Path) -> Estimates:
-    """What `open_estimates` kept."""
-    kept = json.loads(path.read_bytes())["sources"]
-    return {name: {language: Estimate(*e) for language, e in of.items()} for name, of in kept.items()}
+    """Read what `open_estimates` saved; raises ConfigError for a damaged file or one of an unknown format."""
+    sources = _read(path)["sources"]
+    return {name: {language: Estimate(*e) for language, e in of.items()} for name, of in sources.items()}
 
 
 def pinned_fingerprints(path: Path) -> dict[str, str]:
-    """Of what the kept estimates are: `data` and `tokenizer`."""
-    kept = json.loads(path.read_bytes())
-    return {key: kept[key] for key in ("data", "tokenizer")}
+    """Return the fingerprints, `data` and `tokenizer`, of what was estimated; raises as `load_estimates` does."""
+    saved = _read(path)
+    return {key: saved[key] for key in ("data", "tokenizer")}
+
+
+def _read(path: Path) -> dict:
+    try:
+        saved = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as estimates ({one_line(error)}); {_REMOVE}") from error
+    number = saved.get("format") if isinstance(saved, dict) else None
+    if number != _FORMAT:
+        raise unknown_format(path, number, _FORMAT, _REMOVE)
+    return saved
 
 
 def tokens_per_byte(estimates: Estimates) -> TokensPerByte:
-    """Tokens in a byte of the catalog, as the plan wants them."""
+    """Return tokens per byte of the catalog, as `make_plan` takes them."""
     return {
         name: {language: e.text_per_byte * e.tokens_per_text for language, e in of.items()}
         for name, of in estimates.items()
@@ -82,16 +98,16 @@ def _estimate_source(source: Source, tokenizer: Tokenizer) -> dict[str, Estimate
 def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> Estimate:
     texts, size, text_size = [], 0, 0
     for unit in units:
-        read, whole = 0, True
+        read, is_complete = 0, True
         for record in unit_records(source, unit):
             if isinstance(record, bytes):
                 texts.append(record)
                 read += len(record)
             if read > _READ_BYTES:
-                whole = False
+                is_complete = False
                 break
-        # Of a unit that was not read to its end, only the catalog knows how large it is.
-        size += int(source.units[unit, 3]) if whole else read
+        # The catalog's size is of the whole unit.
+        size += int(source.units[unit, 3]) if is_complete else read
         text_size += read
     sample, tokenised = [], 0
     for i in seeded_order(len(texts), source.name, "sample").tolist():
@@ -101,6 +117,6 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
         tokenised += len(texts[i][:_TOKENISED_BYTES])
     if not tokenised:
         return Estimate(0.0, 0.0)
-    # Every document has a BOS and an EOS besides.
+    # Every document has a BOS and an EOS, too.
     tokens = sum(len(ids) + 2 for ids in tokenizer.encode(sample))
     return Estimate(text_size / size, tokens / tokenised)

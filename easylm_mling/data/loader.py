@@ -1,10 +1,10 @@
-"""Global batches for the trainer: each host reads, in a background thread, the rows of its own lanes and no others."""
+"""Global batches for the trainer. Each host reads the rows of its own lanes only, in a background thread."""
 
 import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import jax
@@ -26,15 +26,15 @@ from easylm_mling.data.mixture import (
     substitute,
 )
 from easylm_mling.data.quarantine import Quarantine
-from easylm_mling.data.shuffle import EpochOrder, Window, epoch_windows, open_orders
-from easylm_mling.data.streams import LaneStream, SpillFile
+from easylm_mling.data.shuffle import EpochOrder, epoch_windows, open_orders
+from easylm_mling.data.streams import EnteredWindow, LaneStream, SpillFile, StreamState
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
 from easylm_mling.errors import ConfigError, DataError
 
 _BATCHES_AHEAD = 2
-# One bad record among the first ten is no reason to stop a run.
+# The limit of bad records is checked from this many on: one among the first ten is no reason to stop.
 _MIN_RECORDS = 1000
 _HOLDOUT_WINDOWS = 20_000
 
@@ -42,14 +42,15 @@ Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """An iterator of (batch, state after it) for the lanes of one host; endless unless a source that ends is needed.
+    """An iterator of (batch, state after it) for the lanes of one host. Endless unless a source with an end is needed.
 
-    The batch's arrays are [rows, T] (see mixture.row_arrays), with `source`, int32 [rows]; row r of the *global* batch
-    belongs to lane r // (batch_size // V). The state (see mixture.DataState) is a copy that counts exactly the batches
-    handed out so far, whatever has been read ahead. From all hosts' states together, mixture.whole_state, the same
-    batches follow, on any number of hosts. Where a lane is due a row that it cannot have (see SourceConfig.when_used_up),
-    the iterator ends before that batch, for good, and `ended` says why: other hosts' iterators may go on, so a trainer
-    must end all of them.
+    A batch holds the arrays of mixture.row_arrays, [rows, T], and `source`, int32 [rows]. Row r of the *global* batch
+    belongs to lane r // (batch_size // V). The state (mixture.DataState) is a copy that counts exactly the batches
+    returned so far, whatever was read ahead. From all hosts' states together (mixture.whole_state) the same batches
+    follow on any number of hosts.
+
+    If a lane needs a row that no source can give (SourceConfig.when_used_up), the iterator ends before that batch, for
+    good, and `ended` says why. Other hosts' iterators may go on, so a trainer must end all of them.
     """
 
     def __init__(
@@ -62,31 +63,35 @@ class Loader:
         quarantine: str | Path | None = None,
         plan: MixingPlan | None = None,
     ):
-        """`lanes`: this host's, all by default. `quarantine`: the file that lists bad records (see data/quarantine.py).
+        """Start to read ahead from `state`, or from the run's start.
 
-        `plan`: that of the run, made here if it is not given. Raises ConfigError for a state of other lanes or sources,
-        and for a source that would end the run before its first step. What goes wrong in reading is raised by `next`.
+        `lanes`: this host's; all by default. `quarantine`: the file that lists bad records. `plan`: the run's; made
+        here by default. Raises ConfigError for a state of other lanes or sources, and for a source that would end the
+        run before its first step. Errors in reading are raised by `next`.
         """
         assert list(catalog.sources) == list(config.data.sources), "the catalog is of another config"
         self._config, self._tokenizer = config, tokenizer
         self._lanes = range(config.lanes) if lanes is None else lanes
         if plan is None:
-            known = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
-            plan = make_plan(config, catalog, known)
+            rates = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
+            plan = make_plan(config, catalog, rates)
         self._plan = plan
         self.orders = open_orders(config, catalog, plan)
         self._cache = TokenCache(config.data.token_cache, tokenizer) if config.data.token_cache else None
         self.lanes_with_data = [order.blocks_up_to(config.lanes) for order in self.orders]
         self._check_lanes_with_data()
-        counts = [len(s.languages) for s in catalog.sources.values()]
-        self._first_language = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        ends = list(accumulate(len(s.languages) for s in catalog.sources.values()))
+        # The rows of DataState.languages that are a source's.
+        self._language_rows = [slice(start, end) for start, end in pairwise([0, *ends])]
         shape = (config.lanes, len(self.orders), self._lanes)
-        self._state = initial_state(*shape, sum(counts)) if state is None else own_state(state, *shape)
+        # As the run begins or resumes, but for ROWS and EXTRA, which are counted here; what streams count, they keep.
+        self._state = initial_state(*shape, ends[-1]) if state is None else own_state(state, *shape)
+        self._streams: dict[tuple[int, int], LaneStream] = {}
         self._quarantine = Quarantine(quarantine, list(catalog.sources), state and state.lanes) if quarantine else None
         # Bad and good records of the windows entered by this process.
         self._records = np.zeros((len(self.orders), 2), np.int64)
         # For each lane, the sources whose streams have ended.
-        self._spent: dict[int, set[int]] = {lane: set() for lane in self._lanes}
+        self._used_up: dict[int, set[int]] = {lane: set() for lane in self._lanes}
         self.ended = ""
         self._closed = False
         self._batches = self._make_batches()
@@ -97,7 +102,7 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[Batch, DataState]:
-        """Raises ConfigError or DataError, now and ever after, if the data cannot be read on."""
+        """Return the next batch; raises ConfigError or DataError, now and at every later call, if the data cannot be read."""
         assert not self._closed, "the loader is closed"
         item = self._ahead[0].result()
         self._ahead.popleft()
@@ -111,7 +116,7 @@ class Loader:
         self.close()
 
     def close(self):
-        """Stop the background thread after, at most, the row it is at."""
+        """Stop the background thread, at the latest after the row it is making."""
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
         self._batches.close()
@@ -119,81 +124,91 @@ class Loader:
             self._quarantine.close()
 
     def flush(self):
-        """The bad records of what was handed out are on disk when it returns; raises OSError if there is no room for them."""
+        """Write the bad records of all batches returned so far to disk; raises OSError if there is no room for them."""
         if self._quarantine:
             self._quarantine.flush()
 
     def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
         data, own, lanes = self._config.data, self._lanes, self._state.lanes
         per_lane = self._config.train.batch_size // self._config.lanes
-        streams: dict[tuple[int, int], LaneStream] = {}
         with contextlib.closing(SpillFile()) as spill_file:
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
                 sources, real = np.empty((2, len(own), per_lane), np.int32)
                 for turn in range(per_lane):
-                    dealt = next_round(self._plan, data.seed, lanes[..., ROWS], self.lanes_with_data)
+                    assigned = next_round(self._plan, data.seed, lanes[..., ROWS], self.lanes_with_data)
                     for i, lane in enumerate(own):
                         if self._closed:
                             return
-                        got = self._take(streams, spill_file, lane, int(dealt[lane]))
-                        if got is None:
+                        source_and_row = self._take(spill_file, lane, int(assigned[lane]))
+                        if source_and_row is None:
                             return
-                        sources[i, turn], row = got
+                        sources[i, turn], row = source_and_row
                         tokens[i, turn, : len(row)], real[i, turn] = row, len(row)
-                    lanes[np.arange(len(dealt)), dealt, ROWS] += 1
+                    lanes[np.arange(len(assigned)), assigned, ROWS] += 1
                 batch = row_arrays(tokens.reshape(-1, data.sequence_length + 1), self._tokenizer.bos_id)
                 mask_padding(batch, real.reshape(-1), self._tokenizer.pad_id)
-                yield {**batch, "source": sources.reshape(-1)}, self._state.copy()
+                yield {**batch, "source": sources.reshape(-1)}, self._consumed()
 
-    def _take(self, streams: dict, spill_file: SpillFile, lane: int, due: int) -> tuple[int, np.ndarray] | None:
-        """(source, its row) for a lane that is due a row of source `due`; None if the run ends here."""
-        data, counters = self._config.data, self._state.lanes[lane]
+    def _consumed(self) -> DataState:
+        """Return what has been consumed up to the row that was made last."""
+        lanes, languages = self._state.copy()
+        for (lane, source), stream in self._streams.items():
+            stream.state.write_to(lanes[lane, source])
+            languages[self._language_rows[source]] += stream.languages
+        return DataState(lanes, languages)
+
+    def _take(self, spill_file: SpillFile, lane: int, assigned: int) -> tuple[int, np.ndarray] | None:
+        """Return a source and its row for a lane whose row is `assigned` to a source; None if the run ends here."""
+        data, counters, used_up = self._config.data, self._state.lanes[lane], self._used_up[lane]
         shares = self._plan.shares_at(int(counters[:, ROWS].sum()))
-        source: int | None = due
+        source: int | None = assigned
         while source is not None:
-            if source not in self._spent[lane]:
-                if (lane, source) not in streams:
-                    streams[lane, source] = self._stream(lane, source, spill_file)
-                row = streams[lane, source].take(data.sequence_length)
+            if source not in used_up:
+                row = self._row(spill_file, lane, source)
                 if len(row):
-                    counters[source, EXTRA] += source != due
+                    counters[source, EXTRA] += source != assigned
                     return source, row
-                self._spent[lane].add(source)
-                del streams[lane, source]
+                used_up.add(source)
             name = self.orders[source].source.name
             if data.sources[name].when_used_up == "stop":
                 self.ended = (
                     f"data.sources.{name} is used up (max_epochs={data.sources[name].max_epochs}) in lane {lane}"
                 )
                 return None
-            source = substitute(shares, data.seed, lane, counters[:, EXTRA], self._spent[lane])
+            source = substitute(shares, data.seed, lane, counters[:, EXTRA], used_up)
         self.ended = f"every source is used up in lane {lane}"
         return None
 
-    def _stream(self, lane: int, source: int, spill_file: SpillFile) -> LaneStream:
-        order, counters = self.orders[source], self._state.lanes[lane, source]
-        languages = self._state.languages[self._first_language[source] : self._first_language[source + 1]]
-        account = lambda window: self._account(lane, source, window)  # noqa: E731
-        lanes = self._config.lanes
-        return LaneStream(order, self._tokenizer, lane, lanes, counters, languages, spill_file, account, self._cache)
+    def _row(self, spill_file: SpillFile, lane: int, source: int) -> np.ndarray:
+        """Return the next row of a lane's stream; it is empty if the stream has ended."""
+        if (lane, source) not in self._streams:
+            state = StreamState.from_counters(self._state.lanes[lane, source])
+            self._streams[lane, source] = LaneStream(
+                self.orders[source], self._tokenizer, lane, self._config.lanes, state, spill_file, self._cache
+            )
+        stream = self._streams[lane, source]
+        while (row := stream.take(self._config.data.sequence_length)) is None:
+            assert stream.entered is not None
+            self._account(lane, source, stream.entered)
+        return row
 
     def _check_lanes_with_data(self):
         for order, lanes_with_data in zip(self.orders, self.lanes_with_data, strict=True):
             name = order.source.name
             if lanes_with_data < self._config.lanes and self._config.data.sources[name].when_used_up == "stop":
                 raise ConfigError(
-                    f"data.sources.{name}.when_used_up=stop: its max_epochs make only {lanes_with_data} blocks, one for each of so "
-                    f"many of the {self._config.lanes} lanes, and the run would end at once; use redistribute, fewer "
-                    "data.lanes or a smaller data.block_bytes"
+                    f"data.sources.{name}.when_used_up=stop: its max_epochs make only {lanes_with_data} blocks, fewer than the "
+                    f"{self._config.lanes} lanes, and the run would end at once; use redistribute, fewer data.lanes or a "
+                    "smaller data.block_bytes"
                 )
 
-    def _account(self, lane: int, source: int, window: Window):
-        """Write the bad records of a window down, and raise DataError if they have become too many."""
+    def _account(self, lane: int, source: int, window: EnteredWindow):
+        """Write the bad records of a window to the quarantine; raise DataError if they have become too many."""
         name, limit = self.orders[source].source.name, self._config.data.max_bad_fraction
         if window.bad and self._quarantine:
-            self._quarantine.write(lane, source, self._state.lanes[lane, source], window.bad)
-        self._records[source] += len(window.bad), window.read
+            self._quarantine.write(lane, source, window)
+        self._records[source] += len(window.bad), window.good
         bad, read = self._records[source].tolist()
         if bad + read >= _MIN_RECORDS and bad > limit * (bad + read):
             where = f"see {self._quarantine.path}" if self._quarantine else "a quarantine file would list them"
@@ -204,21 +219,21 @@ class Loader:
 
 
 def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:
-    """Up to `rows` rows of the source's held-out documents, the same on every host and at every time.
+    """Return up to `rows` rows of the source's held-out documents, the same on every host and at any time.
 
-    Its first documents in the order of epoch 0, language by language. The last row may be padded (pad id; targets, mask,
-    segment and position 0). With `language`, int32 [rows, T]: of each token, its place in Source.languages. No rows if
-    nothing is held out, or nothing in the first 20,000 windows. Reads about rows * T * 4 / holdout_fraction bytes.
-    Raises ConfigError for a damaged file.
+    They are its first documents in the order of epoch 0, sorted by language. The last row may be padded: pad id, and 0
+    in the other arrays. `language`, int32 [rows, T], is each token's index into Source.languages. There are no rows if
+    the first 20,000 windows hold no such document. Reads about rows * T * 4 / holdout_fraction bytes. Raises ConfigError
+    for a damaged file.
     """
     length = config.data.sequence_length
     order = EpochOrder(catalog.sources[source], config.data.seed, config.data.block_bytes)
     documents, languages, total = [], [], 0
     for window in islice(epoch_windows(order, 0, "holdout"), _HOLDOUT_WINDOWS if rows else 0):
-        for text, place in zip(window.documents, window.provenance.tolist(), strict=True):
+        for text, (unit, _) in zip(window.documents, window.provenance.tolist(), strict=True):
             if total <= rows * length:
                 documents.append(join_documents(tokenizer, [text.decode()]))
-                languages.append(int(order.source.unit_languages[place[0]]))
+                languages.append(int(order.source.unit_languages[unit]))
                 total += len(documents[-1])
         if total > rows * length:
             break
@@ -227,19 +242,19 @@ def holdout_rows(config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, sour
     by_language = np.argsort(np.array(languages, np.int64), kind="stable").tolist()
     stream = np.concatenate([np.zeros(0, np.int32), *(documents[i] for i in by_language)])[: count * length + 1]
     lengths = [len(documents[i]) for i in by_language]
-    spoken = np.repeat(np.array(languages, np.int32)[by_language], lengths)[: count * length + 1]
+    language = np.repeat(np.array(languages, np.int32)[by_language], lengths)[: count * length + 1]
     real = len(stream)
-    stream, spoken = (
+    stream, language = (
         np.pad(x, (0, count * length + 1 - real), constant_values=fill)
-        for x, fill in ((stream, tokenizer.pad_id), (spoken, 0))
+        for x, fill in ((stream, tokenizer.pad_id), (language, 0))
     )
     batch = row_arrays(stream[index], tokenizer.bos_id)
     mask_padding(batch, real - np.arange(count) * length, tokenizer.pad_id)
     of_source = np.full(count, list(catalog.sources).index(source), np.int32)
-    return {**batch, "source": of_source, "language": spoken[index[:, :length]]}
+    return {**batch, "source": of_source, "language": language[index[:, :length]]}
 
 
 def to_device(batch: Batch, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:
-    """Every host's rows as global arrays. `spec` is that of a [rows, T] array, such as P(("data", "fsdp"), None)."""
+    """Return every host's rows as global arrays. `spec` is that of a [rows, T] array, as P(("data", "fsdp"), None)."""
     shardings = {k: NamedSharding(mesh, PartitionSpec(*tuple(spec)[: v.ndim])) for k, v in batch.items()}
     return {k: jax.make_array_from_process_local_data(shardings[k], v) for k, v in batch.items()}

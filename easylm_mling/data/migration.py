@@ -1,9 +1,8 @@
-"""What becomes of a run's data state when its sources, files or tokenizer are knowingly changed.
+"""A run's data state after a deliberate change of its sources, files or tokenizer: `train --accept-data-change`.
 
-The rule of `train --accept-data-change`: a source whose files, cuts and settings are as before goes on at its cursor (with
-a new tokenizer: at the start of the document under way, which is then read again). Every other source begins at its
-first epoch, so what was read of it before may be read again. What was counted stays counted, except for a source that is
-gone. Shares hold from here on; nothing is owed for the past.
+A source whose files, cuts and settings are as before goes on at its cursor. With a new tokenizer it goes on at the start
+of the current document, which is then read again. Every other source begins at its first epoch, so its documents may be
+read again. Counts are kept, except for a source that is gone. Shares hold from here on: no source is behind.
 """
 
 import numpy as np
@@ -19,7 +18,7 @@ _CURSOR = ROWS
 def carry_over(
     state: DataState, old: Catalog, new: Catalog, plan: MixingPlan, same_tokenizer: bool
 ) -> tuple[DataState, list[str]]:
-    """The whole run's state for the sources of `new`, and a line about each source that does not simply go on."""
+    """Return the whole run's state for the sources of `new`, and a line about each source that does not just go on."""
     lanes, rounds = len(state.lanes), int(state.lanes[0, :, ROWS].sum())
     before = list(old.sources)
     fresh = initial_state(lanes, len(new.sources), range(lanes), sum(len(s.languages) for s in new.sources.values()))
@@ -28,10 +27,10 @@ def carry_over(
         if name not in old.sources:
             news.append(f"{name} is new")
             continue
-        counters, kept = fresh.lanes[:, i], state.lanes[:, before.index(name)]
-        counters[:, _CURSOR:] = kept[:, _CURSOR:]
+        counters, earlier = fresh.lanes[:, i], state.lanes[:, before.index(name)]
+        counters[:, _CURSOR:] = earlier[:, _CURSOR:]
         if _same_order(old.sources[name], source, same_tokenizer):
-            counters[:, :_CURSOR] = kept[:, :_CURSOR]
+            counters[:, :_CURSOR] = earlier[:, :_CURSOR]
             counters[:, OFFSET] *= same_tokenizer
         else:
             news.append(f"{name} has changed and begins at its first epoch")
@@ -44,11 +43,11 @@ def carry_over(
 
 
 def _same_order(old: Source, new: Source, same_tokenizer: bool) -> bool:
-    """Whether a cursor into the one means the same document in the other."""
-    # Rates found from tokens hang on the tokenizer, those of UniMax on the weights, too.
-    steady = {"bytes": True, "tokens": same_tokenizer, "unimax": False}[new.settings["language_by"]]
+    """Return True if a cursor means the same document in both."""
+    # Rates by tokens depend on the tokenizer; those of UniMax on the weights, too.
+    same_rates = {"bytes": True, "tokens": same_tokenizer, "unimax": False}[new.settings["language_by"]]
     return (
-        (steady or len(new.languages) == 1)
+        (same_rates or len(new.languages) == 1)
         and old.files == new.files
         and old.settings == new.settings
         and np.array_equal(old.units, new.units)

@@ -1,7 +1,7 @@
-"""Which source each row of the run has, what a row's arrays are, and the counters that say where a run is.
+"""Which source each row of the run has, a row's arrays, and the counters of what a run has consumed.
 
-Legend: V lanes, S sources, C counters, T tokens of a row. A round is one row of every lane. All here is pure functions
-on numpy arrays.
+Legend: V lanes, S sources, L languages of all sources, C counters, T tokens of a row. A round is one row of every lane.
+All functions are pure, on numpy arrays, but for `mask_padding`.
 """
 
 from fractions import Fraction
@@ -14,89 +14,90 @@ from easylm_mling.data.shuffle import seeded_bits, seeded_order
 from easylm_mling.data.weights import ONE, MixingPlan
 from easylm_mling.errors import ConfigError
 
-# For every lane and source, what the trainer has *consumed*. The cursor of its token stream (epoch, block, window,
-# document in the window, token in the document), then the ledger: rows that the plan dealt, tokens, documents begun, bad
-# records of the windows entered, rows taken in place of another source that was used up, and padding, in tokens, of a
-# stream's last row.
+# What the trainer has *consumed* in a lane of a source. First the cursor of its token stream: epoch, block, window,
+# document in the window, token in the document. Then the ledger: rows that the plan assigned, tokens, documents begun,
+# bad records of the windows entered, rows given in place of a source that was used up, and padding, in tokens, of a
+# stream's last row. See streams.StreamState.
 COUNTERS = ("epoch", "block", "window", "document", "offset", "rows", "tokens", "documents", "bad", "extra", "padding")
 EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET, ROWS, TOKENS, DOCUMENTS, BAD, EXTRA, PADDING = range(len(COUNTERS))
 
-# For every language of every source, what all lanes together have consumed.
+# What all lanes together have consumed in a language of a source.
 LANGUAGE_COUNTERS = ("tokens", "documents", "bad")
 
 
 class DataState(NamedTuple):
     """What a run has consumed: `lanes`, int64 [V, S, C] (COUNTERS), and `languages`, int64 [L, 3] (LANGUAGE_COUNTERS).
 
-    The languages of all sources stand one source after the other, as in the catalog. A host counts its own lanes; of
-    the others it holds `rows` only: see `whole_state`.
+    Languages are in the catalog's order, source after source. A host counts in its own lanes; of the other lanes it
+    holds `rows` only (see `whole_state`).
     """
 
     lanes: np.ndarray
     languages: np.ndarray
 
     def copy(self) -> "DataState":
+        """Return a state with arrays of its own."""
         return DataState(self.lanes.copy(), self.languages.copy())
 
 
 def next_round(plan: MixingPlan, seed: int, planned: np.ndarray, lanes_with_data: list[int]) -> np.ndarray:
-    """int32 [V]: the source of each lane's next row, given `planned`, int64 [V, S]: rows so far by lane and source.
+    """Return the source of each lane's next row, int32 [V], from `planned`, int64 [V, S]: rows so far by lane and source.
 
-    Every round has each source's share of V rows to within one row, and so have all rounds together: the rows left
-    over by rounding down go to the sources furthest behind. Lanes then take turns, the one that is furthest behind in
-    any source first, so that every lane sees the whole mixture, and so every lane's blocks of every source are read.
+    Every round has each source's share of V rows to within one row, and so have all rounds together: rows lost by
+    rounding down go to the sources furthest behind. The lane that is furthest behind in any source chooses first. So
+    every lane sees the whole mixture, and all its blocks of every source are read.
 
-    Source s is dealt to the first `holders[s]` lanes only, for the others hold no block of it; such sources are dealt
-    first, and what their lanes cannot take goes to the sources that are furthest behind in the other lanes.
+    Only the first `lanes_with_data[s]` lanes have a block of source s. Sources with few such lanes are assigned first.
+    Rows that those lanes cannot take go to the sources that are furthest behind in the other lanes.
     """
     lanes, sources = planned.shape
     done = int(planned.sum()) // lanes
     target = plan.target(done + 1)
     counts = _round_counts(plan.shares_at(done), lanes, target, planned.sum(axis=0).tolist())
     behind = np.array(target, np.int64) - (planned << 32)
-    # Equal lanes are told apart by a new permutation each round, or they would all move in step.
-    place = np.repeat(seeded_order(lanes, seed, "round", done), sources)
-    dealt = [-1] * lanes
-    for pair in np.lexsort((place, -behind.reshape(-1), np.tile(lanes_with_data, lanes))).tolist():
+    # A new permutation in each round breaks ties, or lanes that are equal would stay in step.
+    rank = np.repeat(seeded_order(lanes, seed, "round", done), sources)
+    assigned = [-1] * lanes
+    for pair in np.lexsort((rank, -behind.reshape(-1), np.tile(lanes_with_data, lanes))).tolist():
         lane, source = divmod(pair, sources)
-        if dealt[lane] < 0 and counts[source] and lane < lanes_with_data[source]:
-            dealt[lane] = source
+        if assigned[lane] < 0 and counts[source] and lane < lanes_with_data[source]:
+            assigned[lane] = source
             counts[source] -= 1
-    for lane in (v for v in range(lanes) if dealt[v] < 0):
-        # A lane that holds nothing at all is dealt something, too: it will find out that all is used up.
-        due = [s for s, share in enumerate(plan.shares_at(done)) if share]
-        dealt[lane] = max(due, key=lambda s: (lane < lanes_with_data[s], int(behind[lane, s])))
-    return np.array(dealt, np.int32)
+    for lane in (v for v in range(lanes) if assigned[v] < 0):
+        # A lane without any data is assigned a source, too: the loader then learns that all of them are used up.
+        active = [s for s, share in enumerate(plan.shares_at(done)) if share]
+        assigned[lane] = max(active, key=lambda s: (lane < lanes_with_data[s], int(behind[lane, s])))
+    return np.array(assigned, np.int32)
 
 
 def _round_counts(shares: list[int], lanes: int, target: list[int], rows: list[int]) -> list[int]:
-    """Rows of each source in a round that ends at `target`; exact in Python's integers, ties to the first source."""
+    """Return the rows of each source in a round that ends at `target`: exact in Python's integers, ties to the first source."""
     counts = [share * lanes >> 32 for share in shares]
-    # Only a source whose share of a round is not whole can ever be owed one more row.
-    owed = [s for s, share in enumerate(shares) if share * lanes % ONE]
-    deficit = {s: target[s] * lanes - ((rows[s] + counts[s]) << 32) for s in owed}
-    for s in sorted(owed, key=lambda s: (-deficit[s], s))[: lanes - sum(counts)]:
+    # Only a source whose share of a round is not whole can ever need one more row.
+    rounded = [s for s, share in enumerate(shares) if share * lanes % ONE]
+    deficit = {s: target[s] * lanes - ((rows[s] + counts[s]) << 32) for s in rounded}
+    for s in sorted(rounded, key=lambda s: (-deficit[s], s))[: lanes - sum(counts)]:
         counts[s] += 1
     return counts
 
 
-def substitute(shares: list[int], seed: int, lane: int, extra: np.ndarray, spent: set[int]) -> int | None:
-    """The source that gives a row in place of one that is used up in this lane, or None if all are.
+def substitute(shares: list[int], seed: int, lane: int, extra: np.ndarray, used_up: set[int]) -> int | None:
+    """Return the source that gives a row in place of one that is used up in this lane, or None if all are.
 
-    `extra`, int64 [S]: rows the lane's sources gave so before. They share such rows out by their shares, to within a
-    row; phases that differ between lanes keep a whole batch from turning to the same one.
+    `extra`, int64 [S]: rows that the lane's sources gave in this way before. They divide such rows by their shares, to
+    within a row. Each lane has another phase, so that not all of a batch turns to the same source.
     """
     phases = (seeded_bits(len(shares), seed, "substitute", lane) >> 32).tolist()
-    left = [s for s, share in enumerate(shares) if share and s not in spent]
+    left = [s for s, share in enumerate(shares) if share and s not in used_up]
     return min(left, key=lambda s: Fraction((int(extra[s]) << 32) + phases[s], shares[s]), default=None)
 
 
 def row_arrays(tokens: np.ndarray, bos_id: int) -> dict[str, np.ndarray]:
-    """What the trainer gets of int32 [..., T + 1] of a token stream, the last only as a target: arrays [..., T].
+    """Return the trainer's arrays, each [..., T], for `tokens`, int32 [..., T + 1]; the last token is a target only.
 
-    tokens; targets, the next token, and loss_mask (float32), both 0 where the next token begins another document;
-    segment_ids from 1, one more at each document (0 is for padding); positions, from 0 at each document and at the
-    row's start. All but the mask are int32.
+    tokens. targets: the next token. loss_mask, float32: 1. Both are 0 where the next token begins another document.
+    segment_ids: from 1, one more at each document; 0 is padding. positions: from 0 at each document and at the row's
+    start. All but the mask are int32.
     """
     inputs, following = tokens[..., :-1], tokens[..., 1:]
     inside = following != bos_id
@@ -110,7 +111,7 @@ def row_arrays(tokens: np.ndarray, bos_id: int) -> dict[str, np.ndarray]:
     length = inputs.shape[-1]
     index = np.arange(length, dtype=np.int32)
     rows = zip(*(arrays[k].reshape(-1, length) for k in ("tokens", "segment_ids", "positions")), strict=True)
-    # A row holds few documents, so each is filled in turn.
+    # A row holds few documents: a loop over them costs little.
     for row, segments, positions in rows:
         bounds = [0, *(np.flatnonzero(row[1:] == bos_id) + 1).tolist(), length]
         for number, (begin, end) in enumerate(pairwise(bounds), 1):
@@ -120,7 +121,7 @@ def row_arrays(tokens: np.ndarray, bos_id: int) -> dict[str, np.ndarray]:
 
 
 def mask_padding(batch: dict[str, np.ndarray], real: np.ndarray, pad_id: int):
-    """Take what lies behind the first `real`, int [rows], tokens of each row's T + 1 out of a batch, in place."""
+    """Mask the tokens of a batch, in place, that lie behind the first `real`, int [rows], of each row's T + 1."""
     length = batch["tokens"].shape[-1]
     if np.all(real > length):
         return
@@ -134,17 +135,16 @@ def mask_padding(batch: dict[str, np.ndarray], real: np.ndarray, pad_id: int):
 
 
 def initial_state(lanes: int, sources: int, own: range, languages: int = 1) -> DataState:
-    """The state of a run that has read nothing: own lane l starts at block l of every source."""
+    """Return the state of a run that has read nothing: own lane l starts at block l of every source."""
     state = np.zeros((lanes, sources, len(COUNTERS)), np.int64)
     state[own.start : own.stop, :, BLOCK] = np.arange(own.start, own.stop)[:, None]
     return DataState(state, np.zeros((languages, len(LANGUAGE_COUNTERS)), np.int64))
 
 
 def own_state(state: DataState, lanes: int, sources: int, own: range) -> DataState:
-    """A host's copy of a whole run's state: of other hosts' lanes it keeps only `rows`, and the rest is zero.
+    """Return a host's copy of a whole run's state: of other hosts' lanes it has only `rows`, and zero for the rest.
 
-    What was counted by language before stays with the host of lane 0. Raises ConfigError if the state is of another
-    mixture.
+    The host of lane 0 goes on with the counts by language. Raises ConfigError if the state is of another mixture.
     """
     whole = np.asarray(state.lanes)
     if whole.shape != (lanes, sources, len(COUNTERS)):
@@ -159,5 +159,5 @@ def own_state(state: DataState, lanes: int, sources: int, own: range) -> DataSta
 
 
 def whole_state(states: list[DataState]) -> DataState:
-    """The run's state out of all hosts' states of the same step."""
+    """Return the run's state, made of all hosts' states of the same step."""
     return DataState(np.maximum.reduce([s.lanes for s in states]), np.sum([s.languages for s in states], axis=0))

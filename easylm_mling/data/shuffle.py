@@ -1,8 +1,8 @@
 """The order of an epoch, and the shuffled documents of its blocks, as pure functions of the seed.
 
-An epoch is a seeded permutation of a source's units, in which a unit may stand several times or not at all (the rate of
-its language); neighbours in it are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, are
-one source: their units share blocks.
+An epoch is a seeded permutation of a source's units. By the rate of its language a unit may be in it more than once, or
+not at all. Neighbours are bundled into blocks of about `block_bytes`. So 400 languages, some of seven rows, can be one
+source: their units share blocks.
 """
 
 from collections.abc import Iterator
@@ -18,96 +18,96 @@ from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.sources.readers import BadRecord, read_unit
 from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
 
-# Tells the hash that samples a source from the one that holds documents out.
+# Makes the hash that samples a source independent of the one that holds documents out.
 _SAMPLE_SALT = b"sample"
 
 
 class Window(NamedTuple):
     """A shuffled portion of a block.
 
-    The documents (UTF-8) of the wanted split, where each comes from (int64 [documents, 2]: its unit, and its number among
-    the unit's good documents), the bad records met and their units, how many good ones were read, and whether the block ends here.
+    `documents` are those of the chosen split, in UTF-8. `provenance`, int64 [documents, 2]: each one's unit, and its
+    number among the unit's good documents. `good` counts the good documents of both splits. `last` ends the block.
     """
 
     documents: list[bytes]
     provenance: np.ndarray
     bad: list[BadRecord]
     bad_units: list[int]
-    read: int
+    good: int
     last: bool
 
 
 def seeded_bits(count: int, *key: int | str) -> np.ndarray:
-    """uint64 [count], a function of `key` alone.
+    """Return random bits, uint64 [count], a function of `key` alone.
 
-    Raw Philox output, because numpy promises that only raw bits stay the same in later versions.
+    They are raw Philox output: numpy promises of no other random number that later versions keep it.
     """
     digest = blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "big")).random_raw(count)
 
 
 def seeded_order(count: int, *key: int | str) -> np.ndarray:
-    """int64 [count]: a permutation, a function of `key` alone."""
+    """Return a permutation of range(count), int64 [count], a function of `key` alone."""
     return np.argsort(seeded_bits(count, *key), kind="stable")
 
 
 class EpochOrder:
-    """In which order the units of one source are read, epoch by epoch."""
+    """The order in which the units of one source are read, epoch by epoch. `epochs` is how many there are, or None."""
 
     def __init__(self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None):
-        """`rates`, int64 [languages]: how often each stands in an epoch, in 2**-32 (see data/weights.py; default: by bytes)."""
+        """Take the languages' `rates`, int64 [languages] (weights.language_rates); by default those by bytes."""
         self.source, self.seed, self.block_bytes = source, seed, block_bytes
         rates = language_rates(source, [], 0.0) if rates is None else rates
         self._rates = rates[source.unit_languages]
         self._phases = (seeded_bits(len(source.units), seed, source.name, "phase") >> 32).astype(np.int64)
         self._cap = source.settings["max_epochs"]
-        # The number of epochs that hold anything: None is no end.
+        # How many epochs hold anything; None: no end.
         self.epochs = first_epoch_after(self._rates, self._phases, self._cap) if self._cap else None
-        # Known without putting the epoch in order: a lane may have to pass hundreds of epochs of a tiny source.
+        # Known without ordering the epoch: a lane may have to pass hundreds of epochs of a tiny source.
         self._one_block = bool(np.all(self._rates == ONE)) and source.units[:, 3].sum() <= block_bytes
         # The other sources' lanes are at most a few epochs apart.
         self._epoch = lru_cache(maxsize=8)(self._order_epoch)
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides which document of the source comes when."""
+        """Hex digest (128 bits) of everything that decides which document of the source comes when."""
         source = self.source
-        about = [
+        parts = [
             source.name,
             source.settings,
             [(f.name, f.fingerprint) for f in source.files],
             self.seed,
             self.block_bytes,
         ]
-        digest = blake2b(orjson.dumps(about), digest_size=16)
+        digest = blake2b(orjson.dumps(parts), digest_size=16)
         digest.update(source.units.tobytes())
         digest.update(self._rates.tobytes())
         return digest.hexdigest()
 
     def blocks(self, epoch: int) -> int:
-        """How many blocks the epoch has, none of them empty."""
+        """Return how many blocks the epoch has; none of them is empty."""
         if self._one_block:
             return int(self.epochs is None or epoch < self.epochs)
         bundle = self._epoch(epoch)[1]
         return int(bundle[-1]) + 1 if len(bundle) else 0
 
     def blocks_up_to(self, limit: int) -> int:
-        """How many blocks all epochs have together, but at most `limit`."""
+        """Return how many blocks all epochs have together, at most `limit`."""
         total, epoch = 0, 0
         while self.epochs is not None and epoch < self.epochs and total < limit:
             total, epoch = total + self.blocks(epoch), epoch + 1
         return limit if self.epochs is None else min(total, limit)
 
     def units(self, epoch: int, block: int) -> np.ndarray:
-        """int64 [n]: the units of one block, in reading order."""
+        """Return the units of one block in reading order, int64 [n]."""
         units, bundle = self._epoch(epoch)
         return units[np.searchsorted(bundle, block) : np.searchsorted(bundle, block, side="right")]
 
     def copies(self, epoch: int) -> np.ndarray:
-        """int64 [units]: how often each unit stands in the epoch.
+        """Return how often each unit is read in the epoch, int64 [units].
 
-        A rate of 2.3 means 2 or 3, and 23 times in ten epochs: seeded phases, not dice, so that a rare unit is never
-        left out for long. Over all epochs, no unit stands more than `max_epochs` times.
+        A rate of 2.3 means 2 or 3 times, and 23 times in ten epochs. Seeded phases decide it, not dice, so that no rare
+        unit is left out for long. Over all epochs no unit is read more than `max_epochs` times.
         """
         before, after = ((self._phases + e * self._rates) // ONE for e in (epoch, epoch + 1))
         return np.minimum(after, self._cap) - np.minimum(before, self._cap) if self._cap else after - before
@@ -117,24 +117,23 @@ class EpochOrder:
         units = np.repeat(np.arange(len(copies)), copies)
         units = units[seeded_order(len(units), self.seed, self.source.name, epoch)]
         sizes = self.source.units[units, 3]
-        # Renumbered after a unit larger than a block, for a block must not be empty: a lane takes every V-th block, and
-        # might meet empty ones only, for ever.
+        # Renumbered, for behind a unit larger than a block there would be empty ones. A lane takes every V-th block, and
+        # might get nothing but those.
         return units, np.unique((np.cumsum(sizes) - sizes) // self.block_bytes, return_inverse=True)[1]
 
 
 def open_orders(config: RunConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
-    """The order of every source, as the loader and whoever tokenises ahead of it read them."""
+    """Return the order of every source, the same for the loader and for `data tokenize`."""
     rates, data = plan.language_rates, config.data
     return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
 
 
 def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", skip: int = 0) -> Iterator[Window]:
-    """The windows of a block from number `skip` on.
+    """Yield the windows of a block from number `skip` on.
 
-    A window is cut from the documents in reading order, so both splits agree on it, and its documents are shuffled. An
-    ordinary block is one window; only what lies in units that cannot be cut small takes several, each of at most 1.5
-    blocks and a document. Skipped windows are read (a .gz knows no other way) but cost nothing more. Raises ConfigError
-    for a damaged file.
+    A window is cut in reading order, so that both splits agree on it; then its documents are shuffled. A block is one
+    window, unless it has units that cannot be cut small: then a window holds at most 1.5 blocks and a document. Skipped
+    windows are read, since a .gz knows no other way, but not shuffled. Raises ConfigError for a damaged file.
     """
     source, limit = order.source, order.block_bytes * 3 // 2
     number, size, texts, provenance, bad, bad_units = 0, 0, [], [], [], []
@@ -143,14 +142,14 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
         key = (order.seed, source.name, epoch, block, number)
         chosen = _choose(texts, split, source.settings)
         shuffled = [chosen[i] for i in seeded_order(len(chosen), *key).tolist()]
-        where = np.array([provenance[i] for i in shuffled], np.int64).reshape(-1, 2)
-        return Window([texts[i] for i in shuffled], where, bad, bad_units, len(texts), last)
+        origin = np.array([provenance[i] for i in shuffled], np.int64).reshape(-1, 2)
+        return Window([texts[i] for i in shuffled], origin, bad, bad_units, len(texts), last)
 
     for unit in order.units(epoch, block).tolist():
         ordinal = -1
         for record in unit_records(source, unit):
             if size >= limit:
-                # Popped, so that a generator at rest, of which there may be hundreds, holds no window.
+                # Popped, so that a suspended generator, of which there may be hundreds, holds no window.
                 ready = [close(last=False)] if number >= skip else []
                 number, size, texts, provenance, bad, bad_units = number + 1, 0, [], [], [], []
                 if ready:
@@ -168,20 +167,20 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
 
 
 def epoch_windows(order: EpochOrder, epoch: int, split: str) -> Iterator[Window]:
-    """All windows of an epoch, block by block."""
+    """Yield all windows of an epoch, block by block."""
     for block in range(order.blocks(epoch)):
         yield from windows(order, epoch, block, split)
 
 
 def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
-    """The documents of one unit in the file's order, and the bad records on the way."""
+    """Yield the documents (UTF-8) of one unit in the file's order, and the bad records between them."""
     index, start, end, _ = source.units[unit].tolist()
     file, column, row = source.files[index], source.settings["text_column"], source.settings["row"]
     yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
 
 
 def _choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
-    """Which of the texts are of one split. A document's own hash decides, so all its copies are on the same side."""
+    """Return which of the texts are of one split. A hash of the text decides, so all copies of it are in the same."""
     assert split in ("train", "holdout"), split
     held_out, sampled = (int(settings[k] * 2**64) for k in ("holdout_fraction", "sample_fraction"))
     chosen = range(len(texts))

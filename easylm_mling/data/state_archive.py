@@ -1,12 +1,13 @@
 """The data states of a run's checkpoints, kept for `data audit` when the checkpoints themselves are long gone.
 
-RUN/data_states/STEP.npz holds the state after that step, and the stages and fingerprints under which the batches up to
-it were drawn. At most some 40 kilobytes a checkpoint; none is ever removed, but for those of steps that a resumed run
-does again.
+RUN/data_states/STEP.npz holds the state after that step, and the stages and fingerprints by which the batches up to it
+were drawn. It takes at most some 40 kB. None is removed, except those of steps that a resumed run repeats.
 """
 
 import io
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ import numpy as np
 from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.atomic import write_atomically
+from easylm_mling.storage.formats import unknown_format
+
+_FORMAT = 1
 
 
 class KeptState(NamedTuple):
@@ -25,31 +29,34 @@ class KeptState(NamedTuple):
 
 
 def keep_state(folder: Path, step: int, kept: KeptState):
-    """Write the file of `step`; a reader never sees half of it."""
+    """Write the file of `step`, atomically."""
     folder.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     info = np.frombuffer(json.dumps(kept.info).encode(), np.uint8)
-    np.savez_compressed(buffer, lanes=kept.state.lanes, languages=kept.state.languages, info=info)
+    np.savez_compressed(buffer, format=_FORMAT, lanes=kept.state.lanes, languages=kept.state.languages, info=info)
     write_atomically(folder / f"{step}.npz", buffer.getvalue())
 
 
 def load_state(folder: Path, step: int) -> KeptState:
-    """Raises ConfigError for a damaged file."""
+    """Read the file of `step`; raises ConfigError if it is damaged or of an unknown format."""
     path = folder / f"{step}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            info = json.loads(file["info"].tobytes())
-            return KeptState(DataState(file["lanes"], file["languages"]), info)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            number = int(file["format"]) if "format" in file else None
+            if number == _FORMAT:
+                return KeptState(DataState(file["lanes"], file["languages"]), json.loads(file["info"].tobytes()))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: not a readable data state ({error}); restore it from a backup") from error
+    raise unknown_format(path, number, _FORMAT, "restore it from a backup")
 
 
 def kept_steps(folder: Path) -> list[int]:
+    """Return the steps whose states are in the folder, in order."""
     return sorted(int(p.stem) for p in folder.glob("*.npz") if p.stem.isdigit())
 
 
 def forget_after(folder: Path, step: int):
-    """Remove the states of later steps: the run goes on from `step` and does those again."""
+    """Remove the states of later steps: the run goes on from `step` and repeats those."""
     for later in kept_steps(folder):
         if later > step:
             (folder / f"{later}.npz").unlink()

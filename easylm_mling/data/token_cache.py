@@ -1,63 +1,77 @@
-"""Windows tokenised ahead of time: the trainer takes one that is there and tokenises the others, for the same bits.
+"""Windows tokenised ahead of time: the trainer reads those that the cache has and tokenises the others, for the same bits.
 
     CACHE/KEY/SOURCE/EPOCH.BLOCK.WINDOW.safetensors
 
-KEY is a digest of all that decides a source's bits (tokenizer, files, cuts, order, seed), so a cache of other data is
-never found, and several runs can share one folder. A file appears whole, carries a checksum of its content, and is checked
-when its window is opened; a damaged one is as good as none.
+KEY is a digest of all that decides a source's bits: tokenizer, files, cuts, order, seed. So runs may share a folder, and
+none reads another's tokens. A file is written atomically. Its checksum is checked when its window is opened, and a
+damaged file counts as missing.
 """
 
 import zlib
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from easylm_mling.data.shuffle import EpochOrder, Window, windows
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.storage.atomic import write_atomically
+from easylm_mling.storage.formats import unknown_format
 
-_FORMAT = "2"
+_FORMAT = 1
+_ARRAYS = ("tokens", "ends", "provenance", "bad_units")
 
 
 class TokenWindow(NamedTuple):
-    """A window of tokens, int32 in a mapped file; its documents end at `ends`, int64. `window` has no texts."""
+    """A window of tokens. `window` has no texts.
 
-    tokens: np.ndarray
+    `tokens`, int32, stay in the file: a slice of them, with both ends, is read when it is asked for. `ends`, int64
+    [documents], are where documents end in them.
+    """
+
+    tokens: Any
     ends: np.ndarray
     window: Window
 
 
 class TokenCache:
-    """The tokenised windows in the folder `root`, of any data and tokenizer."""
+    """The tokenised windows in the folder `root`, of any data and one tokenizer."""
 
     def __init__(self, root: str | Path, tokenizer: Tokenizer):
         self.root, self.tokenizer = Path(root), tokenizer
         self._folders: dict[str, Path] = {}
 
     def load(self, order: EpochOrder, epoch: int, block: int, window: int) -> TokenWindow | None:
-        """The window if it is here and whole, else None."""
+        """Return the window, or None if it is not here or damaged; raises ConfigError for an unknown format."""
         path = self._path(order, epoch, block, window)
         try:
-            arrays, about = _parse(np.frombuffer(path.read_bytes(), np.uint8))
-            tokens = _parse(np.asarray(np.memmap(path, np.uint8, "r")))[0]["tokens"]
-        except (OSError, ValueError, KeyError, TypeError):
+            with safe_open(path, "numpy") as file:
+                about = orjson.loads(file.metadata()["about"])
+                if about.get("format") != _FORMAT:
+                    remove = f"remove the folder {self.root}: it can be filled again"
+                    raise unknown_format(path, about.get("format"), _FORMAT, remove)
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                tokens = file.get_slice("tokens")
+        except (OSError, SafetensorError, orjson.JSONDecodeError, KeyError, TypeError):
             return None
         if about.pop("checksum", None) != _checksum(arrays, about):
             return None
         bad = [BadRecord(b["reason"], b["file"], b["offset"], bytes.fromhex(b["head"])) for b in about["bad"]]
-        found = Window([], arrays["places"], bad, arrays["bad_units"].tolist(), about["read"], about["last"])
-        return TokenWindow(tokens, arrays["ends"], found)
+        bad_units = arrays["bad_units"].tolist()
+        return TokenWindow(
+            tokens, arrays["ends"], Window([], arrays["provenance"], bad, bad_units, about["good"], about["last"])
+        )
 
     def fill(self, order: EpochOrder, epoch: int, block: int) -> int:
-        """Write the windows of a block that are not here; returns how many tokens those hold."""
+        """Write the windows of a block that the cache lacks; returns how many tokens they hold."""
         number = tokens = 0
-        while (there := self.load(order, epoch, block, number)) is not None:
-            if there.window.last:
+        while (stored := self.load(order, epoch, block, number)) is not None:
+            if stored.window.last:
                 return 0
             number += 1
         for window in windows(order, epoch, block, skip=number):
@@ -70,11 +84,11 @@ class TokenCache:
         arrays = {
             "tokens": tokens,
             "ends": np.flatnonzero(tokens == self.tokenizer.eos_id) + 1,
-            "places": window.provenance,
+            "provenance": window.provenance,
             "bad_units": np.array(window.bad_units, np.int64),
         }
         bad = [{"reason": b.reason, "file": b.file, "offset": b.offset, "head": b.head.hex()} for b in window.bad]
-        about = {"bad": bad, "read": window.read, "last": window.last}
+        about = {"format": _FORMAT, "bad": bad, "good": window.good, "last": window.last}
         about["checksum"] = _checksum(arrays, about)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(arrays, {"about": orjson.dumps(about).decode()}))
@@ -83,26 +97,13 @@ class TokenCache:
     def _path(self, order: EpochOrder, epoch: int, block: int, window: int) -> Path:
         name = order.source.name
         if name not in self._folders:
-            key = blake2b(f"{_FORMAT} {order.fingerprint} {self.tokenizer.fingerprint}".encode(), digest_size=16)
+            key = blake2b(f"{order.fingerprint} {self.tokenizer.fingerprint}".encode(), digest_size=16)
             self._folders[name] = self.root / key.hexdigest() / name.replace("/", "__")
         return self._folders[name] / f"{epoch}.{block}.{window}.safetensors"
 
 
-def _parse(file: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of a safetensors file, uint8, without copying them as its library does, and its metadata.
-
-    Raises ValueError, KeyError or TypeError if it is damaged.
-    """
-    start = 8 + int(file[:8].view("<u8")[0])
-    header = orjson.loads(file[8:start].tobytes())
-    about = orjson.loads(header.pop("__metadata__")["about"])
-    types = {"I32": "<i4", "I64": "<i8"}
-    parts = {name: (types[h["dtype"]], h["shape"], *h["data_offsets"]) for name, h in header.items()}
-    return {n: file[start + a : start + b].view(t).reshape(shape) for n, (t, shape, a, b) in parts.items()}, about
-
-
 def _checksum(arrays: dict[str, np.ndarray], about: dict) -> int:
-    """CRC-32, against damage: a cryptographic digest takes five times as long, a quarter of the time of a batch."""
+    """CRC-32. It is against damage, not malice: a cryptographic digest would take a quarter of the time of a batch."""
     crc = zlib.crc32(orjson.dumps(about, option=orjson.OPT_SORT_KEYS))
     for name in sorted(arrays):
         crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, crc)

@@ -1,6 +1,6 @@
-"""From weights to shares: of the sources in the mixture, stage by stage, and of the languages inside a source.
+"""From weights to shares: of the sources in the mixture, stage by stage, and of the languages in a source.
 
-All shares and rates are integers in units of 2**-32, so that schedules are exact and the same on every host.
+Shares and rates are integers in units of 2**-32, so that schedules are exact and the same on every host.
 """
 
 from bisect import bisect_right
@@ -15,16 +15,17 @@ from easylm_mling.errors import ConfigError
 
 ONE = 1 << 32
 
-# Source -> language -> tokens in a byte of the catalog, as data/estimates.py finds them.
+# Source -> language -> tokens per byte of the catalog, estimated by data/estimates.py.
 TokensPerByte = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class MixingPlan:
-    """How often each source, and each language in it, is due.
+    """How often each source, and each language in it, is read.
 
-    `starts`: the first round (a row of every lane) of each stage, from 0. `shares`: for each stage, the sources' shares
-    of 2**32. `language_rates`: for each source, int64 [languages]: how often a language stands in an epoch.
+    `starts`: the first round of each stage, from 0; a round is one row of every lane. `shares`: for each stage, the
+    sources' shares, which sum to 2**32. `language_rates`: for each source, int64 [languages] in units of 2**-32, how
+    often a language is read in an epoch.
     """
 
     starts: tuple[int, ...]
@@ -32,50 +33,51 @@ class MixingPlan:
     language_rates: dict[str, np.ndarray]
 
     def shares_at(self, turn: int) -> list[int]:
-        """The sources' shares of round number `turn`."""
+        """Return the sources' shares of round number `turn`, in units of 2**-32."""
         return self.shares[bisect_right(self.starts, turn) - 1]
 
     def target(self, rounds: int) -> list[int]:
-        """Rows that a lane is due of each source in the first `rounds` rounds, in units of 2**-32."""
+        """Return the rows that a lane should get of each source in the first `rounds` rounds, in units of 2**-32."""
         ends = [min(end, rounds) for end in (*self.starts[1:], rounds)]
         lengths = [max(0, end - start) for start, end in zip(self.starts, ends, strict=True)]
         return [sum(n * s for n, s in zip(lengths, of, strict=True)) for of in zip(*self.shares, strict=True)]
 
 
 def make_plan(config: RunConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> MixingPlan:
-    """The plan of a run; `tokens_per_byte` is not needed where `needs_estimates` says so."""
+    """Return the plan of a run; `tokens_per_byte` may be None unless `needs_estimates(config)`."""
     assert tokens_per_byte is not None or not needs_estimates(config)
     tokens = {n: language_tokens(s, (tokens_per_byte or {}).get(n, {})) for n, s in catalog.sources.items()}
     starts, shares = _stages(config, catalog, tokens)
     plan = MixingPlan(starts, shares, {})
     rows = config.total_steps * config.train.batch_size
-    due = plan.target(rows // config.lanes)
+    lane_rows = plan.target(rows // config.lanes)
     for i, (name, source) in enumerate(catalog.sources.items()):
-        wanted = due[i] / ONE * config.lanes * config.data.sequence_length
-        plan.language_rates[name] = language_rates(source, tokens[name], wanted)
+        budget = lane_rows[i] / ONE * config.lanes * config.data.sequence_length
+        plan.language_rates[name] = language_rates(source, tokens[name], budget)
     return plan
 
 
 def needs_estimates(config: RunConfig) -> bool:
+    """Return True if shares depend on how many tokens the sources or languages hold."""
     by = config.data.weighting.by
     return by not in ("number", "bytes") or any(s.language_by != "bytes" for s in config.data.sources.values())
 
 
 def language_bytes(source: Source) -> list[float]:
-    """The catalog's bytes of each language, in the order of `source.languages`."""
+    """Return the catalog's bytes of each language, in the order of `source.languages`."""
     sizes = np.bincount(source.unit_languages, weights=source.units[:, 3], minlength=len(source.languages))
     return sizes.tolist()
 
 
 def language_tokens(source: Source, tokens_per_byte: dict[str, float]) -> list[float]:
-    """Estimated tokens of each language, every document that is trained on counted once."""
+    """Return the estimated tokens of each language, every document that is trained on counted once."""
     fraction = source.settings["sample_fraction"]
     rates = [tokens_per_byte.get(language, 0.0) * fraction for language in source.languages]
     return [size * rate for size, rate in zip(language_bytes(source), rates, strict=True)]
 
 
 def integer_weights(weights: list[float]) -> list[int]:
-    """Weights as shares of 2**32 that sum to it exactly, so that schedules need no rounding. Zero stays zero."""
+    """Return the weights as shares that sum to 2**32 exactly, so that schedules need no rounding. Zero stays zero."""
     total = sum(weights)
     exact = [weight / total * ONE for weight in weights]
     shares = [int(x) for x in exact]
@@ -86,37 +88,37 @@ def integer_weights(weights: list[float]) -> list[int]:
 
 
 def spread(sizes: list[float], total: float, temperature: float, cap: float) -> list[float]:
-    """How often each of `sizes` is taken, so that sizes ** temperature share out `total`, but none more than `cap` times.
+    """Return how often each of `sizes` is read, so that they divide `total` as size ** temperature, each at most `cap` times.
 
-    What one over the cap gives up is shared out among the rest; temperature 0 is UniMax (arXiv:2304.09151). Where the
-    cap leaves too little of all of them, every one is taken `cap` times.
+    What one over the cap cannot take goes to the others; temperature 0 is UniMax (arXiv:2304.09151). Where all of them
+    at the cap hold less than `total`, each is read `cap` times.
     """
     free, rates, left = [i for i, size in enumerate(sizes) if size > 0], [float(cap)] * len(sizes), total
     while free:
         # Python's power, not numpy's: the vectorised one may differ between processors in the last bit.
         scale = left / sum(sizes[i] ** temperature for i in free)
-        wanted = {i: scale * sizes[i] ** temperature / sizes[i] for i in free}
-        over = [i for i in free if wanted[i] > cap]
+        uncapped = {i: scale * sizes[i] ** temperature / sizes[i] for i in free}
+        over = [i for i in free if uncapped[i] > cap]
         left -= sum(cap * sizes[i] for i in over)
-        free = [i for i in free if wanted[i] <= cap] if over else []
+        free = [i for i in free if uncapped[i] <= cap] if over else []
         if not over:
-            for i, rate in wanted.items():
+            for i, rate in uncapped.items():
                 rates[i] = rate
     return rates
 
 
-def language_rates(source: Source, tokens: list[float], wanted: float) -> np.ndarray:
-    """int64 [languages]: how often a language stands in an epoch on average, which keeps the source's size.
+def language_rates(source: Source, tokens: list[float], budget: float) -> np.ndarray:
+    """Return how often each language is read in an average epoch, int64 [languages] in units of 2**-32.
 
-    `tokens`: each language's, or empty if they are not known: what is not weighted by bytes then comes as it is.
-    `wanted`: what the whole run is to take of the source, for UniMax.
+    An epoch keeps the source's size. `tokens`: each language's, or empty if unknown; then only weights by bytes have an
+    effect. `budget`: the tokens that the run takes of the source, for UniMax.
     """
     by, count = source.settings["language_by"], len(source.languages)
     temperature = source.settings["language_temperature"]
     if count == 1 or (temperature == 1 and by != "unimax") or (by != "bytes" and not tokens):
         return np.full(count, ONE, np.int64)
     if by == "unimax":
-        epochs = spread(tokens, wanted, 0.0, source.settings["max_epochs"])
+        epochs = spread(tokens, budget, 0.0, source.settings["max_epochs"])
         whole = sum(n * size for n, size in zip(epochs, tokens, strict=True)) / max(sum(tokens), 1e-9)
         rates = [n / whole for n in epochs] if whole > 0 else [1.0] * count
     else:
@@ -126,10 +128,10 @@ def language_rates(source: Source, tokens: list[float], wanted: float) -> np.nda
 
 
 def planned_as_if(plan: MixingPlan, lanes: int, rounds: int) -> np.ndarray:
-    """int64 [V, S]: rows by lane and source as if the plan had held from the start, whole and `rounds` to a lane.
+    """Return rows by lane and source, int64 [V, S], as if the plan had held from the start: `rounds` to a lane.
 
-    For a run whose sources have changed: nothing is owed for the past. Phases that differ between lanes keep each
-    source's total within two rows of its target.
+    For a run whose sources have changed: no source is then behind its share. Each lane has another phase, which keeps
+    a source's total within two rows of its target.
     """
     edges = np.array([0, *accumulate(plan.target(rounds))], dtype=object)
     phases = np.array([lane * ONE // lanes for lane in range(lanes)], dtype=object)
@@ -148,25 +150,25 @@ def _stages(config: RunConfig, catalog: Catalog, tokens: dict) -> tuple[tuple[in
 
 
 def _natural_weights(config: RunConfig, catalog: Catalog, tokens: dict) -> list[float]:
-    how, used = config.data.weighting, [s.weight is None for s in config.data.sources.values()]
-    if how.by == "bytes":
+    weighting, used = config.data.weighting, [s.weight is None for s in config.data.sources.values()]
+    if weighting.by == "bytes":
         sizes = [sum(language_bytes(s)) * s.settings["sample_fraction"] for s in catalog.sources.values()]
     else:
         sizes = [sum(tokens[name]) for name in catalog.sources]
         if not any(size for size, use in zip(sizes, used, strict=True) if use):
             raise ConfigError(
-                f"data.weighting.by={how.by}: no good document was found in a sample of any source, so nothing is known of their "
-                "tokens; look at the files with `data inspect`, or give weights (data.weighting.by=number)"
+                f"data.weighting.by={weighting.by}: no good document was found in a sample of any source, so their tokens "
+                "cannot be estimated; look at the files with `data inspect`, or give weights (data.weighting.by=number)"
             )
     sizes = [size if use else 0.0 for size, use in zip(sizes, used, strict=True)]
-    if how.by == "temperature":
-        return [size**how.temperature if size else 0.0 for size in sizes]
-    if how.by == "unimax":
-        epochs = spread(sizes, config.train.budget_tokens, 0.0, how.max_epochs)
+    if weighting.by == "temperature":
+        return [size**weighting.temperature if size else 0.0 for size in sizes]
+    if weighting.by == "unimax":
+        epochs = spread(sizes, config.train.budget_tokens, 0.0, weighting.max_epochs)
         return [n * size for n, size in zip(epochs, sizes, strict=True)]
     return sizes
 
 
 def first_epoch_after(rates: np.ndarray, phases: np.ndarray, cap: int) -> int:
-    """The first epoch that holds nothing any more when no unit may stand more than `cap` times in all of them."""
+    """Return the first epoch that is empty when no unit may be read more than `cap` times in all epochs together."""
     return max(-((p - cap * ONE) // r) for r, p in zip(rates.tolist(), phases.tolist(), strict=True))

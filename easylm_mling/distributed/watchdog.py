@@ -1,4 +1,4 @@
-"""The watchdog over steps and saves that never end."""
+"""The watchdog: it ends a process whose step or save never comes to an end."""
 
 import faulthandler
 import os
@@ -13,10 +13,10 @@ _RECORD_SECONDS = 10.0
 
 
 class Watchdog:
-    """Within it, `limit_seconds` (0: of any time) without a `beat` end the process with exit code 85, after every thread's
-    stack is shown and `what` is wrong is said. While there is nothing to wait for (`waiting`) time does not count.
+    """A context manager: within it, `limit_seconds` (0: no limit) without a `beat` end the process with exit code 85.
 
-    `record`, which is called with `what` and the exit code, may fail or not return: it is waited for a few seconds only.
+    It prints every thread's stack and `what` is wrong. Time counts only while `waiting` is true. `record` is called with
+    `what` and the exit code; it may fail or hang, and is waited for a few seconds only.
     """
 
     def __init__(

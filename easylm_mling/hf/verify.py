@@ -15,22 +15,18 @@ from flax import nnx
 
 from easylm_mling.checkpoint.layout import step_directory
 from easylm_mling.config import MeshConfig, ModelConfig
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import open_parameters, plan_shards, stored_model
 from easylm_mling.hf.importing import DTYPES, open_weights, read_params
 from easylm_mling.model.decoder import logits
 from easylm_mling.model.params import parameter_count
 from easylm_mling.model.sharding import make_mesh
-from easylm_mling.training.step import model_graph
+from easylm_mling.training.state import model_graph
 
 # float32 logits of two programs with the same weights differ by rounding; a wrong setting moves them far more.
 _LOGIT_TOLERANCE = 1e-3
 _PROBE_LENGTH = 64
-
-
-class VerificationError(RuntimeError):
-    """An exported directory is not what its checkpoint says; the message names the first difference."""
 
 
 def verify_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int | None = None) -> list[str]:

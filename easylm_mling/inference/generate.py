@@ -7,6 +7,7 @@ Prompts stand at the left, slot 0 is position 0 in every row, and a new token ta
 own row. So a slot's number is its position, and the mask is that of model/attention.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import stored_model
@@ -26,7 +28,7 @@ from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
 from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
 from easylm_mling.model.decoder import Gemma, Remat, logits
 from easylm_mling.storage.object_store import small_files
-from easylm_mling.training.step import abstract_params, model_graph
+from easylm_mling.training.state import abstract_params, model_graph
 
 # Lengths are rounded up to a multiple of this, so that other prompts and lengths reuse the compiled program.
 _SLOTS = 64
@@ -93,31 +95,42 @@ def generate(
     return [row[:n].tolist() for row, n in zip(np.asarray(new), np.asarray(count), strict=True)]
 
 
-def sample_text(
-    path: str | Path,
-    prompts: list[str],
+def continue_texts(
+    graph: nnx.GraphDef,
+    params: dict,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
     max_new_tokens: int,
-    tokenizer_path: str | Path | None = None,
-    step: int | None = None,
     **settings,
 ) -> list[str]:
-    """What the model at `path` writes after each prompt, without the prompt. `settings` are those of `generate`.
+    """The text that the model writes after each prompt, without the prompt. `settings` are those of `generate`.
 
-    The tokenizer is `tokenizer_path`, or else the tokenizer.model in `path` or in its tokenizer folder. Exactly one BOS
-    starts a prompt: without it, or with two, Gemma is another model.
+    Exactly one BOS starts a prompt: without it, or with two, Gemma is another model.
     """
-    from easylm_mling.data.tokenization.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(str(tokenizer_path or _find_tokenizer(path)))
-    graph, params, model = load_model(path, step=step)
-    tokenizer.check_model(model)
-    encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(prompts)]
+    encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(list(prompts))]
     texts = generate(graph, params, model, encoded, max_new_tokens, **settings)
     # The model may have rows beyond the tokenizer's pieces; they stand for no text.
     return [tokenizer.decode([i for i in ids if i != model.eos_token_id and i < tokenizer.vocab_size]) for ids in texts]
 
 
-def _find_tokenizer(path: str | Path) -> Path:
+def sample_text(
+    path: str | Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    tokenizer_path: str | Path | None = None,
+    step: int | None = None,
+    **settings,
+) -> list[str]:
+    """`continue_texts` with the model at `path`, and the tokenizer at `tokenizer_path` or the one that lies with the model."""
+    tokenizer = Tokenizer(str(tokenizer_path or find_tokenizer(path)))
+    graph, params, model = load_model(path, step=step)
+    tokenizer.check_model(model)
+    return continue_texts(graph, params, model, tokenizer, prompts, max_new_tokens, **settings)
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """The tokenizer.model in `path` or in its tokenizer folder. Raises ConfigError if there is none."""
     files = small_files(path)
     for folder in (files, files / TOKENIZER_FOLDER):
         if (folder / "tokenizer.model").is_file():

@@ -16,12 +16,12 @@ preempted, stopped, done, failed   how the attempt ended: `why`, or of a failure
              watchdog ended it. An attempt without such a line was killed
 """
 
-import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from easylm_mling.errors import without_secrets
 from easylm_mling.monitoring.goodput import Goodput
 from easylm_mling.storage.jsonl import JsonlWriter, read_jsonl
 
@@ -75,9 +75,3 @@ def read_event_log(path: Path) -> Iterator[dict]:
         named = isinstance(event.get("event"), str) and isinstance(event.get("time"), str)
         if named and isinstance(event.get("attempt"), int) and isinstance(event.get("step"), int):
             yield event
-
-
-def without_secrets(text: str) -> str:
-    """`text` with its addresses cut where they may hold a key: before an @, and after a question mark."""
-    text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
-    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1?...", text)

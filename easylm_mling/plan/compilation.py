@@ -89,7 +89,8 @@ def compile_step(config: RunConfig) -> CompiledStep:
     import jax
 
     from easylm_mling.model.sharding import check_run, make_mesh
-    from easylm_mling.training.step import abstract_batch, abstract_state, jit_train_step
+    from easylm_mling.training.state import abstract_batch, abstract_state
+    from easylm_mling.training.step import jit_train_step
 
     where = find_slice(config.mesh.slice or "")
     mesh = make_mesh(config.mesh, slice_devices(where))

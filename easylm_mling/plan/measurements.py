@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from easylm_mling.config import NOT_OF_THE_STEP, RunConfig, to_tree
+from easylm_mling.config import RunConfig, step_settings, to_tree
 from easylm_mling.errors import ConfigError
 from easylm_mling.hardware import GiB
 from easylm_mling.monitoring.console import say
@@ -56,7 +56,7 @@ class MeasurementCache:
 
     def key(self, config: RunConfig) -> str:
         tree = to_tree(config)
-        train = {k: v for k, v in tree["train"].items() if k not in (*NOT_OF_THE_STEP, "budget_tokens", "seed")}
+        train = {k: v for k, v in step_settings(config.train).items() if k not in ("budget_tokens", "seed")}
         data = [tree["data"]["sequence_length"], len(tree["data"]["sources"])]
         part = [tree["model"], train, tree["optimizer"], tree["mesh"], data, self.code]
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
-"""The data side of a run: its catalog, plan and ledger, and whether a checkpoint's data state may go on with them."""
+"""The data of a run: its catalog, mixing plan and ledger, and whether a checkpoint's data state may go on with them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -18,38 +19,41 @@ from easylm_mling.run.directory import RunDirectory
 from easylm_mling.storage.atomic import write_atomically
 
 
+def open_catalog(run: RunDirectory, config: RunConfig, accept_change: bool) -> Catalog:
+    """List the sources. Raises ConfigError when the run began with other files, unless that is accepted."""
+    if run.catalog_file.exists() and not accept_change:
+        return reopen_catalog(Catalog.load(run.catalog_file), config.data)
+    return build_catalog(config.data)
+
+
+@dataclass(frozen=True)
 class RunData:
-    """What a run reads, by which plan, and the books of it."""
+    """What a run reads, in which shares, and its books."""
 
-    def __init__(self, run: RunDirectory, config: RunConfig, tokenizer: Tokenizer, accept_change: bool = False):
-        """Lists the sources. Raises ConfigError when the run began with other files, unless that is accepted."""
-        self.run, self.config, self.tokenizer, self.accept_change = run, config, tokenizer, accept_change
-        if run.catalog_file.exists() and not accept_change:
-            self.catalog = reopen_catalog(Catalog.load(run.catalog_file), config.data)
-        else:
-            self.catalog = build_catalog(config.data)
-        self.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": self.catalog.fingerprint}
-        kept = run.estimates_file
-        # Whether the run's directory is of other data than it was; what it holds is then set aside first.
-        self.changed = accept_change and (
-            run.data_settings_changed or (kept.exists() and pinned_fingerprints(kept) != self.fingerprints)
-        )
-        self.plan: MixingPlan
-        self.ledger: Ledger
+    run: RunDirectory
+    config: RunConfig
+    catalog: Catalog
+    plan: MixingPlan
+    ledger: Ledger
+    fingerprints: dict[str, str]  # of tokenizer and data
+    accept_change: bool
 
-    def write_start(self):
-        """Keep the catalog and the estimates with the run, whose directory exists, and make the plan from them."""
-        if self.run.writes:
-            self.catalog.save(self.run.catalog_file)
-        estimates = open_estimates(self.run.estimates_file, self.catalog, self.tokenizer)
-        self.plan = make_plan(self.config, self.catalog, tokens_per_byte(estimates))
-        self.ledger = Ledger(self.catalog, self.plan, estimates, self.config.data.sequence_length)
+    @classmethod
+    def open(
+        cls, run: RunDirectory, config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, accept_change: bool = False
+    ) -> "RunData":
+        """Open the data of the run, whose directory is there: catalog and estimates are kept in it."""
+        if run.writes:
+            catalog.save(run.catalog_file)
+        estimates = open_estimates(run.estimates_file, catalog, tokenizer)
+        plan = make_plan(config, catalog, tokens_per_byte(estimates))
+        ledger = Ledger(catalog, plan, estimates, config.data.sequence_length)
+        return cls(run, config, catalog, plan, ledger, fingerprints(tokenizer, catalog), accept_change)
 
     def resume(self, step: int, state: DataState, info: dict) -> tuple[DataState, list[str]]:
         """The state to go on with from the checkpoint of `step`, and a line about each source that has changed.
 
-        Raises ConfigError for another tokenizer, other files or other stages in the past, unless the first two are
-        accepted.
+        Raises ConfigError for another tokenizer or other files, unless that is accepted, and for other stages in the past.
         """
         self._check_stages(info)
         news: list[str] = []
@@ -99,6 +103,18 @@ class RunData:
                 f"data.stages: those that began before {info['tokens']} tokens were {old} and are now {new}; set them "
                 "back (later ones may change)"
             )
+
+
+def fingerprints(tokenizer: Tokenizer, catalog: Catalog) -> dict[str, str]:
+    """What a checkpoint is compared by before a run goes on from it."""
+    return {"tokenizer": tokenizer.fingerprint, "data": catalog.fingerprint}
+
+
+def is_of_other_data(run: RunDirectory, tokenizer: Tokenizer, catalog: Catalog) -> bool:
+    """Whether the run's directory was begun with other data or another tokenizer than these."""
+    kept = run.estimates_file
+    other = kept.exists() and pinned_fingerprints(kept) != fingerprints(tokenizer, catalog)
+    return run.data_settings_changed or other
 
 
 def load_ledger(config: RunConfig, run_dir: str | Path) -> Ledger:

@@ -1,6 +1,7 @@
 """The directory of a run: what lies in it, and whether this config may continue it.
 
 RUN/config.yaml      the resolved config, written once
+   /format.json      which format all of this has
    /catalog.json     the files of every source and how they are cut
    /estimates.json   tokens per byte of every language, by a sample
    /tokenizer/       the tokenizer's files, to be exported with the model
@@ -34,49 +35,18 @@ from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenize
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
 from easylm_mling.storage.lease import LOCK, Lease, file_store
-from easylm_mling.storage.object_store import CONFIG, Bucket, Mirror, is_bucket, local_folder
-
-# Settings that change how a run is carried out but not what it computes; all others are fixed for a run's life.
-FREE_KEYS = (
-    "run_dir",
-    "init_from",
-    "mesh.",
-    "checkpoint.",
-    "eval.",
-    "log.",
-    "profile.",
-    # Only those that have not begun; run/data.py sees to it.
-    "data.stages",
-    "data.max_bad_fraction",
-    "data.token_cache",
-    "data.retries",
-    "data.retry_seconds",
-    "train.stop_at_step",
-    "train.log_every_steps",
-    "train.max_skipped_in_a_row",
-    # What is skipped from here on: a remedy, as a rewind is. Every checkpoint keeps the config that it was made with.
-    "train.spike_sigmas",
-    "train.stuck_minutes",
-    "train.digest_every_steps",
-    "train.rewind",
-    "train.skip_batches",
-    # These two with all that begins so.
-    "train.remat",
-    "train.attention",
-    "train.offload",
-    "train.accumulation_steps",
-    "train.loss_chunk",
-    "train.compiler_flags",
+from easylm_mling.storage.object_store import (
+    CONFIG,
+    Bucket,
+    Mirror,
+    check_run_format,
+    is_bucket,
+    local_folder,
+    write_run_format,
 )
 
-# What --accept-data-change lets change besides.
-DATA_KEYS = ("data.sources.", "data.weighting.", "data.tokenizer")
 # What may lie in a directory that no run has begun in.
 NOT_OF_A_RUN = {"plan.json", "lease", f"lease{LOCK}", "launch", "logs"}
-REASONS = {
-    "train.batch_size": "the learning-rate schedule and the budget count steps of the old size",
-    "data.lanes": "every lane reads its own blocks",
-}
 
 
 class RunDirectory:
@@ -125,6 +95,7 @@ class RunDirectory:
         else:
             there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         if self.config_file.is_file():
+            check_run_format(self.path, self.name)
             self._check_same_run(config, accept_data_change)
         # In a bucket, a first push that was killed leaves files, and the lease.
         elif {n.split("/")[0] for n in there} - NOT_OF_A_RUN and not (self.mirror and "lease" in there):
@@ -194,8 +165,9 @@ class RunDirectory:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        # The config comes first: it is what makes the directory this run's, should anything be killed in between.
+        # The config comes before all that needs it: it is what makes the directory this run's, should anything be killed in between.
         if not self.config_file.exists():
+            write_run_format(self.path)
             write_atomically(self.config_file, to_yaml(config).encode())
         if not self.tokenizer_dir.exists():
             with atomic_directory(self.tokenizer_dir) as partial:
@@ -220,19 +192,16 @@ class RunDirectory:
         write_atomically(self.config_file, to_yaml(config).encode())
 
     def _check_same_run(self, config: RunConfig, accept_data_change: bool):
-        changed = {
-            k: v for k, v in differences(load([str(self.config_file)]), config).items() if not k.startswith(FREE_KEYS)
-        }
+        kept = load([str(self.config_file)])
+        changes = [change for change in differences(kept, config) if not change.setting.free]
         if accept_data_change:
-            self.data_settings_changed = any(k.startswith(DATA_KEYS) for k in changed)
-            changed = {k: v for k, v in changed.items() if not k.startswith(DATA_KEYS)}
-        if changed:
-            listed = [
-                f"{key} was {old}, now {new}" + (f" ({REASONS[key]})" if key in REASONS else "")
-                for key, (old, new) in changed.items()
-            ]
-            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-            way = ", or go on with --accept-data-change" if all(k.startswith(DATA_KEYS) for k in changed) else ""
+            self.data_settings_changed = any(change.setting.data for change in changes)
+            changes = [change for change in changes if not change.setting.data]
+        if changes:
+            reasons = [f" ({c.setting.reason})" if c.setting.reason else "" for c in changes]
+            listed = [f"{c.key} was {c.old}, now {c.new}{why}" for c, why in zip(changes, reasons, strict=True)]
+            more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            way = ", or go on with --accept-data-change" if all(c.setting.data for c in changes) else ""
             raise ConfigError(
                 f"run_dir={self.name} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
                 f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"

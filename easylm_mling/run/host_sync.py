@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other at every step, and which lanes are whose."""
+"""Host synchronisation: which lanes a process owns, and what the processes of a run exchange at every step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from easylm_mling.config import RunConfig
 from easylm_mling.data.mixture import DataState, whole_state
 from easylm_mling.data.quarantine import Quarantine
-from easylm_mling.distributed.processes import is_multiprocess, is_primary
+from easylm_mling.distributed.agreement import is_multiprocess, is_primary
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.sharding import own_rows
 
 
 def own_lanes(config: RunConfig, mesh: Mesh) -> range:
-    """The lanes whose rows lie on this process's devices; processes that share rows have the same lanes."""
+    """The lanes whose rows lie on this process's devices; processes that share rows have the same lanes.
+
+    Raises ConfigError if a process would hold a part of a lane.
+    """
     rows, per_lane = own_rows(mesh, config.train.batch_size), config.train.batch_size // config.lanes
     if rows.start % per_lane or rows.stop % per_lane:
         raise ConfigError(
@@ -28,17 +31,17 @@ def own_lanes(config: RunConfig, mesh: Mesh) -> range:
 
 
 class Agreement(NamedTuple):
-    """What all processes together say at a step."""
+    """What all processes agree on at a step."""
 
-    stop_request: int  # the largest of all
-    state: DataState  # of the whole run
+    stop_request: int  # the largest of all (run/preemption.py)
+    state: DataState | None  # consumed by the whole run; None before its first step
 
 
 class HostSync:
-    """Brings what every process says at a step together, without waiting for it: the answer is asked for a step later.
+    """Exchanges every process's stop request and data state at a step; the result is read a step later, without waiting.
 
-    On CPU devices it does wait, for the step and for the answer. There programs that do not depend on one another run side
-    by side, and two that talk to the same devices take each other's messages for their own.
+    On CPU devices it waits for the step and for the result: there, independent programs run side by side, and two that use
+    the same devices take each other's messages for their own.
     """
 
     def __init__(self, lanes: range):
@@ -50,39 +53,40 @@ class HostSync:
         self._waits = self._mesh.devices.flat[0].platform == "cpu"
 
     def start(self, stop_request: int, state: DataState, under_way: Any = None) -> Callable[[], Agreement]:
-        """`state` is this process's own (mixture.own_state); `under_way` is what comes of all that was launched before.
+        """Start the exchange; call the result to wait for it. Collective.
 
-        All processes must call it at the same steps.
+        `state` is this process's own (data/mixture.py, own_state); `under_way` are the arrays of all that was launched before.
         """
         if not is_multiprocess():
             return lambda: Agreement(stop_request, state)
         own = state.lanes[self._lanes.start : self._lanes.stop]
         head = np.array([stop_request, self._lanes.start], np.int64)
         # JAX would make 32-bit numbers of 64-bit ones.
-        said = np.concatenate([head, own.reshape(-1), state.languages.reshape(-1)]).view(np.uint32)
+        message = np.concatenate([head, own.reshape(-1), state.languages.reshape(-1)]).view(np.uint32)
         if self._waits:
             jax.block_until_ready(under_way)
         with jax.set_mesh(self._mesh):
-            gathered = self._copy(jax.make_array_from_process_local_data(self._each, said[None]))
+            gathered = self._copy(jax.make_array_from_process_local_data(self._each, message[None]))
         if self._waits:
             jax.block_until_ready(gathered)
         return lambda: self._read(np.asarray(gathered), state)
 
     def _read(self, gathered: np.ndarray, like: DataState) -> Agreement:
-        said = np.ascontiguousarray(gathered).view(np.int64)
-        states = {}
+        messages = np.ascontiguousarray(gathered).view(np.int64)
+        states = {}  # by first lane: processes that share rows have the same ones
         size = len(self._lanes) * like.lanes[0].size
-        for (start, *_), numbers in zip(said[:, 1:2].tolist(), said[:, 2:], strict=True):
+        for (start, *_), numbers in zip(messages[:, 1:2].tolist(), messages[:, 2:], strict=True):
             lanes = np.zeros_like(like.lanes)
             lanes[start : start + len(self._lanes)] = numbers[:size].reshape(len(self._lanes), *lanes.shape[1:])
             states[start] = DataState(lanes, numbers[size:].reshape(like.languages.shape))
-        return Agreement(int(said[:, 0].max()), whole_state(list(states.values())))
+        return Agreement(int(messages[:, 0].max()), whole_state(list(states.values())))
 
 
 def own_quarantine(path: Path, sources: list[str], state: DataState | None) -> Path:
-    """This process's list of bad records, beside the first's `path`.
+    """This process's list of bad records: `path` itself, or a file beside it.
 
-    The first forgets what processes that are no more had read ahead of `state`, for it will be read again.
+    The primary process drops entries of processes that this run no longer has, if they are ahead of `state`: their
+    records will be read again.
     """
     if is_primary():
         for other in path.parent.glob(f"{path.stem}-of-process-*{path.suffix}"):

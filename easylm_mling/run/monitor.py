@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from easylm_mling.config import ProfileConfig, RunConfig
-from easylm_mling.distributed.processes import is_primary
+from easylm_mling.distributed.agreement import is_primary
+from easylm_mling.errors import without_secrets
 from easylm_mling.monitoring.console import ProgressLine, say, sources_table, warn
-from easylm_mling.monitoring.events import EventLog, without_secrets
+from easylm_mling.monitoring.events import EventLog
 from easylm_mling.monitoring.metrics import MetricsLog, step_metrics
 from easylm_mling.monitoring.plan_comparison import compare_with_plan
 from easylm_mling.monitoring.profiler import Profiler
@@ -84,6 +85,10 @@ class Monitor:
     def begin(self, step: int):
         """Show the run's progress: steps from `step` + 1 on follow."""
         self._progress.begin(step)
+
+    def restored(self, step: int, seconds: float):
+        """Write that the run goes on from the checkpoint of `step`, which took `seconds` to read."""
+        self.events.write("restored", step, seconds=round(seconds, 3))
 
     @contextmanager
     def compiling(self, step: int) -> Iterator[None]:

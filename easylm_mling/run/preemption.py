@@ -1,4 +1,4 @@
-"""What ends a process before its work is done: signals, its time, and a watchdog over steps that never come."""
+"""Preemption: requests to stop, by a signal or by a time limit."""
 
 import os
 import signal
@@ -10,18 +10,19 @@ from rich.console import Console
 from easylm_mling.errors import INTERRUPTED
 from easylm_mling.monitoring.console import say
 
-# What a process wishes for; the largest of all processes' wishes counts.
+# What a process asks for; the largest of all processes' requests counts.
 CONTINUE, OUT_OF_TIME, SIGNALLED = range(3)
 
 
 class StopSignal:
-    """Within it, the first SIGTERM or Ctrl-C asks the loop to save and stop at the next step; the second stops at once."""
+    """A context manager: within it, the first SIGTERM or Ctrl-C asks the loop to save and stop; the second stops at once."""
 
     def __init__(self, console: Console, max_hours: float | None = None):
         self._console, self._signalled = console, False
         self._until = None if max_hours is None else time.monotonic() + max_hours * 3600
 
-    def stop_request(self) -> int:
+    def request(self) -> int:
+        """CONTINUE, OUT_OF_TIME or SIGNALLED."""
         if self._signalled:
             return SIGNALLED
         return OUT_OF_TIME if self._until is not None and time.monotonic() >= self._until else CONTINUE

@@ -1,4 +1,4 @@
-"""Going back to an older checkpoint and leaving out some batches, as one does by hand after a spike of the loss.
+"""Rewinds: going back to an older checkpoint and leaving out some batches, as one does by hand after a spike of the loss.
 
 RUN/rewinds.jsonl lists what was done. A checkpoint counts the lines there were when it was saved, so a restore knows
 whether batches are to be left out after it: then a kill in between, or the same command again, changes nothing.
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import TrainConfig
-from easylm_mling.distributed.processes import broadcast, is_primary
+from easylm_mling.distributed.agreement import broadcast, is_primary
 from easylm_mling.errors import ConfigError
 from easylm_mling.monitoring.console import say
 from easylm_mling.monitoring.events import EventLog
@@ -17,9 +17,9 @@ from easylm_mling.run.directory import RunDirectory
 
 
 def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, events: EventLog, console: Console):
-    """Do what `train.rewind` asks for, unless it is what the run did last: set newer steps aside, and write it down.
+    """Do what `train.rewind` asks for, unless it was the run's last rewind: set newer steps aside, and record it.
 
-    Raises ConfigError if there is no such checkpoint.
+    Raises ConfigError if there is no such checkpoint. Collective.
     """
     to, skip = train.rewind, train.skip_batches
     if not to:
@@ -41,18 +41,18 @@ def rewind(train: TrainConfig, checkpoints: Checkpoints, run: RunDirectory, even
 
 
 def count_rewinds(run: RunDirectory) -> int:
-    """How many there were, for a checkpoint's info."""
+    """The number of rewinds so far, for a checkpoint's info. Collective."""
     return broadcast(len(_past(run)))
 
 
 def batches_to_skip(run: RunDirectory, step: int, info: dict) -> int:
-    """How many batches to leave out after the checkpoint of `step` with this info."""
+    """The number of batches to leave out after the checkpoint of `step` with this info. Collective."""
     later = _past(run)[info.get("rewinds", 0) :]
     return broadcast(later[-1]["skip_batches"] if later and later[-1]["step"] == step else 0)
 
 
 def batches_left_out(run: RunDirectory) -> int:
-    """By all rewinds together. Only the first process knows."""
+    """The number of batches that all rewinds together left out; 0 in any but the primary process."""
     return sum(line["skip_batches"] for line in _past(run))
 
 

@@ -1,8 +1,9 @@
-"""How a process of a run begins: its devices, the run's directory, what is fixed for its life, and the state to go on with."""
+"""The setup of a run: devices, directory, data, what is fixed for its life, and the state to go on with."""
 
 from functools import partial
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
@@ -10,16 +11,16 @@ from easylm_mling.checkpoint.layout import newest_step
 from easylm_mling.config import RunConfig, load
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.distributed.processes import process_index
+from easylm_mling.distributed.agreement import process_index
 from easylm_mling.model.sharding import check_run, make_mesh
 from easylm_mling.monitoring.console import say, warn
 from easylm_mling.plan.measurements import MeasurementCache
 from easylm_mling.plan.remat import choose_remat, with_remat
-from easylm_mling.run.data import RunData
+from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.run.host_sync import own_lanes
 from easylm_mling.run.rewind import batches_to_skip
-from easylm_mling.training.step import (
+from easylm_mling.training.state import (
     TrainState,
     abstract_params,
     abstract_state,
@@ -36,12 +37,15 @@ def select_devices(config: RunConfig):
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
 
 
-def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool):
-    """Check everything that can be checked, then take the run's directory; returns the config with its remat, the mesh
-    and the data.
+def open_run(
+    config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool
+) -> tuple[RunConfig, Mesh, RunData]:
+    """Check everything that can be checked, then take the run's directory and open its data.
+
+    Returns the config with the remat policy that `auto` stands for, the mesh and the data.
     """
     run = RunDirectory(config, accept_data_change, process_index())
-    data = RunData(run, config, tokenizer, accept_data_change)
+    catalog = open_catalog(run, config, accept_data_change)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     own_lanes(config, mesh)
@@ -49,11 +53,11 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
     if config.init_from and not newest_step(run.name):
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
     run.take_lease()
-    if data.changed:
+    if accept_data_change and is_of_other_data(run, tokenizer, catalog):
         run.set_aside(newest_step(run.name))
         run.replace_config(config)
     run.write_start(config)
-    data.write_start()
+    data = RunData.open(run, config, catalog, tokenizer, accept_data_change)
     run.begun()
     return config, mesh, data
 
@@ -61,18 +65,18 @@ def open_run(config: RunConfig, tokenizer: Tokenizer, console: Console, accept_d
 def restore_or_init(
     config, mesh, checkpoints: Checkpoints, data: RunData, console
 ) -> tuple[TrainState, DataState | None, int]:
-    """The newest checkpoint's state on this mesh, or a fresh one (from `init_from` where given) and no data state.
+    """The newest checkpoint's state on this mesh and its data state, or a fresh state (from `init_from` if given) and None.
 
-    Last, how many batches to leave out now: those of a rewind to this very checkpoint.
+    The third value is the number of batches to leave out now, after a rewind to this very checkpoint. Collective.
     """
     shardings = state_shardings(config, mesh)
-    if found := checkpoints.restore_newest(abstract_state(config, mesh)):
-        for step, wrong in found.damaged:
+    if restored := checkpoints.restore_newest(abstract_state(config, mesh)):
+        for step, wrong in restored.damaged:
             warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
-        data_state, news = data.resume(found.step, DataState(**found.data), found.info)
-        for line in (f"resumed from the checkpoint of step {found.step}", *news):
+        data_state, news = data.resume(restored.step, DataState(**restored.data), restored.info)
+        for line in (f"resumed from the checkpoint of step {restored.step}", *news):
             say(console, line)
-        return found.state, data_state, batches_to_skip(data.run, found.step, found.info)
+        return restored.state, data_state, batches_to_skip(data.run, restored.step, restored.info)
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
         params = load_params(config.init_from, abstract)
@@ -83,7 +87,7 @@ def restore_or_init(
 
 
 def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
-    """`train.remat: auto` as it was chosen when the run began, or chosen now: a run keeps it whatever compiler comes next."""
+    """The config with `train.remat: auto` resolved: as chosen when the run began, or chosen now. A run keeps its choice."""
     if config.train.remat == "auto" and run.config_file.is_file():
         chosen = load([str(run.config_file)]).train
         return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)

@@ -1,4 +1,4 @@
-"""The loss on held-out documents, over all and for each source and language."""
+"""Validation: the loss on held-out documents, over all and for each source and language."""
 
 import math
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from easylm_mling.training.step import jit_eval_step
 
 
 class Validation:
-    """Called with parameters, gives the mean loss of held-out text in nats a token, None where there is none:
+    """Measures the mean loss of held-out text, in nats a token and in bits a byte; None where there is no text.
 
-    `{"loss", "sources": {name: loss}, "languages": {name: {language: loss}}}`, the last for sources of several, and the
-    same as `bits_per_byte`, `sources_bits_per_byte` and `languages_bits_per_byte`: bits for each byte of the text, by which
-    models of other tokenizers can be compared.
+    A call with the parameters returns `{"loss", "sources": {name: loss}, "languages": {name: {language: loss}}}`, where
+    `languages` has the sources of more than one language. `bits_per_byte`, `sources_bits_per_byte` and
+    `languages_bits_per_byte` hold the same for each byte of text: they compare models of different tokenizers.
 
-    The rows are read at the first call and kept: they are the same for the whole run, at most eval.rows_per_source each.
-    A row in which several languages meet is looked at once for each of them.
+    The rows are read at the first call and kept: at most eval.rows_per_source of each source, the same for the whole run.
+    A row that holds several languages is evaluated once for each of them.
     """
 
     def __init__(self, config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, mesh: Mesh):
@@ -37,8 +37,9 @@ class Validation:
 
     @cached_property
     def rows(self) -> Batch:
-        """All sources' rows one after another, filled up to whole batches with rows that have no targets. `source` is the
-        number of a group.
+        """All sources' rows one after another, filled up to whole batches with rows that have no targets.
+
+        `source` numbers the groups.
         """
         count, parts, first = self.config.eval.rows_per_source, [], 0
         for name, source in self.catalog.sources.items():
@@ -50,15 +51,16 @@ class Validation:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """float64 [groups]: bytes of the text that the rows' targets stand for. NaN if one of them is unknown."""
+        """float64 [groups]: bytes of text of the rows' targets; NaN if that of one target is unknown."""
         sizes, rows = self.tokenizer.bytes_of_pieces, self.rows
-        # Some tokenizers put a space before every text, which is not the text's.
+        # Some tokenizers add a space before every text.
         added = sizes[self.tokenizer.encode(["a"])[0]].sum() - 1
         begun = (rows["tokens"] == self.tokenizer.bos_id) & (rows["loss_mask"] > 0)
         of_rows = np.sum(np.where(rows["loss_mask"] > 0, sizes[rows["targets"]], 0.0) - added * begun, axis=-1)
         return np.bincount(rows["source"], of_rows, len(self.groups))
 
     def __call__(self, params: dict) -> dict:
+        """The losses of these parameters. Collective."""
         sums, counts = np.zeros(len(self.groups)), np.zeros(len(self.groups))
         for start in range(0, len(self.rows["source"]), self.rows_per_batch):
             batch = {key: v[start + self.own.start : start + self.own.stop] for key, v in self.rows.items()}
@@ -71,7 +73,7 @@ class Validation:
         }
 
     def _means(self, name: str, mean: Callable, sums: np.ndarray, sizes: np.ndarray) -> dict:
-        """`mean` of everything, of each source and of each language that has anything."""
+        """`mean` over everything, of each source and of each language that has any text."""
         names = [source for source, _ in self.groups]
         of = {source: [i for i, n in enumerate(names) if n == source] for source in names}
         each = {s: mean(sums[i].sum(), sizes[i].sum()) for s, i in of.items() if sizes[i].any()}
@@ -87,13 +89,14 @@ class Validation:
 
 
 def by_language(rows: Batch, first: int) -> Batch:
-    """`rows` of one source (loader.holdout_rows), each once for every language that it has targets of, which alone are left.
-    `source` is `first` and the number of the language.
+    """`rows` of one source (loader.holdout_rows), copied for each language in a row, with the targets of that language only.
+
+    `source` becomes `first` plus the number of the language.
     """
     spoken, targets = rows["language"], rows["loss_mask"] > 0
-    found = [np.unique(spoken[i][targets[i]]) for i in range(len(spoken))]
-    index = np.repeat(np.arange(len(spoken)), [len(x) for x in found])
-    language = np.concatenate([np.zeros(0, np.int32), *found]).astype(np.int32)
+    of_rows = [np.unique(spoken[i][targets[i]]) for i in range(len(spoken))]
+    index = np.repeat(np.arange(len(spoken)), [len(x) for x in of_rows])
+    language = np.concatenate([np.zeros(0, np.int32), *of_rows]).astype(np.int32)
     copies = {key: v[index] for key, v in rows.items() if key != "language"}
     kept = spoken[index] == language[:, None]
     copies["targets"], copies["loss_mask"] = copies["targets"] * kept, copies["loss_mask"] * kept
@@ -101,4 +104,5 @@ def by_language(rows: Batch, first: int) -> Batch:
 
 
 def bits_per_byte(nats: float, size: float) -> float | None:
+    """`nats` over `size` bytes as bits a byte; None for no bytes."""
     return finite(float(nats) / math.log(2) / float(size)) if size else None

@@ -1,7 +1,7 @@
-"""Bytes of a file, wherever it lies, by ranges: local ones, and through fsspec any whose name has a `scheme://`.
+"""Ranges of bytes of any file: local ones, and through fsspec those whose name has a `scheme://`.
 
-A read that fails is tried again, below everything that parses: whoever reads never learns of it, so no document is
-lost or read twice. Only the bytes asked for travel; no file is ever fetched whole.
+A read that fails is tried again below everything that parses. Its caller never notices, so no document is lost or read
+twice. Only the bytes asked for are transferred; no file is downloaded as a whole.
 """
 
 import io
@@ -19,10 +19,10 @@ from easylm_mling.errors import ConfigError, one_line
 
 Result = TypeVar("Result")
 
-# Read ahead. More for remote files, where a request costs some 50 ms; hundreds of files may be open on one host.
+# Bytes read ahead. A remote request costs some 50 ms, so more there; but hundreds of files may be open on one host.
 LOCAL_CHUNK, REMOTE_CHUNK = 1 << 16, 1 << 18
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "http", "https": "http", "hf": "hf"}
-# What the transports raise that is no OSError. Each is looked for only once its library is loaded.
+# Errors of the transports that are no OSError, by module and name; only those of loaded modules can occur.
 _TRANSPORT_ERRORS = (
     ("aiohttp", "ClientError"),
     ("gcsfs.retry", "HttpError"),
@@ -35,7 +35,7 @@ _FINAL = (PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Retry(NamedTuple):
-    """How often a failed read is tried again, and the seconds before the first time; they double each time."""
+    """How often a failed read is tried again, and the seconds before the first retry; they double each time."""
 
     retries: int = 5
     seconds: float = 1.0
@@ -45,13 +45,15 @@ DEFAULT_RETRY = Retry()
 
 
 def is_remote(name: str) -> bool:
+    """Return True if the name has a `scheme://`."""
     return "://" in name
 
 
 def attempt(name: str, retry: Retry, call: Callable[[], Result]) -> Result:
-    """`call()`, again after each failure that may pass.
+    """Return `call()`, which is tried again after each failure that may pass.
 
-    Raises FileNotFoundError at once, and ConfigError, naming the file, the attempts and the cause, in the end.
+    Raises FileNotFoundError at once if the file is missing, and else, in the end, ConfigError with the file, the number of
+    attempts and the cause.
     """
     for number in range(1, retry.retries + 2):
         try:
@@ -69,9 +71,9 @@ def attempt(name: str, retry: Retry, call: Callable[[], Result]) -> Result:
 
 
 def filesystem_of(name: str) -> tuple[Any, str]:
-    """fsspec's file system of a remote name, and the path there.
+    """Return fsspec's file system of a remote name, and the path in it.
 
-    Raises ConfigError for an unknown scheme, one whose package is not installed, or credentials in the name.
+    Raises ConfigError for an unknown scheme, one whose package is not installed, and credentials in the name.
     """
     url = urlsplit(name)
     # Names are written to the catalog, the quarantine and the log, so they must not hold secrets.
@@ -93,17 +95,17 @@ def filesystem_of(name: str) -> tuple[Any, str]:
 
 
 def open_binary(name: str, retry: Retry, chunk: int | None = None) -> io.BufferedReader:
-    """A file to read and seek in, `chunk` bytes at a time. What cannot be read raises ConfigError."""
+    """Open a file to read and seek in, `chunk` bytes at a time. It, and its reads, raise ConfigError in the end."""
     return io.BufferedReader(_Ranges(name, retry), chunk or (REMOTE_CHUNK if is_remote(name) else LOCAL_CHUNK))
 
 
 def open_arrow(name: str, retry: Retry, chunk: int | None = None) -> pa.NativeFile:
-    """The same for Arrow. A local file is mapped: then a large record batch takes no memory of ours."""
+    """Open a file for pyarrow. A local one is mapped, so that a large record batch takes no memory."""
     return pa.PythonFile(open_binary(name, retry, chunk), "r") if is_remote(name) else pa.memory_map(name)
 
 
 class _Ranges(io.RawIOBase):
-    """A file as ranges of bytes, each read again from the start if it fails or comes short."""
+    """A file as ranges of bytes; a range that fails or comes short is read again as a whole."""
 
     def __init__(self, name: str, retry: Retry):
         super().__init__()
@@ -140,21 +142,21 @@ class _Ranges(io.RawIOBase):
         handle = self._handle or self._open()
         try:
             handle.seek(self._at)
-            found = handle.read(want)
+            part = handle.read(want)
         except ValueError as error:
             raise ConfigError(
                 f"{self.name}: its server does not give ranges of bytes ({one_line(error)}); copy the file elsewhere"
             ) from error
-        if len(found) != want:
-            raise OSError(f"{len(found)} bytes came of {want} from byte {self._at} on")
-        return found
+        if len(part) != want:
+            raise OSError(f"{len(part)} bytes came of {want} from byte {self._at} on")
+        return part
 
     def _attempt(self, call: Callable[[], Result]) -> Result:
         def afresh():
             try:
                 return call()
             except BaseException:
-                # Whatever state the connection is in, the next attempt has a new one.
+                # The connection may be in any state, so the next attempt opens a new one.
                 self._drop()
                 raise
 
@@ -190,9 +192,10 @@ class _Local(io.FileIO):
 
 
 def transport_errors() -> list[type[BaseException]]:
+    """Return the error classes of the transports that are loaded, other than OSError."""
     return [getattr(sys.modules[module], name) for module, name in _TRANSPORT_ERRORS if module in sys.modules]
 
 
 def _is_really_missing(error: FileNotFoundError) -> bool:
-    """fsspec's HTTP raises FileNotFoundError for whatever went wrong, with the server's answer as its cause."""
+    """Return False for other errors of HTTP: fsspec raises FileNotFoundError for them all, with the answer as its cause."""
     return error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410)

@@ -10,6 +10,7 @@ the one that was read before. config.yaml, which makes a directory a run's, is t
 """
 
 import atexit
+import json
 import os
 import shutil
 import sys
@@ -26,10 +27,13 @@ from urllib.parse import urlsplit
 import fsspec.config
 import tensorstore as ts
 
-from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.errors import ConfigError, check_format, one_line
+from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import filesystem_of
 
-CONFIG = "config.yaml"
+CONFIG, FORMAT_FILE = "config.yaml", "format.json"
+# Of a run's directory: which files it has, and what they mean.
+RUN_FORMAT = 1
 # What is no small file of a run lies in the bucket only; the launcher's are not the run's, and wandb brings its own away.
 _NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "launch/", "logs/", "wandb/")
 _PUSH_SECONDS = 30.0
@@ -234,7 +238,21 @@ def run_files(run_dir: str | Path) -> Path:
     files = small_files(run_dir)
     if not (files / CONFIG).is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no {CONFIG})")
+    check_run_format(files, run_dir)
     return files
+
+
+def check_run_format(files: Path, run_dir: str | Path):
+    """Raise UnknownFormat unless this version can read the run in `run_dir`, whose small files lie in `files`."""
+    try:
+        number = json.loads((files / FORMAT_FILE).read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        number = None
+    check_format(run_dir, "run directory", number, RUN_FORMAT)
+
+
+def write_run_format(files: Path):
+    write_atomically(files / FORMAT_FILE, json.dumps({"format": RUN_FORMAT}).encode())
 
 
 def small_files(run_dir: str | Path) -> Path:

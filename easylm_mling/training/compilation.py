@@ -1,4 +1,4 @@
-"""The training step compiled ahead: beside the restore and the first batches, and kept for the next start."""
+"""Compilation of the training step, ahead of time: beside the restore and the first batches, and cached for the next start."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,14 +8,15 @@ import jax
 from jax.sharding import Mesh
 
 from easylm_mling.config import RunConfig
-from easylm_mling.training.step import abstract_batch, abstract_state, jit_train_step
+from easylm_mling.training.state import abstract_batch, abstract_state
+from easylm_mling.training.step import jit_train_step
 
-# What is longest unused goes first. The step of Gemma 7B takes some tens of MB.
+# The least recently used goes first. The step of Gemma 7B takes some tens of MB.
 _CACHE_BYTES = 2 * 2**30
 
 
 def enable_compilation_cache():
-    """Find this machine's compiled programs in the user's cache, or where JAX_COMPILATION_CACHE_DIR says (empty: nowhere)."""
+    """Cache compiled programs in the user's cache folder, or where JAX_COMPILATION_CACHE_DIR says (empty: nowhere)."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -24,9 +25,9 @@ def enable_compilation_cache():
 
 
 def compile_ahead(config: RunConfig, mesh: Mesh) -> Future:
-    """The compiled `train_step` (state, batch) -> (state, metrics), to be: it is compiled in a thread of its own.
+    """Compile `train_step` in a thread of its own; the result is the program (state, batch) -> (state, metrics).
 
-    The step's state and batch must lie as abstract_state and abstract_batch say.
+    Its state and batch must lie as abstract_state and abstract_batch say.
     """
 
     def compiled():

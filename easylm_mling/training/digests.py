@@ -1,4 +1,4 @@
-"""Digests by which a restored checkpoint is known to be the one that was saved: storage does not notice a flipped bit."""
+"""Digests of arrays: they show that a restored checkpoint is what was saved, where storage does not notice a flipped bit."""
 
 from functools import cache, partial
 from hashlib import blake2b
@@ -13,32 +13,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def digests(tree: Any) -> dict[str, str]:
-    """A digest of each leaf, by its path: the same on any mesh and any number of processes, and computed where it lies.
+    """A digest of each leaf, by its path: the same on any mesh and any number of processes. Collective.
 
-    Of a jax.Array two sums of its bits as uint32 that wrap around, plain and with a hash of the place: a single flipped
-    bit, or two places exchanged, always changes one (the place's factor is odd). A numpy array's is a BLAKE2b.
+    A jax.Array's is computed where it lies: two sums of its bits as wrapping uint32, plain and weighted by a hash of the
+    place. A flipped bit, or two places exchanged, always changes one of them, because the weights are odd. A NumPy array's
+    is a BLAKE2b.
     """
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     on_device = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    found = {p: blake2b(v.tobytes(), digest_size=8).hexdigest() for p, v in leaves.items() if p not in on_device}
+    by_path = {p: blake2b(v.tobytes(), digest_size=8).hexdigest() for p, v in leaves.items() if p not in on_device}
     if on_device:
         sharding = next(iter(on_device.values())).sharding
         whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
         for path, (plain, placed) in zip(
             on_device, np.asarray(_on_device(whole)(list(on_device.values()))), strict=True
         ):
-            found[path] = f"{plain:08x}{placed:08x}"
-    return found
+            by_path[path] = f"{plain:08x}{placed:08x}"
+    return by_path
 
 
 def differing(stored: dict[str, str], tree: Any) -> str | None:
-    """The path of the first leaf that is not as `stored` says; None if all are."""
-    found = digests(tree)
-    return next((path for path in sorted(found.keys() | stored.keys()) if found.get(path) != stored.get(path)), None)
+    """The path of the first leaf whose digest is not the `stored` one; None if all agree. Collective."""
+    now = digests(tree)
+    return next((path for path in sorted(now.keys() | stored.keys()) if now.get(path) != stored.get(path)), None)
 
 
 class Pieces:
-    """The digest of a float32 array that the host reads piece by piece, in any order: the one that `digests` finds of it."""
+    """The digest, as of `digests`, of a float32 array that the host reads piece by piece, in any order."""
 
     _AT_A_TIME = 1 << 15  # values whose temporary arrays stay in a core's cache
 
@@ -46,7 +47,7 @@ class Pieces:
         self.size, self._plain, self._placed = 0, 0, 0
 
     def add(self, values: np.ndarray, first: int, stride: int):
-        """`values` [R, C]: row r lies in the array, flat, from place `first + r * stride` on."""
+        """Add `values`, float32 [R, C]: row r lies in the flat array from place `first + r * stride` on."""
         bits = values.view(np.uint32)
         height, width = max(1, self._AT_A_TIME // max(1, bits.shape[1])), self._AT_A_TIME
         for r, c in product(range(0, bits.shape[0], height), range(0, bits.shape[1], width)):
@@ -64,7 +65,7 @@ class Pieces:
 
 
 def leaf_name(*names: str) -> str:
-    """What `digests` calls the leaf at these keys."""
+    """The name that `digests` gives the leaf at these keys."""
     return "".join(f"[{name!r}]" for name in names)
 
 
@@ -74,7 +75,7 @@ def _on_device(whole: NamedSharding | None):
 
 
 def _sums(x: jax.Array) -> jax.Array:
-    """uint32 [2]"""
+    """The two sums of `x`, uint32 [2]."""
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
@@ -85,6 +86,6 @@ def _sums(x: jax.Array) -> jax.Array:
 
 
 def _factor(place):
-    """An odd uint32 for each place in an array."""
+    """The weight of each place in an array, an odd uint32."""
     place = place * np.uint32(0x9E3779B1)
     return (place ^ (place >> np.uint32(16))) * np.uint32(0x85EBCA6B) | np.uint32(1)

@@ -18,14 +18,14 @@ from easylm_mling.model.sharding import BATCH_AXES
 def cross_entropy(
     hidden, head, targets, mask, chunk: int, z_loss: float = 0.0, soft_cap: float | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(their sum, cross entropy [B], z-loss [B]), float32: sums over positions, to be divided by counts by the caller.
+    """Returns (total, cross entropy [B], z-loss [B]), float32: sums over positions, which the caller divides by counts.
 
-    hidden [B, T, D]; head [V, D]; targets [B, T] int32; mask [B, T] float32. Logits are float32, and capped by
-    `soft_cap` as in model.logits. `z_loss` times the squared log-normaliser (PaLM, section 5) keeps logits from drifting;
-    it is kept apart so that losses stay comparable.
+    hidden [B, T, D]; head [V, D]; targets [B, T] int32; mask [B, T] float32. Logits are float32, soft-capped as the model's.
+    `z_loss` times the squared log-normaliser (PaLM, section 5) keeps logits from drifting; the two losses stay apart so that
+    cross entropies can be compared.
 
-    Only the sum can be differentiated, by `hidden` and `head`. Its gradient but for a factor is known as soon as a chunk's
-    logits are, so it is taken then and there, and no logits are computed twice (as in Liger Kernel, Hsu 2024).
+    Only the total can be differentiated, with respect to `hidden` and `head`. The forward pass computes the gradient up to
+    the cotangent while it holds a chunk's logits, so no logits are computed twice (as in Liger Kernel, Hsu 2024).
     """
     return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, False)[0]
 
@@ -35,16 +35,16 @@ def _forward(hidden, head, targets, mask, chunk, z_loss, soft_cap):
 
 
 def _backward(chunk, z_loss, soft_cap, gradients, cotangents):
-    grad_hidden, by_head = gradients
+    grad_hidden, grad_head = gradients
     factor = cotangents[0]
-    return factor.astype(grad_hidden.dtype) * grad_hidden, factor * by_head, None, None
+    return factor.astype(grad_hidden.dtype) * grad_hidden, factor * grad_head, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
 def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate: bool):
-    """((sum, cross entropy, z-loss), (gradient by hidden, by head) if `differentiate`)."""
+    """((total, cross entropy, z-loss), (gradient of hidden, of head) if `differentiate`)."""
     assert targets.shape == mask.shape == hidden.shape[:2], (hidden.shape, targets.shape, mask.shape)
     chunk = min(chunk, hidden.shape[1])
     run: Any = partial(_chunks, chunk=chunk, z_loss=z_loss, soft_cap=soft_cap, differentiate=differentiate)
@@ -61,11 +61,11 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
         sums, gradients = run(hidden, whole, targets, mask, vocabulary)
         if not differentiate:
             return sums, None
-        grad_hidden, by_head = gradients
-        by_head = jax.lax.psum_scatter(by_head, "fsdp", scatter_dimension=0, tiled=True)
-        by_head = jax.lax.psum(by_head.T.astype(head.dtype), "data")
+        grad_hidden, grad_head = gradients
+        grad_head = jax.lax.psum_scatter(grad_head, "fsdp", scatter_dimension=0, tiled=True)
+        grad_head = jax.lax.psum(grad_head.T.astype(head.dtype), "data")
         # The layers' backward pass comes after this, so that it does not find the whole head's gradient in memory.
-        return sums, jax.lax.optimization_barrier((grad_hidden, by_head))
+        return sums, jax.lax.optimization_barrier((grad_hidden, grad_head))
 
     rows, columns = PartitionSpec(BATCH_AXES), PartitionSpec("tensor", "fsdp")
     specs = ((rows, columns, rows, rows), ((rows, rows), (rows, columns) if differentiate else None))
@@ -90,7 +90,7 @@ def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_los
     first = head.shape[1] * jax.lax.axis_index(vocabulary) if vocabulary else 0
 
     def body(carry, part):
-        (entropy, z), by_head = carry
+        (entropy, z), grad_head = carry
         h, t, m = part
         scores = jnp.einsum("bcd,dv->bcv", h, head, preferred_element_type=jnp.float32)
         scores = capped(scores, soft_cap)
@@ -103,23 +103,23 @@ def _chunks(hidden, head, targets, mask, vocabulary: str | None, *, chunk, z_los
         entropy += jnp.sum((log_normaliser - score) * m, axis=-1)
         z += z_loss * jnp.sum(jnp.square(log_normaliser) * m, axis=-1)
         if not differentiate:
-            return ((entropy, z), by_head), None
+            return ((entropy, z), grad_head), None
         likely = jnp.exp(scores - log_normaliser[..., None])
         slope = (m * (1.0 + 2.0 * z_loss * log_normaliser))[..., None] * likely - jnp.where(hit, m[..., None], 0.0)
         if soft_cap is not None:
             slope *= 1.0 - jnp.square(scores / soft_cap)
         # Once, and not in the input of each of the two products that follow.
         slope = jax.lax.optimization_barrier(slope.astype(h.dtype))
-        by_head += jnp.einsum("bcd,bcv->dv", h, slope)
-        return ((entropy, z), by_head), across(jax.lax.psum, jnp.einsum("bcv,dv->bcd", slope, head))
+        grad_head += jnp.einsum("bcd,bcv->dv", h, slope)
+        return ((entropy, z), grad_head), across(jax.lax.psum, jnp.einsum("bcv,dv->bcd", slope, head))
 
     def split(x):
         return jnp.moveaxis(x.reshape(B, (T + padding) // chunk, chunk, *x.shape[2:]), 1, 0)
 
     zero = jnp.zeros((B,), jnp.float32)
     start = (zero, zero), jnp.zeros_like(head) if differentiate else None
-    (sums, by_head), grad_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
+    (sums, grad_head), grad_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
     if not differentiate:
         return sums, None
     assert grad_hidden is not None
-    return sums, (jnp.moveaxis(grad_hidden, 0, 1).reshape(B, T + padding, D)[:, :T], by_head)
+    return sums, (jnp.moveaxis(grad_hidden, 0, 1).reshape(B, T + padding, D)[:, :T], grad_head)

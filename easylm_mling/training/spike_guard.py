@@ -1,10 +1,10 @@
-"""Which steps change nothing: those that are not finite, and spikes, as two guards apart.
+"""The spike guard: steps that are not finite, or whose loss or gradient norm is a spike, change nothing.
 
 A spike is a loss or gradient norm over `sigmas` standard deviations above the mean of the last WINDOW steps: 6 and 128 in
 OLMo-core (`SkipStepOptimizer`) and levanter, where as in MaxText it must be asked for. (PaLM's authors went back and left
 batches out by hand, arXiv:2204.02311, 5.1: run/rewind.py.) Theirs takes everything into its window, so that one NaN blinds it
 or freezes the run for the next 128 steps. Here what is not finite never enters, and a spike enters as the limit that it
-passed: it cannot hide the next one, and a level that lasts (of another data stage, say) is learnt within some steps.
+passed: it cannot hide the next one, and a lasting level (of another data stage, say) is accepted within some steps.
 """
 
 from typing import Any, NamedTuple
@@ -12,25 +12,26 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 WINDOW = 128
-# What becomes of a step.
+# The verdict on a step.
 ACCEPTED, NOT_FINITE, SPIKE = range(3)
 
 
 class Recent(NamedTuple):
-    """The last finite steps; or, in the same places, shapes or shardings."""
+    """The window of the last finite steps; or, in the same places, shapes or shardings."""
 
     values: Any  # float32 [2, WINDOW], a ring: the loss (nats a target) and the gradient norm
     count: Any  # int32: how many have ever entered
 
 
 def nothing_recent() -> Recent:
+    """The window of a run that has done no step."""
     return Recent(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32))
 
 
 def judge(recent: Recent, loss, norm, sigmas: float):
-    """(LEARNT, NOT_FINITE or SPIKE; the limits [2] float32 of loss and norm; the window with this step in it).
+    """(ACCEPTED, NOT_FINITE or SPIKE; the limits of loss and norm, float32 [2]; the window with this step in it).
 
-    `sigmas` 0 knows no spikes. Nor does a window that is not yet half full, which the start of a run would mislead.
+    There are no spikes with `sigmas` 0, nor before the window is half full: the start of a run would mislead it.
     """
     now = jnp.stack([loss, norm]).astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(now))

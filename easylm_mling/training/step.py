@@ -8,8 +8,8 @@ spread over devices, microbatches or sources.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,136 +17,88 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easylm_mling.config import ModelConfig, RunConfig, TrainConfig
+from easylm_mling.config import RunConfig, TrainConfig
 from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
 from easylm_mling.model.attention import cudnn_attention
-from easylm_mling.model.decoder import Gemma, Remat
+from easylm_mling.model.decoder import Remat
 from easylm_mling.model.sharding import batch_sharding, parameter_shardings, replicated
 from easylm_mling.model.splash_attention import runs_on, splash_attention
 from easylm_mling.training.loss import cross_entropy
-from easylm_mling.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer, make_schedule
-from easylm_mling.training.spike_guard import ACCEPTED, SPIKE, Recent, judge, nothing_recent
+from easylm_mling.training.optimizer import clip_by_global_norm, make_optimizer, make_schedule
+from easylm_mling.training.spike_guard import ACCEPTED, SPIKE, judge
+from easylm_mling.training.state import TrainState, model_graph, state_shardings
 from easylm_mling.training.xla_flags import compiler_flags
 
 
-class TrainState(NamedTuple):
-    """Arrays; or, in the same places, their shapes or their shardings."""
+@dataclass(frozen=True)
+class StepConfig:
+    """The static part of a step: what its program is compiled for."""
 
-    step: Any  # int32: batches consumed
-    params: dict  # float32, as in the parameter table
-    optimizer: Any  # optax state; moments are float32
-    skipped: Any  # int32: steps that changed nothing, as training/spike_guard.py says
-    skipped_in_a_row: Any  # int32
-    spikes: Any  # int32: those of them that were finite
-    recent: Recent
+    graph: nnx.GraphDef
+    train: TrainConfig
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip_norm: float
+    sources: int  # how many losses are summed apart: `source` in a batch counts up to it
+    attention: Callable  # as model/attention.py's
 
-
-def model_graph(m: ModelConfig) -> nnx.GraphDef:
-    """The model without its parameters: `nnx.merge(model_graph(m), params)` is the model."""
-    return nnx.graphdef(jax.eval_shape(partial(Gemma, m), jax.random.key(0)))
-
-
-def init_params(m: ModelConfig, seed: int) -> dict:
-    """Fresh float32 parameters as a nested dict; the same bits on any mesh when jitted with shardings."""
-    return nnx.to_pure_dict(nnx.state(Gemma(m, jax.random.key(seed))))
+    @property
+    def remat(self) -> Remat:
+        t = self.train
+        return Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
 
 
-def init_state(params: dict, config: RunConfig) -> TrainState:
-    tx = make_optimizer(config.optimizer, decay_mask(config))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), zero, zero, zero, nothing_recent())
-
-
-def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
-    """A TrainState of NamedSharding: moments lie where their parameter lies, scalars on every device."""
-    params = parameter_shardings(config.model, mesh)
-    abstract = jax.eval_shape(partial(init_state, config=config), abstract_params(config.model, mesh))
-    whole = replicated(mesh)
-    optimizer = optax.tree.map_params(
-        make_optimizer(config.optimizer, decay_mask(config)),
-        lambda _, s: s,
-        abstract.optimizer,
-        params,
-        transform_non_params=lambda _: whole,
+def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
+    """The static part of this run's steps on `mesh`. Raises ConfigError if its attention cannot run there."""
+    return StepConfig(
+        graph=model_graph(config.model),
+        train=config.train,
+        optimizer=make_optimizer(config.optimizer, config.model),
+        schedule=make_schedule(config.optimizer, config.total_steps, config.tokens_per_step),
+        clip_norm=config.optimizer.clip_norm,
+        sources=len(config.data.sources),
+        attention=attention_on(config, mesh),
     )
-    return TrainState(whole, params, optimizer, whole, whole, whole, Recent(whole, whole))
 
 
-def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:
-    """Shapes, dtypes and shardings of the parameters, without memory for them."""
-    return _placed(jax.eval_shape(partial(init_params, m, 0)), parameter_shardings(m, mesh))
-
-
-def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the training state, without memory for it."""
-    shapes = jax.eval_shape(partial(init_state, config=config), abstract_params(config.model, mesh))
-    return _placed(shapes, state_shardings(config, mesh))
-
-
-def _placed(shapes, shardings):
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
-
-
-def abstract_batch(config: RunConfig, mesh: Mesh) -> dict:
-    """Shapes, dtypes and shardings of a batch."""
-    B, T = config.train.batch_size, config.data.sequence_length
-    place = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-    batch = {name: place((B, T), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    return {**batch, "loss_mask": place((B, T), jnp.float32), "source": place((B,), jnp.int32)}
-
-
-def batch_loss(params, batch, graph, train: TrainConfig, sources: int, attention: Callable):
+def batch_loss(params, batch: dict, c: StepConfig):
     """The sum to differentiate, and (cross entropy, target count) summed for each source, [S] float32 each."""
-    model = nnx.merge(graph, params)
-    dtype = jnp.dtype(train.compute_dtype)
-    remat = Remat(train.remat, train.remat_first, train.remat_first_layers, train.offload)
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, remat, attention)
+    model = nnx.merge(c.graph, params)
+    dtype = jnp.dtype(c.train.compute_dtype)
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, c.remat, c.attention)
     cap = model.config.final_logit_softcapping
     total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, model.head, batch["targets"], batch["loss_mask"], train.loss_chunk, train.z_loss, cap
+        hidden, model.head, batch["targets"], batch["loss_mask"], c.train.loss_chunk, c.train.z_loss, cap
     )
-    by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=sources)
+    by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=c.sources)
     return total, (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
 
 
-def train_step(
-    state: TrainState,
-    batch: dict,
-    *,
-    graph,
-    tx,
-    schedule,
-    train: TrainConfig,
-    clip_norm: float,
-    sources: int,
-    attention: Callable,
-):
+def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainState, dict]:
     """One update. Returns the new state and metrics: `loss_sum` and `loss_count` [S], the guard's `limits` [2], and scalars.
 
-    The batch is cut into `accumulation_steps` microbatches. A step that a guard rejects leaves parameters and moments
+    The batch is cut into `accumulation_steps` microbatches. A step that the guard rejects leaves parameters and moments
     untouched (chosen by `where`: a product with zero would keep the NaN) and is counted.
     """
-    A = train.accumulation_steps
+    A = c.train.accumulation_steps
     # Microbatch a takes every A-th row, so that each device works on the rows it already holds.
     microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // A, A, *x.shape[1:]), 1, 0), batch)
 
     def accumulate(carry, microbatch):
-        (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-            state.params, microbatch, graph, train, sources, attention
-        )
+        (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params, microbatch, c)
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
-    nothing = (jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros((sources,)), jnp.zeros((sources,))))
+    nothing = (jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros((c.sources,)), jnp.zeros((c.sources,))))
     (gradient, (loss_sum, loss_count)), _ = jax.lax.scan(accumulate, nothing, microbatches)
 
     total = jnp.maximum(jnp.sum(loss_count), 1.0)
-    gradient, norm = clip_by_global_norm(jax.tree.map(lambda g: g / total, gradient), clip_norm)
-    rate = schedule(state.step)
-    direction, optimizer = tx.update(gradient, state.optimizer, state.params)
+    gradient, norm = clip_by_global_norm(jax.tree.map(lambda g: g / total, gradient), c.clip_norm)
+    rate = c.schedule(state.step)
+    direction, optimizer = c.optimizer.update(gradient, state.optimizer, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
 
-    verdict, limits, recent = judge(state.recent, jnp.sum(loss_sum) / total, norm, train.spike_sigmas)
+    verdict, limits, recent = judge(state.recent, jnp.sum(loss_sum) / total, norm, c.train.spike_sigmas)
     accepted = verdict == ACCEPTED
     keep = lambda new, old: jnp.where(accepted, new, old)  # noqa: E731
     new_state = TrainState(
@@ -171,13 +123,13 @@ def train_step(
     }
 
 
-def eval_step(params: dict, batch: dict, *, graph, train: TrainConfig, sources: int, attention: Callable):
+def eval_step(params: dict, batch: dict, *, c: StepConfig):
     """(cross entropy, target count) summed for each source, [S] float32 each."""
-    return batch_loss(params, batch, graph, train, sources, attention)[1]
+    return batch_loss(params, batch, c)[1]
 
 
 def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
-    """What computes attention on `mesh`, as train.attention says. Raises ConfigError if it cannot run there."""
+    """The attention function that `train.attention` means on `mesh`. Raises ConfigError if it cannot run there."""
     m, train, T = config.model, config.train, config.data.sequence_length
     platform, wanted = mesh.devices.flat[0].platform, train.attention
     here = f"here are {platform} devices, data.sequence_length={T}, model.head_dim={m.head_dim}"
@@ -201,16 +153,7 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
 def jit_train_step(config: RunConfig, mesh: Mesh):
     """`train_step` compiled for `mesh`; the state is donated and stays sharded as it came."""
     shardings, whole = state_shardings(config, mesh), replicated(mesh)
-    step = partial(
-        train_step,
-        graph=model_graph(config.model),
-        tx=make_optimizer(config.optimizer, decay_mask(config)),
-        schedule=make_schedule(config),
-        train=config.train,
-        clip_norm=config.optimizer.clip_norm,
-        sources=len(config.data.sources),
-        attention=attention_on(config, mesh),
-    )
+    step = partial(train_step, c=step_config(config, mesh))
     return jax.jit(
         step,
         in_shardings=(shardings, batch_sharding(mesh)),
@@ -222,13 +165,8 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
 
 def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
     """`eval_step` compiled for `mesh`; with `groups`, `source` in its batches says which of so many a row belongs to."""
-    step = partial(
-        eval_step,
-        graph=model_graph(config.model),
-        train=config.train,
-        sources=groups or len(config.data.sources),
-        attention=attention_on(config, mesh),
-    )
+    c = step_config(config, mesh)
+    step = partial(eval_step, c=replace(c, sources=groups) if groups else c)
     where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))
 

@@ -11,12 +11,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from processes import assert_same_bits, outcome, train_here
 
-import easylm_mling.checkpoint.checkpoint
+import easylm_mling.checkpoint.reading
 from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.checkpoint.reading import load_info
 from easylm_mling.config import to_tree
-from easylm_mling.errors import NO_CHECKPOINT, ConfigError, NoUsableCheckpoint, report_error
+from easylm_mling.errors import NO_CHECKPOINT, ConfigError, NoUsableCheckpoint, UnknownFormat, report_error
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.inference.generate import load_model
+from easylm_mling.storage.object_store import run_files
 from easylm_mling.training.digests import Pieces, digests, leaf_name
 
 # When a read fails Orbax leaves behind the others that are under way.
@@ -132,15 +134,24 @@ def test_the_host_finds_the_digest_of_a_device_piece_by_piece():
     assert str(pieces) != wanted
 
 
-def test_a_checkpoint_without_a_spike_guard_is_resumed_with_an_empty_one(undisturbed, tmp_path, monkeypatch):
-    """As they were before training/spike_guard.py: neither the window nor its count lay in them."""
-    whole = easylm_mling.checkpoint.checkpoint._training
+def test_another_format_is_refused_by_name_and_nothing_is_set_aside(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        older = lambda state: {k: v for k, v in whole(state).items() if k not in ("spikes", "recent")}  # noqa: E731
-        patch.setattr(easylm_mling.checkpoint.checkpoint, "_training", older)
+        patch.setattr(easylm_mling.checkpoint.reading, "FORMAT", 7)
         train_here(tmp_path / "run", "train.stop_at_step=4")
-    assert "resumed from the checkpoint of step 4" in train_here(tmp_path / "run")
-    assert_same_bits(outcome(tmp_path / "run"), undisturbed)
+    with pytest.raises(
+        UnknownFormat, match=r"checkpoints/4: this checkpoint has format 7, .* knows format 1; use the version"
+    ):
+        train_here(tmp_path / "run")
+    with pytest.raises(UnknownFormat, match="this checkpoint has format 7"):
+        load_info(tmp_path / "run")
+    assert not (tmp_path / "run" / "set-aside").exists()
+    (tmp_path / "run" / "format.json").write_text('{"format": 2}')
+    for refused in (train_here, run_files):
+        with pytest.raises(UnknownFormat, match="run: this run directory has format 2, "):
+            refused(tmp_path / "run")
+    (tmp_path / "run" / "format.json").unlink()
+    with pytest.raises(UnknownFormat, match="run: this run directory has no format number, "):
+        run_files(tmp_path / "run")
 
 
 def test_a_digest_is_of_every_bit_and_of_no_mesh():

@@ -15,7 +15,7 @@ from easylm_mling.config import load
 from easylm_mling.errors import TrainingStopped
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import read_lines, read_metrics
-from easylm_mling.training.step import abstract_params
+from easylm_mling.training.state import abstract_params
 
 
 def poisoned(value):

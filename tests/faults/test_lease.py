@@ -21,7 +21,7 @@ ENDS = """
 import sys, time
 from pathlib import Path
 import easylm_mling.storage.lease
-from easylm_mling.lease import Lease, file_store
+from easylm_mling.storage.lease import Lease, file_store
 easylm_mling.storage.lease.BEAT_SECONDS = 0.1
 Lease(file_store(Path(sys.argv[1])), "run", float(sys.argv[2])).take()
 print("taken", flush=True)

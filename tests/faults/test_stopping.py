@@ -13,12 +13,12 @@ from easylm_mling.monitoring.events import read_event_log
 
 WATCHED = """
 import time
-from easylm_mling import stopping
-stopping._RECORD_SECONDS = 0.5
+from easylm_mling.distributed import watchdog as module
+module._RECORD_SECONDS = 0.5
 def record(what, code):
     print(what, code, flush=True)
     {record}
-with stopping.Watchdog({limit}, "no step was finished in 0.025 minutes", record=record) as watchdog:
+with module.Watchdog({limit}, "no step was finished in 0.025 minutes", record=record) as watchdog:
     for _ in range({beats}):
         time.sleep(0.2)
         watchdog.beat()
@@ -30,10 +30,10 @@ with stopping.Watchdog({limit}, "no step was finished in 0.025 minutes", record=
 STOPPED = """
 import time
 from rich.console import Console
-from easylm_mling.stopping import SIGNALLED, Stop
-with Stop(Console()) as stop:
+from easylm_mling.run.preemption import SIGNALLED, StopSignal
+with StopSignal(Console()) as stop:
     print("ready", flush=True)
-    while stop.wish() != SIGNALLED:
+    while stop.request() != SIGNALLED:
         time.sleep(0.01)
     print("asked", flush=True)
     time.sleep(60)

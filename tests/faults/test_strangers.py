@@ -24,7 +24,7 @@ from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.cli.main import main
 from easylm_mling.config import ModelConfig, load, to_tree
 from easylm_mling.errors import ConfigError
-from easylm_mling.training.step import init_params, init_state
+from easylm_mling.training.state import init_params, init_state
 
 DEMO = (ROOT / "configs/demo.yaml").read_text()
 
@@ -160,7 +160,7 @@ grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 print("RESULT", json.dumps([code, ran, grown]))
 """
 TAKE = """
-from easylm_mling.generate import load_model
+from easylm_mling.inference.generate import load_model
 from easylm_mling.hf.exporting import export_hf
 """
 TAKEN = TAKE, "load_model(sys.argv[1]); export_hf(sys.argv[1], sys.argv[2])"
@@ -174,8 +174,8 @@ ONE_DEVICE = [
 RESUME = f"""
 from easylm_mling.checkpoint import Checkpoints
 from easylm_mling.config import load
-from easylm_mling.sharding import make_mesh
-from easylm_mling.step import abstract_state
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.training.state import abstract_state
 config = load([{str(ROOT / "configs/demo.yaml")!r}], {ONE_DEVICE})
 state = abstract_state(config, make_mesh(config.mesh))
 """
@@ -198,7 +198,7 @@ def saved(tmp_path_factory):
     state = jax.jit(lambda: init_state(init_params(config.model, 0), config))()
     counters = {"lanes": np.zeros((8, 5, 11), np.int64), "languages": np.zeros((50, 3), np.int64)}
     with Checkpoints(directory) as checkpoints:
-        assert checkpoints.save(state, counters, {"config": to_tree(config)}) == ""
+        assert checkpoints.save(state, counters, {"config": to_tree(config)}).ok
     return directory
 
 

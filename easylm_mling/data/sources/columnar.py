@@ -1,4 +1,4 @@
-"""The text column of parquet and Arrow files, a portion at a time, and where an Arrow stream's record batches lie."""
+"""The text column of parquet and Arrow files, a portion at a time, and the offsets of an Arrow stream's record batches."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -10,19 +10,19 @@ from easylm_mling.storage.files import LOCAL_CHUNK, Retry, open_arrow, open_bina
 
 # Rows turned into Python objects at a time: web pages are a few KB each, so this is about a megabyte.
 ROWS = 256
-# The head of a record batch is shorter, and its body need not travel.
+# Read of a remote file at a time where only heads are wanted, which are shorter than this.
 _HEADER_CHUNK = 1 << 13
 _RECORD_BATCH = 3
 
-# (position, texts, the offset of the i-th of them for a record of what is bad): see data/sources/readers.py for what a position is.
+# (position, texts, a function from the number of a text to its offset in a BadRecord). Positions: see data/sources/readers.py.
 Portion = tuple[int, pa.Array, Callable[[int], int]]
 
 
 def portions(path: str, layout: str, start: int, column: str, retry: Retry) -> Iterator[Portion]:
-    """The text column of a table from position `start` to the end of the file, as strings that may be invalid UTF-8.
+    """Yield the text column from position `start` to the end of the file, as strings that may be invalid UTF-8.
 
-    Of parquet one page's worth of one column chunk is in memory at a time; of Arrow one record batch, which a local
-    file maps. Raises pa.ArrowException or OSError for a damaged file.
+    In memory is a page of one column chunk of parquet, or one record batch of Arrow; local Arrow files are mapped. Raises
+    pa.ArrowException or OSError for a damaged file.
     """
     if layout == "parquet":
         return _parquet_portions(path, start, column, retry)
@@ -30,6 +30,7 @@ def portions(path: str, layout: str, start: int, column: str, retry: Retry) -> I
 
 
 def open_parquet(file) -> pq.ParquetFile:
+    """Open a parquet file that is read a page at a time."""
     # Unbuffered reading would hold a whole column chunk of a row group, which may be hundreds of megabytes.
     return pq.ParquetFile(file, buffer_size=LOCAL_CHUNK, pre_buffer=False)
 
@@ -62,7 +63,7 @@ def _arrow_portions(path, start, column, retry):
 
 def _arrow_file_portions(path, start, column, retry):
     with open_arrow(path, retry) as source:
-        # Of a remote file only this column travels.
+        # Only this column is read, which matters for a remote file.
         field = pa.ipc.open_file(source).schema.get_field_index(column)
         file = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[field]))
         for index in range(start, file.num_record_batches):
@@ -70,7 +71,7 @@ def _arrow_file_portions(path, start, column, retry):
 
 
 class _RowsBefore:
-    """The rows before record batch `index` of an Arrow file, counted when first asked: only bad records ask."""
+    """From a row of record batch `index` of an Arrow file to its row in the file; counts at the first bad record."""
 
     def __init__(self, path: str, index: int, retry: Retry):
         self._path, self._index, self._retry, self._rows = path, index, retry, -1
@@ -78,7 +79,7 @@ class _RowsBefore:
     def __call__(self, row: int) -> int:
         if self._rows < 0:
             with open_arrow(self._path, self._retry, _HEADER_CHUNK) as source:
-                source.seek(8)  # behind the magic bytes an Arrow file is a stream
+                source.seek(8)  # behind its magic bytes an Arrow file is a stream
                 pa.ipc.read_message(source)
                 heads = arrow_heads(source)
                 self._rows = sum(next(heads)[2] for _ in range(self._index))
@@ -86,15 +87,17 @@ class _RowsBefore:
 
 
 def stream_heads(path: str, retry: Retry) -> tuple[pa.Schema, list[tuple[int, int, int, int]]]:
-    """An Arrow stream's schema, and its `arrow_heads`."""
+    """Return an Arrow stream's schema, and its `arrow_heads`."""
     with open_arrow(path, retry, _HEADER_CHUNK) as source:
         return pa.ipc.read_schema(source), list(arrow_heads(source))
 
 
 def arrow_heads(source: pa.NativeFile) -> Iterator[tuple[int, int, int, int]]:
-    """(first byte, byte after the last, rows, bytes of the body) of each record batch from where `source` stands.
+    """Yield (first byte, byte after the last, rows, bytes of the body) of each record batch from the position of `source` on.
 
-    Reads their heads only. Source: the encapsulated messages of Arrow's columnar format, and the layout of flatbuffers.
+    Only heads are read: pyarrow would read the bodies, too, the whole of a remote file. Raises pa.ArrowInvalid or
+    EOFError for a damaged stream. Source: "Encapsulated message format" of Arrow's columnar format, and the binary
+    format of FlatBuffers.
     """
     size, position = source.size(), source.tell()
     while prefix := source.read(8):
@@ -119,7 +122,7 @@ def arrow_heads(source: pa.NativeFile) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _message_head(metadata: bytes) -> tuple[int, int, int]:
-    """(kind, rows, bytes of the body) from the flatbuffer of a message; rows are those of a record batch."""
+    """Return (kind, rows, bytes of the body) of a message from its flatbuffer; rows are those of a record batch."""
     message = _at("<I", metadata, 0)
     header = _field(metadata, message, 2)
     rows = _field(metadata, header + _at("<I", metadata, header), 0) if header else 0
@@ -132,11 +135,11 @@ def _message_head(metadata: bytes) -> tuple[int, int, int]:
 
 
 def _field(metadata: bytes, table: int, number: int) -> int:
-    """Where the field lies, or 0 if it has its default: a table points back to its list of fields' places."""
-    places = table - _at("<i", metadata, table)
-    known = _at("<H", metadata, places)
-    place = _at("<H", metadata, places + 4 + 2 * number) if 4 + 2 * number < known else 0
-    return table + place if place else 0
+    """Return the position of a field, or 0 if it has its default: a table points back to its vtable of offsets."""
+    vtable = table - _at("<i", metadata, table)
+    size = _at("<H", metadata, vtable)
+    offset = _at("<H", metadata, vtable + 4 + 2 * number) if 4 + 2 * number < size else 0
+    return table + offset if offset else 0
 
 
 def _at(kind: str, metadata: bytes, position: int) -> int:

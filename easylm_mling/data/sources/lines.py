@@ -1,38 +1,34 @@
 """The lines of a file, plain or compressed, in memory that does not grow with the file or with a line."""
 
+import io
 import math
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import zstandard
+import pyarrow as pa
 
 from easylm_mling.storage.files import LOCAL_CHUNK, Retry, open_binary
 
 # A longer line comes cut off just behind this, and is no record: nothing that was written as text is so long.
 MAX_LINE_BYTES = 1 << 26
-# Unpacked at a time: text that repeats itself grows a thousandfold.
-_PACKED_CHUNK = 1 << 12
+# By the second part of a layout's name: pyarrow's name of the compression.
+_COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 
 def file_lines(path: str, layout: str, start: int, end: int, retry: Retry) -> Iterator[tuple[int, bytes]]:
-    """(offset in the text, line) of every line of a file from the first that begins in [start, end) on; none if none does.
+    """Yield (offset in the text, line) of every line from the first that begins in [start, end) on; none if none does.
 
-    For a compressed layout start and end mean nothing. A line keeps its newline, except in compressed files. Raises EOFError,
-    zlib.error or ZstdError if a compressed file is damaged or cut off, and EOFError if a plain one ends before `end`.
+    A line keeps its newline. A compressed file is read from its start, whatever `start` and `end` are. Raises OSError
+    if it is damaged or cut off, and EOFError if a plain one ends before `end`.
     """
-    if layout.endswith(".gz"):
-        return _compressed_lines(path, lambda: zlib.decompressobj(wbits=31), retry)
-    if layout.endswith(".zst"):
-        return _compressed_lines(path, lambda: zstandard.ZstdDecompressor().decompressobj(), retry)
-    return _plain_lines(path, start, end, retry)
-
-
-def _plain_lines(path: str, start: int, end: int, retry: Retry) -> Iterator[tuple[int, bytes]]:
-    with open_binary(path, retry) as file:
-        # From one byte early: if that byte is a newline, the line at `start` is ours.
-        offset = file.seek(max(start - 1, 0))
+    compression = _COMPRESSIONS.get(layout.partition(".")[2])
+    if compression:
+        start = end = 0
+    with _open(path, compression, retry) as file:
+        offset = 0
         if start:
+            # From one byte early: if that byte is a newline, the line at `start` is ours.
+            offset = file.seek(start - 1)
             # No further than to the end: of the many units that lie in one endless line, each reads its own part.
             offset += _rest_of_line(file, end - offset)
             if offset >= end:
@@ -47,7 +43,16 @@ def _plain_lines(path: str, start: int, end: int, retry: Retry) -> Iterator[tupl
             raise EOFError(f"it ends at byte {offset} and had {end}")
 
 
-def _rest_of_line(file, limit: float = math.inf) -> int:
+def _open(path: str, compression: str | None, retry: Retry) -> io.BufferedReader:
+    file = open_binary(path, retry)
+    if not compression:
+        return file
+    # Reads gzip members and zstd frames one after the other, and closes the file below it.
+    stream: Any = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+    return io.BufferedReader(stream, LOCAL_CHUNK)
+
+
+def _rest_of_line(file: io.BufferedReader, limit: float = math.inf) -> int:
     """Skip through the next newline, or `limit` bytes or a little more; returns the bytes skipped."""
     skipped = 0
     while skipped < limit and (part := file.readline(LOCAL_CHUNK)):
@@ -55,33 +60,3 @@ def _rest_of_line(file, limit: float = math.inf) -> int:
         if part.endswith(b"\n"):
             break
     return skipped
-
-
-def _compressed_lines(path: str, decompressor: Callable[[], Any], retry: Retry) -> Iterator[tuple[int, bytes]]:
-    begun, length, offset = [], 0, 0
-    for chunk in _decompress(path, decompressor, retry):
-        first, *rest = chunk.split(b"\n")
-        if length <= MAX_LINE_BYTES:
-            begun.append(first)
-        length += len(first)
-        for piece in rest:
-            yield offset, b"".join(begun)[: MAX_LINE_BYTES + 1]
-            offset += length + 1
-            begun, length = [piece], len(piece)
-    if length:
-        yield offset, b"".join(begun)[: MAX_LINE_BYTES + 1]
-
-
-def _decompress(path: str, decompressor: Callable[[], Any], retry: Retry) -> Iterator[bytes]:
-    """The text of a file of one or more gzip members or zstd frames; raises EOFError if the last one does not end."""
-    member = None
-    with open_binary(path, retry) as file:
-        while chunk := file.read(_PACKED_CHUNK):
-            while chunk:
-                member = member or decompressor()
-                yield member.decompress(chunk)
-                if not member.eof:
-                    break
-                chunk, member = member.unused_data, None
-    if member:
-        raise EOFError("the compressed data ends too early")

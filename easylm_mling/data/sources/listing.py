@@ -1,6 +1,6 @@
-"""Which files a source's config names, and what tells one of them from its later self.
+"""The files that a source's config names, and fingerprints that show whether one has changed.
 
-Remote folders are listed one by one with fsspec's `ls`: its own `glob` leaves out what it fails to list.
+Remote folders are listed one by one with fsspec's `ls`: its own `glob` silently leaves out what it fails to list.
 """
 
 import glob
@@ -16,7 +16,7 @@ from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.storage.files import Retry, attempt, filesystem_of, is_remote, open_binary
 
 _EDGE_BYTES = 1 << 16
-# The first of these that a file system knows stands for the content; a plain time comes last.
+# Properties of a remote file that change with its content. The first that its file system gives is used; times come last.
 _TAGS = (
     "md5Hash", "crc32c", "blob_id", "ETag", "etag", "Content-MD5", "Digest", "content_md5", "sha256", "checksum",
     "generation", "mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created",
@@ -24,33 +24,33 @@ _TAGS = (
 # What `datasets` and others write beside data.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
-# What a remote listing said about a file; None if nobody was asked.
+# What fsspec says of a remote file; None if it was not asked.
 Info = dict[str, Any] | None
 
 
-def find_files(key: str, source: SourceConfig, retry: Retry, known: tuple[str, ...]) -> dict[str, tuple[str, Info]]:
-    """Name -> (language, info) of every file of the source at `key`; raises ConfigError for a path without any.
+def find_files(key: str, source: SourceConfig, retry: Retry, stored: tuple[str, ...]) -> dict[str, tuple[str, Info]]:
+    """Return name -> (language, info) of every file of the source at `key`; raises ConfigError for a path without any.
 
-    The language is what `{language}` stands for, or empty. `known` are the names that a run began with: those of a hub
-    data set stay the same, as they hold the commit they were taken from.
+    The language is what `{language}` stands for, or empty. `stored` are the names that the run began with. Those of a
+    hub data set are kept, as they name the commit they were taken from.
     """
     if source.dataset:
-        names = known or _dataset_files(f"{key}.dataset", source.dataset, retry)
+        names = stored or _dataset_files(f"{key}.dataset", source.dataset, retry)
         return {name: ("", None) for name in names}
-    found: dict[str, tuple[str, Info]] = {}
+    files: dict[str, tuple[str, Info]] = {}
     for pattern in source.paths:
         matches = _match(f"{key}.paths", pattern, retry)
         if not matches:
             where = "" if is_remote(pattern) else f" (it is relative to {os.getcwd()})"
             raise ConfigError(f"{key}.paths: {pattern!r} matches no file; correct it{where}")
-        found.update(matches)
-    return found
+        files.update(matches)
+    return files
 
 
 def size_and_fingerprint(name: str, info: Info, retry: Retry) -> tuple[int, str]:
-    """Bytes, and a digest of them and of the content's tag, or else of both ends of the file.
+    """Return the bytes of a file, and a digest of them and of the content's tag, or else of both ends of the file.
 
-    Cheap on terabytes, and any rewritten file differs. Raises ConfigError if the file is not there.
+    It takes at most two small reads, and any file that was written anew differs. Raises ConfigError if it is missing.
     """
     if is_remote(name):
         info = info if info and info.get("size") is not None else _info(name, retry)
@@ -69,17 +69,17 @@ def size_and_fingerprint(name: str, info: Info, retry: Retry) -> tuple[int, str]
 
 def _match(key: str, pattern: str, retry: Retry) -> dict[str, tuple[str, Info]]:
     parts = pattern.split("/")
-    place = parts.index("{language}") if "{language}" in parts else None
-    if "{language}" in pattern and (place is None or pattern.count("{language}") > 1 or "**" in parts):
+    depth = parts.index("{language}") if "{language}" in parts else None
+    if "{language}" in pattern and (depth is None or pattern.count("{language}") > 1 or "**" in parts):
         raise ConfigError(
             f"{key}: {pattern!r}: write {{language}} once, as one whole folder or file name, without '**'"
         )
     wild = pattern.replace("{language}", "*")
-    # A folder stands for its files, but `*` at the end asks for files.
+    # A folder stands for its files, but `*` at the end means files only.
     last = pattern.rstrip("/").split("/")[-1]
     folders = last == "{language}" or not glob.has_magic(last)
     matches = _remote(key, wild, folders, retry) if is_remote(pattern) else _local(key, wild, folders)
-    return {name: ("" if place is None else name.split("/")[place], info) for name, info in matches}
+    return {name: ("" if depth is None else name.split("/")[depth], info) for name, info in matches}
 
 
 def _local(key: str, pattern: str, folders: bool) -> Iterator[tuple[str, Info]]:
@@ -102,7 +102,7 @@ def _local_below(folder: str) -> Iterator[str]:
 
 def _remote(key: str, pattern: str, folders: bool, retry: Retry) -> Iterator[tuple[str, Info]]:
     filesystem, path = filesystem_of(pattern)
-    # A run that was stopped and goes on in the same process must see what has changed.
+    # A run that resumes in the same process must see what has changed.
     filesystem.invalidate_cache()
     scheme = pattern.split("://")[0]
     for info in _remote_matches(pattern, filesystem, path, retry):
@@ -116,23 +116,23 @@ def _remote(key: str, pattern: str, folders: bool, retry: Retry) -> Iterator[tup
 
 
 def _remote_matches(pattern: str, filesystem, path: str, retry: Retry) -> list[dict]:
-    """What fsspec knows of every file or folder whose path matches."""
+    """Return fsspec's info of every file or folder whose path matches."""
     parts = path.rstrip("/").split("/")
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    found = [{"name": "/".join(parts[:first]), "type": None}]
+    infos = [{"name": "/".join(parts[:first]), "type": None}]
     for part in parts[first:]:
-        folders = [f["name"] for f in found if f["type"] != "file"]
+        folders = [i["name"] for i in infos if i["type"] != "file"]
         if part == "**":
-            found += [info for folder in folders for info in _below(pattern, filesystem, folder, retry)]
+            infos += [info for folder in folders for info in _below(pattern, filesystem, folder, retry)]
         elif glob.has_magic(part):
             listed = [info for folder in folders for info in _ls(pattern, filesystem, folder, retry)]
-            found = [i for i in listed if _matches(i["name"].rsplit("/", 1)[-1], part)]
+            infos = [i for i in listed if _matches(i["name"].rsplit("/", 1)[-1], part)]
         else:
-            found = [{"name": f"{folder}/{part}", "type": None} for folder in folders]
+            infos = [{"name": f"{folder}/{part}", "type": None} for folder in folders]
     if path.endswith("/") and not glob.has_magic(parts[-1]):
-        return [{**info, "type": "directory"} for info in found]
-    known = [info if info["type"] else _path_info(pattern, filesystem, info["name"], retry) for info in found]
-    return [info for info in known if info]
+        return [{**info, "type": "directory"} for info in infos]
+    full = [info if info["type"] else _path_info(pattern, filesystem, info["name"], retry) for info in infos]
+    return [info for info in full if info]
 
 
 def _below(pattern: str, filesystem, folder: str, retry: Retry) -> Iterator[dict]:
@@ -144,17 +144,17 @@ def _below(pattern: str, filesystem, folder: str, retry: Retry) -> Iterator[dict
 
 
 def _ls(pattern: str, filesystem, folder: str, retry: Retry) -> list[dict]:
-    """The files and folders in a folder, none if it is not there."""
-    # A web server lists a folder at its address with a slash, or sends there.
+    """Return fsspec's info of the files and folders in a folder, sorted by name; none if it does not exist."""
+    # A web server lists a folder at its address with a slash, or redirects there.
     address = f"{folder}/" if is_remote(folder) else folder
     try:
         listed = attempt(pattern, retry, lambda: filesystem.ls(address, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [{**info, "name": info["name"].rstrip("/")} for info in listed]
-    # An object store may list a folder in itself, and a web server links that sort its page.
+    infos = [{**info, "name": info["name"].rstrip("/")} for info in listed]
+    # An object store may list a folder in itself, and a web server the links that sort its page.
     return sorted(
-        (i for i in found if i["name"] != folder.rstrip("/") and not (is_remote(folder) and "?" in i["name"])),
+        (i for i in infos if i["name"] != folder.rstrip("/") and not (is_remote(folder) and "?" in i["name"])),
         key=lambda info: info["name"],
     )
 
@@ -183,7 +183,7 @@ def _hidden(name: str) -> bool:
 
 
 def _data_files(key: str, folder: str, names: list[str]) -> list[str]:
-    """Those of a folder's files that hold data. Raises ConfigError for two formats: one may be no data at all."""
+    """Return those of a folder's files that hold data. Raises ConfigError for two formats: one of them may be no data."""
     bases = {name: name.rsplit("/", 1)[-1] for name in names}
     data = [name for name, base in bases.items() if not _hidden(base) and base not in _METADATA and format_of(base)]
     formats = sorted({format_of(bases[name]) or "" for name in data})
@@ -195,7 +195,7 @@ def _data_files(key: str, folder: str, names: list[str]) -> list[str]:
 
 
 def _dataset_files(key: str, dataset: HubDataset, retry: Retry) -> tuple[str, ...]:
-    """The names of a data set's files, without downloading one."""
+    """Return the names of a data set's files, without downloading one; raises ConfigError if it cannot be resolved."""
     try:
         import datasets
     except ImportError as error:
@@ -209,6 +209,6 @@ def _dataset_files(key: str, dataset: HubDataset, retry: Retry) -> tuple[str, ..
         raise ConfigError(f"{key}: {dataset.name!r} cannot be found ({one_line(error)}); correct it") from error
     splits = builder.config.data_files or {}
     if dataset.split not in splits:
-        there = ", ".join(map(str, splits)) or "none"
-        raise ConfigError(f"{key}.split={dataset.split!r} is not in {dataset.name!r}; its splits are: {there}")
+        names = ", ".join(map(str, splits)) or "none"
+        raise ConfigError(f"{key}.split={dataset.split!r} is not in {dataset.name!r}; its splits are: {names}")
     return tuple(map(str, splits[dataset.split]))

@@ -1,19 +1,18 @@
 """The documents of one unit of a file, in the file's order and in bounded memory.
 
-A unit is a range of *positions* of one file (see data/sources/splitting.py): bytes of a file of lines, row groups of a parquet file,
-byte offsets of the messages of an Arrow stream, record batches of an Arrow file; a compressed file of lines is a single
-unit. A document belongs to the unit where it starts.
+A unit is a range of *positions* of one file (see data/sources/splitting.py): bytes of a file of lines, row groups of a
+parquet file, byte offsets of an Arrow stream's messages, or record batches of an Arrow file. A compressed file of lines
+is one unit. A document belongs to the unit in which it starts.
 """
 
+import codecs
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import orjson
 import pyarrow as pa
-import zstandard
 
 from easylm_mling.data.sources.columnar import ROWS, portions
 from easylm_mling.data.sources.lines import MAX_LINE_BYTES, file_lines
@@ -21,20 +20,20 @@ from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
 
 HEAD_BYTES = 200
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = codecs.BOM_UTF8
 _TOO_LONG = f"line longer than {MAX_LINE_BYTES >> 20} MiB"
-# Lines that no blank one ends are cut into documents of this size: they wait in memory.
+# Lines that are joined wait in memory. Where no blank one ends them, they are cut into documents of this size.
 _MAX_JOINED_BYTES = 1 << 26
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# What the libraries raise when a file is not what it should be.
-DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, zstandard.ZstdError)
+# What the libraries raise for a file that is not what its suffix says.
+DAMAGE = (pa.ArrowException, OSError, EOFError)
 
 
 class BadRecord(NamedTuple):
-    """One record that cannot be used.
+    """A record that cannot be used.
 
-    `offset` is where it lies in `file`: the (decompressed) byte of a line, the row of a parquet or Arrow file, the byte
-    of the record batch in an Arrow stream. `head` is the start of the record.
+    `offset` is its place in `file`: the byte of a line (after decompression), the row of a parquet or Arrow file, or the
+    byte of the record batch in an Arrow stream. `head` is the record's first 200 bytes.
     """
 
     reason: str
@@ -46,10 +45,11 @@ class BadRecord(NamedTuple):
 def read_unit(
     path: str, layout: str, start: int, end: int, column: str, row: str, retry: Retry = DEFAULT_RETRY
 ) -> Iterator[bytes | BadRecord]:
-    """Documents (valid UTF-8 without NUL, never blank) that start in [start, end), and the bad records on the way.
+    """Yield the documents that start in [start, end), and the bad records between them.
 
-    With `row == "line"` rows are joined to documents by newlines, and a blank row ends one. A row of a text file is a
-    line of it. Raises ConfigError, naming the file, if it is damaged, cut off, or cannot be read.
+    Documents are valid UTF-8 without NUL, and never blank. With `row == "line"` rows are joined to documents by
+    newlines, and a blank row ends one. A row of a text file is a line. Raises ConfigError, naming the file, if it is
+    damaged, cut off or unreadable.
     """
     rows = _rows(path, layout, start, end, column, retry)
     try:
@@ -66,14 +66,14 @@ def read_unit(
 
 
 def damaged(path: str, error: Exception) -> ConfigError:
-    """The one-line error for a file whose bytes are not what its suffix promises."""
+    """Return the error, of one line, for a file whose bytes are not what its suffix says."""
     return ConfigError(
         f"{path}: damaged or cut off ({one_line(error)}); replace the file, or take it out of the source's paths"
     )
 
 
 def clean(text: str) -> bytes:
-    """UTF-8 of `text` with NUL dropped and lone surrogates replaced by U+FFFD; empty if it is only white space."""
+    """Return `text` in UTF-8, without NUL and with U+FFFD for lone surrogates; empty if it is white space only."""
     if "\0" in text:
         text = text.replace("\0", "")
     if text.isspace():
@@ -85,9 +85,9 @@ def clean(text: str) -> bytes:
 
 
 def parse_json(line: bytes) -> Any:
-    """The value of one JSON line; raises ValueError with a short reason.
+    """Return the value of one JSON line; raises ValueError with a short reason.
 
-    orjson refuses escaped lone surrogates, which web text holds; the standard parser takes them and has the last word.
+    orjson refuses escaped lone surrogates, which web text holds. What it refuses, the standard parser decides.
     """
     try:
         return orjson.loads(line)
@@ -107,10 +107,10 @@ def parse_json(line: bytes) -> Any:
 
 
 def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | BadRecord]:
-    """Documents out of lines.
+    """Yield documents made of lines.
 
-    A unit inside a file skips through its first blank row; the unit before it reads on through that same row. So
-    neither has to look back, and every line is read by exactly one of them, even if units hold no blank row at all.
+    A unit inside a file skips through its first blank row, and the unit before it reads on through that row. So neither
+    has to look back, and every line is of exactly one unit, even where units have no blank row.
     """
     lines: list[bytes] = []
     size = 0
@@ -140,9 +140,9 @@ def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | BadRecord]:
 def _rows(
     path: str, layout: str, start: int, end: int, column: str, retry: Retry
 ) -> Iterator[tuple[int, bytes | BadRecord]]:
-    """(position, record) of every row from position `start` to the end of the *file*; a blank row is empty.
+    """Yield (position, record) of every row from position `start` to the end of the *file*; a blank row is empty.
 
-    Of a file of lines, none if no line begins in [start, end).
+    Nothing is yielded of a file of lines if no line begins in [start, end).
     """
     if layout.startswith(("jsonl", "text")):
         record_of = _json_record if layout.startswith("jsonl") else _text_record
@@ -171,8 +171,8 @@ def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | Ba
             raise ValueError("not a JSON object")
         text = value.get(column)
         if not isinstance(text, str):
-            found = "missing" if column not in value else f"{type(text).__name__}, not text"
-            raise ValueError(f"field {column!r} is {found}")
+            problem = "missing" if column not in value else f"{type(text).__name__}, not text"
+            raise ValueError(f"field {column!r} is {problem}")
     except ValueError as error:
         return BadRecord(str(error), path, offset, line.rstrip(b"\r\n")[:HEAD_BYTES])
     return clean(text)
@@ -199,5 +199,5 @@ def _table_record(
         text = value.decode()
     except UnicodeDecodeError:
         return BadRecord("invalid UTF-8", path, offset_of(i), value[:HEAD_BYTES])
-    # Most text is clean, and then its bytes are already at hand.
+    # Most text is clean: then its bytes are used as they are.
     return clean(text) if "\0" in text or text.isspace() else value

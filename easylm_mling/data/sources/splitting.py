@@ -1,6 +1,6 @@
-"""What each file format looks like from outside: its name, the units it can be cut into, and whether it has the text.
+"""Each file format from outside: its layout's name, the units it can be cut into, and a check that it has the text.
 
-Nothing here reads a file's body: parquet and Arrow have footers or message headers, lines are cut by arithmetic.
+No file's body is read: parquet and Arrow have footers or message headers, and lines are cut by arithmetic.
 """
 
 from itertools import islice
@@ -21,26 +21,26 @@ _SUFFIXES = {
     **{f"{suffix}{packed}": f"jsonl{packed}" for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")},
     **{f".txt{packed}": f"text{packed}" for packed in ("", ".gz", ".zst")},
 }  # fmt: skip
-# Web text shrinks to about a third; only the sizes of blocks, not their content, hang on this guess.
+# Web text is compressed to about a third. Only the sizes of blocks depend on this guess.
 _COMPRESSION = 3
-# How far to look for the text field: so many rows that parse, among so many lines.
+# The text field is looked for in so many rows that parse, among so many lines.
 _HEAD_ROWS = 100
 _HEAD_LINES = 10_000
 _TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
 # A local file is mapped, but of a remote one a record batch is held in memory.
 _MAX_REMOTE_BATCH_BYTES = 1 << 28
 
-# (first position, position after the last, estimated bytes of text): see data/sources/readers.py for what a position is.
+# (first position, position after the last, estimated bytes of text). Positions: see data/sources/readers.py.
 Cut = tuple[int, int, int]
 
 
 def format_of(path: str) -> str | None:
-    """jsonl, text, parquet or arrow, by suffix; None if the suffix is not known."""
+    """Return jsonl, text, parquet or arrow, by suffix; None for an unknown suffix."""
     return next((layout.split(".")[0] for suffix, layout in _SUFFIXES.items() if path.endswith(suffix)), None)
 
 
 def layout_of(path: str, retry: Retry = DEFAULT_RETRY) -> str:
-    """The layout's name, by suffix (and, for Arrow, by magic bytes); raises ConfigError for an unknown suffix."""
+    """Return the layout's name, by suffix and, for Arrow, magic bytes; raises ConfigError for an unknown suffix."""
     for suffix, layout in _SUFFIXES.items():
         if path.endswith(suffix):
             return "arrow-file" if layout == "arrow" and _is_arrow_file(path, retry) else layout
@@ -48,9 +48,9 @@ def layout_of(path: str, retry: Retry = DEFAULT_RETRY) -> str:
 
 
 def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: Retry = DEFAULT_RETRY) -> list[Cut]:
-    """The units of a file, in order, each of about `unit_bytes` of text where the format allows it.
+    """Return the units of a file in order, each of about `unit_bytes` of text where the format allows it.
 
-    Raises ConfigError, naming the file, if the text column is not there. Damage raises what readers.damaged wraps.
+    Raises ConfigError, naming the file, if it has no such text column, and one of readers.DAMAGE if it is damaged.
     """
     if size == 0:
         return []
@@ -70,7 +70,7 @@ def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: 
 
 
 def _merge(pieces: list[Cut], unit_bytes: int) -> list[Cut]:
-    """Neighbours joined until they reach `unit_bytes`. The first unit starts at 0, the mark of a file's start."""
+    """Join neighbours until they reach `unit_bytes`. The first unit starts at 0, which marks a file's start."""
     units, begin, total = [], 0, 0
     for _, end, size in pieces:
         total += size
@@ -120,16 +120,16 @@ def _is_arrow_file(path: str, retry: Retry) -> bool:
 
 
 def _check_column(path: str, schema: pa.Schema, column: str):
-    there = ", ".join(schema.names)
+    names = ", ".join(schema.names)
     if column not in schema.names:
-        raise ConfigError(f"{path}: no column {column!r}; set text_column to one of: {there}")
+        raise ConfigError(f"{path}: no column {column!r}; set text_column to one of: {names}")
     kind = schema.field(column).type
     if kind not in _TEXT_TYPES:
-        raise ConfigError(f"{path}: column {column!r} is {kind}, not text; set text_column to another of: {there}")
+        raise ConfigError(f"{path}: column {column!r} is {kind}, not text; set text_column to another of: {names}")
 
 
 def _check_json_field(path: str, layout: str, column: str, retry: Retry):
-    """Raises ConfigError if none of the first rows that parse has the field: no bad record but a misspelling."""
+    """Raise ConfigError if none of the first rows that parse has the field: then its name is wrong, not the rows."""
     seen: dict[str, None] = {}
     parsed, lines = 0, 0
     for offset, line in islice(file_lines(path, layout, 0, 0, retry), _HEAD_LINES):
@@ -147,7 +147,7 @@ def _check_json_field(path: str, layout: str, column: str, retry: Retry):
         if parsed == _HEAD_ROWS:
             break
     if parsed:
-        there = ", ".join(list(seen)[:20])
-        raise ConfigError(f"{path}: no field {column!r} in its first {parsed} rows; set text_column to one of: {there}")
+        names = ", ".join(list(seen)[:20])
+        raise ConfigError(f"{path}: no field {column!r} in its first {parsed} rows; set text_column to one of: {names}")
     if lines and path.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
         raise ConfigError(f"{path}: no line of it is a JSON object; write one object a line (jq -c '.[]' does it)")

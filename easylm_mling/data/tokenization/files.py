@@ -6,8 +6,6 @@ from pathlib import Path
 from easylm_mling.errors import ConfigError
 
 TOKENIZER_FOLDER = "tokenizer"
-
-
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -19,24 +17,23 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy a tokenizer's files into the directory `target`, byte for byte; returns their names.
+    """Copy a tokenizer's files into the folder `target`, byte for byte; returns their names.
 
-    `source` is their folder, or the SentencePiece model itself: whatever its name, it becomes tokenizer.model, and the
-    Hugging Face files beside it come along. They are never parsed and saved again: that is how a tokenizer comes to
-    add no BOS, or two.
+    `source` is their folder, or the SentencePiece model itself, which becomes tokenizer.model; the Hugging Face files
+    beside it are copied, too. None is parsed and saved again: that is how tokenizers come to add no BOS, or two.
     """
     model_file = source if source.is_file() else source / "tokenizer.model"
     files = {name: model_file.parent / name for name in TOKENIZER_FILES} | {"tokenizer.model": model_file}
-    found = {name: file for name, file in files.items() if file.is_file()}
-    if found:
+    present = {name: file for name, file in files.items() if file.is_file()}
+    if present:
         target.mkdir(parents=True, exist_ok=True)
-    for name, file in found.items():
+    for name, file in present.items():
         shutil.copyfile(file, target / name)
-    return list(found)
+    return list(present)
 
 
 def check_inside(folder: Path):
-    """Raise ConfigError if a tokenizer's file in `folder` is a link to somewhere else: what is copied may be published."""
+    """Raise ConfigError if a tokenizer's file in `folder` links to a file elsewhere: what is copied may be published."""
     for name in TOKENIZER_FILES:
         if not (folder / name).resolve().is_relative_to(folder.parent.resolve()):
             raise ConfigError(f"{folder / name} is a link to a file elsewhere; put the file itself in its place")

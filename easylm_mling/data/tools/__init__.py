@@ -1,1 +1,1 @@
-"""Tools: what a run will read, what it has read, and tokens made ahead of it."""
+"""Tools: a forecast of what a run reads, an audit of what it has read, and tokenising ahead of it."""

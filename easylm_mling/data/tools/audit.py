@@ -1,7 +1,7 @@
-"""`easylm-mling data audit`: which documents every row of a past batch came from, and its tokens, bit for bit.
+"""`easylm-mling data audit`: the documents of every row of a past batch, and its tokens, bit for bit.
 
-Every checkpoint leaves its data state in RUN/data_states (see data/state_archive.py), which is never removed. An audit draws again the
-batches from the newest state before the step in question: at most checkpoint.every_steps of them.
+Every checkpoint leaves its data state in RUN/data_states (see data/state_archive.py). An audit draws the batches again
+from the newest state before the step: at most checkpoint.every_steps of them.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ STATES, CATALOG, ESTIMATES = "data_states", "catalog.json", "estimates.json"
 
 
 def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
-    """The rows of the batch of `step` (or one of them): lane, source, tokens (int32 [T]) and documents.
+    """Return the rows of the batch of `step`, or one of them: lane, source, tokens (int32 [T]) and documents.
 
-    Each document: `language`, `file`, `unit` (the positions of the file that its unit spans: see data/sources/readers.py), `document`
-    (its number among the unit's good documents, from 0), `epoch`, `first` (which of its tokens is the first here, 0 is
-    BOS), `tokens` (how many) and `begins` (the start of its text). Every row's tokens are made twice, by the loader and from
-    the documents named, and must agree.
+    Each document has `language`, `file`, `unit` (its first position in the file, and the one after its last: see
+    data/sources/readers.py), `document` (its number among the unit's good documents, from 0), `epoch`, `first` (which of
+    its tokens is the first in the row; 0 is BOS), `tokens` (how many), and `begins` (the start of its text). A row's
+    tokens are made twice, by the loader and from the documents named, and must agree.
 
-    Raises ConfigError if the step is not of the run's past, or the files are not what they were.
+    Raises ConfigError if the run has not done the step, or if its files have changed.
     """
     run = run_files(run_dir)
     config, before, fingerprints = _state_before(run, step, run_dir)
@@ -57,7 +57,7 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
 
 
 def _state_before(run: Path, step: int, name: str | Path) -> tuple[RunConfig, tuple[DataState | None, int], dict]:
-    """The config by which the batch of `step` was drawn, the newest state before it with its step, and fingerprints."""
+    """Return the config that the batch of `step` was drawn by, the newest state before it with its step, and fingerprints."""
     kept = kept_steps(run / STATES)
     if step < 1 or step > max(kept, default=0):
         raise ConfigError(f"--step {step}: the checkpoints of {name} hold steps 1 to {max(kept, default=0)}")
@@ -75,7 +75,7 @@ def _state_before(run: Path, step: int, name: str | Path) -> tuple[RunConfig, tu
 def _rows(
     config: RunConfig, tokenizer: Tokenizer, orders: list[EpochOrder], before: DataState, batch: Batch, row: int | None
 ) -> list[dict]:
-    found, length = [], config.data.sequence_length
+    rows, length = [], config.data.sequence_length
     per_lane = config.train.batch_size // config.lanes
     for lane in range(config.lanes) if row is None else [row // per_lane]:
         readers: dict[int, Iterator[list[dict]]] = {}
@@ -88,17 +88,17 @@ def _rows(
             tokens = batch["tokens"][r]
             made = np.concatenate([d.pop("ids") for d in documents])
             if not np.array_equal(made, tokens[: len(made)]) or (tokens[len(made) :] != tokenizer.pad_id).any():
-                raise ConfigError(f"row {r}: its tokens are not those of its documents; report this as a fault")
+                raise ConfigError(f"row {r}: its tokens are not those of its documents; please report this as a bug")
             if row in (None, r):
                 name = orders[source].source.name
-                found.append({"row": r, "lane": lane, "source": name, "tokens": tokens, "documents": documents})
-    return found
+                rows.append({"row": r, "lane": lane, "source": name, "tokens": tokens, "documents": documents})
+    return rows
 
 
 def _pieces(
     order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int, length: int
 ) -> Iterator[list[dict]]:
-    """The documents of each row of a lane's stream from `cursor` on, with `ids` of each."""
+    """Yield the documents of each row of a lane's stream from `cursor` on, with the `ids` of each."""
     row, room = [], length
     for document in _documents(order, tokenizer, cursor, lanes):
         ids, first = document.pop("ids"), document["first"]
@@ -114,7 +114,7 @@ def _pieces(
 
 
 def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:
-    """A lane's documents from a cursor on, read apart from data/streams.py: the audit checks that one, too."""
+    """Yield a lane's documents from a cursor on, without data/streams.py, which the audit checks, too."""
     epoch, block, skip, first, offset = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET))
     source = order.source
     while order.epochs is None or epoch < order.epochs:

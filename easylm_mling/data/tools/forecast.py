@@ -1,7 +1,7 @@
-"""What a plan will take of every source and language under the token budget, before a token of it is read.
+"""A forecast of what a plan takes of every source and language under the token budget, before a token is read.
 
-A flow instead of rows: each source runs at its share until a stage begins or it is used up, which turns its share over to
-the others. Sizes are estimates (see data/estimates.py), and so is everything here.
+It computes with a flow instead of rows. Each source flows at its share until a stage begins or it is used up; then its
+share goes to the others. Sizes are estimates (see data/estimates.py), and so are all results.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from easylm_mling.data.weights import ONE, MixingPlan
 
 @dataclass(frozen=True)
 class SourceForecast:
-    """Tokens: `size` of all documents once, `taken` by the run, and when it is used up (None: never)."""
+    """In tokens: `size` of all documents once, `taken` by the run, and the run's when it is used up (None: never)."""
 
     size: float
     taken: float
@@ -24,12 +24,13 @@ class SourceForecast:
 
     @property
     def epochs(self) -> float:
+        """How often the source is read."""
         return self.taken / self.size if self.size else 0.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """`tokens` is the budget, or less if the data ends before it; `padding` is an upper bound, in tokens."""
+    """`tokens` is the budget, or less if the data ends before. `padding`, in tokens, is an upper bound."""
 
     tokens: float
     padding: float
@@ -37,7 +38,7 @@ class Forecast:
 
 
 def forecast(config: RunConfig, catalog: Catalog, plan: MixingPlan, sizes: dict[str, list[float]]) -> Forecast:
-    """`sizes`: estimated tokens of each language of each source (weights.language_tokens)."""
+    """Return the forecast for `sizes`, the estimated tokens of each language of each source (weights.language_tokens)."""
     names, lanes = list(catalog.sources), config.lanes
     per_round = lanes * config.data.sequence_length
     budget = config.total_steps * config.tokens_per_step
@@ -69,24 +70,24 @@ def forecast(config: RunConfig, catalog: Catalog, plan: MixingPlan, sizes: dict[
     return Forecast(now, padding, sources)
 
 
-def _rates(shares: list[float], most: list[float], used_up: set[int]) -> list[float]:
-    """Shares of the sources that go on: none more than its lanes can take, the rest shared out among the others."""
+def _rates(shares: list[float], limits: list[float], used_up: set[int]) -> list[float]:
+    """Return the shares of the sources that go on: each at most what its lanes can take, the rest goes to the others."""
     rates, free, left = [0.0] * len(shares), {i for i, s in enumerate(shares) if s and i not in used_up}, 1.0
     while free:
         total = sum(shares[i] for i in free)
-        full = {i for i in free if left * shares[i] / total > most[i] + 1e-12}
+        full = {i for i in free if left * shares[i] / total > limits[i] + 1e-12}
         if not full:
             for i in free:
                 rates[i] = left * shares[i] / total
             break
         for i in full:
-            rates[i] = most[i]
-        left, free = left - sum(most[i] for i in full), free - full
+            rates[i] = limits[i]
+        left, free = left - sum(limits[i] for i in full), free - full
     return rates
 
 
 def _language_epochs(sizes: list[float], rates: list[float], cap: int, taken: float) -> list[float]:
-    """How often each language is read when `taken` tokens of the source are; with a cap, none more often than that."""
+    """Return how often each language is read if `taken` tokens of the source are; at most `cap` times, 0: no cap."""
     epoch = sum(rate * size for rate, size in zip(rates, sizes, strict=True))
     if not epoch:
         return [0.0] * len(sizes)

@@ -1,4 +1,4 @@
-"""`easylm-mling data inspect`: what a run would read, and how often, before it begins. Uses no device."""
+"""`easylm-mling data inspect`: what a run will read, and how often, before it begins. Uses no device."""
 
 from pathlib import Path
 
@@ -15,26 +15,26 @@ from easylm_mling.data.tools.forecast import forecast
 from easylm_mling.data.weights import language_bytes, language_tokens, make_plan
 from easylm_mling.formatting import tokens_text
 
-# So many languages of a source are printed: the most and the least repeated ones.
+# Languages printed of a source: so many of the most, and of the least repeated ones.
 _SHOWN = 8
 
 
 def inspect_data(config: RunConfig) -> dict:
-    """Everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
+    """Return everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
 
-    `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, `taken` what the
-    budget takes, both estimates. Raises ConfigError as building a catalog does.
+    `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, and `taken`
+    what the run takes of them; both are estimates. Raises ConfigError as build_catalog does.
     """
     catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
-    found = estimate(catalog, tokenizer)
-    rates = tokens_per_byte(found)
+    estimates = estimate(catalog, tokenizer)
+    rates = tokens_per_byte(estimates)
     plan = make_plan(config, catalog, rates)
     sizes = {name: language_tokens(source, rates[name]) for name, source in catalog.sources.items()}
     expected = forecast(config, catalog, plan, sizes)
     sources = {}
     for name, source in catalog.sources.items():
         e = expected.sources[name]
-        columns = (source.languages, language_bytes(source), sizes[name], e.language_epochs, found[name].values())
+        columns = (source.languages, language_bytes(source), sizes[name], e.language_epochs, estimates[name].values())
         languages = {
             language: {
                 "bytes": int(size),
@@ -60,17 +60,19 @@ def inspect_data(config: RunConfig) -> dict:
     return {"budget": budget, "tokens": round(expected.tokens), "padding": round(expected.padding), "sources": sources}
 
 
-def print_inspection(found: dict, console: Console):
-    """The tables: sources, then the languages of each source of several."""
-    console.print(_source_table(found))
-    for name, source in found["sources"].items():
+def print_inspection(inspection: dict, console: Console):
+    """Print the tables: sources, then the languages of each source with more than one."""
+    console.print(_source_table(inspection))
+    for name, source in inspection["sources"].items():
         console.print(f"  {name}: {source['note']}", highlight=False, soft_wrap=True)
-    if found["tokens"] < found["budget"]:
+    if inspection["tokens"] < inspection["budget"]:
         console.print(
-            f"  the data ends after {tokens_text(found['tokens'])} tokens, before the budget", highlight=False
+            f"  the data ends after {tokens_text(inspection['tokens'])} tokens, before the budget", highlight=False
         )
-    console.print(f"  padding: at most {found['padding'] / max(1, found['tokens']):.3%} of the tokens", highlight=False)
-    for name, source in found["sources"].items():
+    console.print(
+        f"  padding: at most {inspection['padding'] / max(1, inspection['tokens']):.3%} of the tokens", highlight=False
+    )
+    for name, source in inspection["sources"].items():
         if len(source["languages"]) > 1:
             console.print(_language_table(name, source["languages"]))
     console.print("Tokens, epochs and padding are estimates from a sample of each language.", style="dim")
@@ -139,23 +141,23 @@ def _note(expected, rule: str) -> str:
     return f"read {expected.epochs:.2f} times" if expected.epochs > 1.05 else "read once"
 
 
-def _source_table(found: dict) -> Table:
+def _source_table(inspection: dict) -> Table:
     headings = ("files", "bytes", "tokens", "per byte", "share", "taken", "epochs")
-    table = _table(f"budget: {tokens_text(found['budget'])} tokens", "source", headings)
-    for name, s in found["sources"].items():
+    table = _table(f"budget: {tokens_text(inspection['budget'])} tokens", "source", headings)
+    for name, s in inspection["sources"].items():
         texts = sum(x["tokens"] / x["tokens_per_byte"] for x in s["languages"].values() if x["tokens_per_byte"])
         per_byte = f"{s['tokens'] / texts:.3f}" if texts else "-"
         numbers = (f"{s['files']:,}", tokens_text(s["bytes"]), tokens_text(s["tokens"]), per_byte, f"{s['share']:.2%}")
         table.add_row(name, *numbers, tokens_text(s["taken"]), f"{s['epochs']:.3g}")
     table.add_section()
-    totals = [sum(s[k] for s in found["sources"].values()) for k in ("files", "bytes", "tokens", "taken")]
+    totals = [sum(s[k] for s in inspection["sources"].values()) for k in ("files", "bytes", "tokens", "taken")]
     files, size, tokens, taken = totals
     table.add_row("all", f"{files:,}", tokens_text(size), tokens_text(tokens), "", "", tokens_text(taken), "")
     return table
 
 
 def _language_table(name: str, languages: dict) -> Table:
-    """The most and the least repeated languages."""
+    """Return a table of the most and the least repeated languages."""
     ordered = sorted(languages.items(), key=lambda item: (-item[1]["epochs"], item[0]))
     title = f"{name}: {len(languages)} languages, the most repeated first"
     table = _table(title, "language", ("bytes", "tokens", "per byte", "taken", "epochs"))

@@ -1,7 +1,7 @@
-"""`easylm-mling data tokenize`: fill the token cache ahead of training, on Ray, with the trainer's own block function.
+"""`easylm-mling data tokenize`: fill the token cache ahead of training, on Ray, by the code that the trainer tokenises with.
 
-Nothing waits for it: training starts at once and tokenises what is not there yet. Interrupt it, run it again, run it
-on another machine: what is there is kept, and a block that two workers write is the same bytes twice.
+Nothing waits for it: training starts at once and tokenises what the cache lacks. It may be interrupted, repeated, or run
+on another machine: finished blocks are kept, and two workers write the same bytes for a block.
 """
 
 import time
@@ -23,8 +23,8 @@ from easylm_mling.errors import ConfigError
 def tokenize(config: RunConfig, catalog: Catalog, epochs: int, address: str | None, console: Console) -> int:
     """Fill `data.token_cache` with the first `epochs` epochs of every source; returns the tokens written.
 
-    `address`: of a Ray cluster (its workers must see the sources and the cache under the same paths); by default Ray
-    starts on this machine. Raises ConfigError without Ray or without data.token_cache, and what reading raises.
+    `address`: a Ray cluster's, whose workers must see sources and cache under the same paths; None starts Ray on this
+    machine. Raises ConfigError without Ray or data.token_cache, and what reading raises.
     """
     if not config.data.token_cache:
         raise ConfigError("data.token_cache is not set; name a folder for the tokens: data.token_cache=FOLDER")
@@ -34,8 +34,8 @@ def tokenize(config: RunConfig, catalog: Catalog, epochs: int, address: str | No
     except ImportError:
         raise ConfigError("Ray is not installed; run: pip install 'easylm-mling[ray]'") from None
     tokenizer = Tokenizer(config.data.tokenizer)
-    known = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
-    plan = make_plan(config, catalog, known)
+    rates = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
+    plan = make_plan(config, catalog, rates)
     work = list(blocks(config, catalog, plan, epochs))
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
     try:
@@ -49,7 +49,7 @@ def tokenize(config: RunConfig, catalog: Catalog, epochs: int, address: str | No
 
 
 def blocks(config: RunConfig, catalog: Catalog, plan: MixingPlan, epochs: int) -> Iterator[tuple[int, int, int]]:
-    """(number of the source, epoch, block) of the first epochs: every source's first blocks first, as lanes want them."""
+    """Yield (index of the source, epoch, block) of the first epochs: first blocks first, in the order lanes need them."""
     orders = open_orders(config, catalog, plan)
     for epoch in range(epochs):
         counts = [order.blocks(epoch) for order in orders]
@@ -58,7 +58,7 @@ def blocks(config: RunConfig, catalog: Catalog, plan: MixingPlan, epochs: int) -
 
 
 def fill_block(shared: tuple[dict, Catalog, MixingPlan], source: int, epoch: int, block: int) -> int:
-    """One worker's portion: the tokens it wrote, 0 if the block was there."""
+    """Tokenise one block in a worker; returns the tokens written, 0 if the cache has the block."""
     tree, catalog, plan = shared
     config = from_tree(RunConfig, tree)
     cache = TokenCache(config.data.token_cache or "", Tokenizer(config.data.tokenizer))
@@ -66,7 +66,7 @@ def fill_block(shared: tuple[dict, Catalog, MixingPlan], source: int, epoch: int
 
 
 def _run(ray, start, work: list, console: Console) -> int:
-    """Run `start` over `work`, a few more at a time than there are processors, behind a progress bar."""
+    """Run `start` over `work`, two tasks a processor at a time, with a progress bar; returns the tokens written."""
     texts = ("{task.completed}/{task.total} blocks", "{task.fields[rate]}")
     columns = (TextColumn(texts[0]), BarColumn(), TextColumn(texts[1]), TimeRemainingColumn())
     total, began, running, waiting = 0, time.monotonic(), [], iter(work)

@@ -9,12 +9,12 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from easylm_mling.charts import COLOURS, Line, Point, draw_svg, number_text
+from easylm_mling.errors import without_secrets
 from easylm_mling.formatting import duration_text, tokens_text
 from easylm_mling.hardware import GiB
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.params import parameter_count
 from easylm_mling.monitoring.console import epochs_text
-from easylm_mling.monitoring.events import without_secrets
 from easylm_mling.monitoring.report.collect import RunHistory, collect
 from easylm_mling.monitoring.report.curve import Curve
 from easylm_mling.storage.atomic import write_atomically

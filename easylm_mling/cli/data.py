@@ -1,0 +1,76 @@
+"""Data before and after a run: `data inspect`, `data audit`, `data tokenize`."""
+
+import json
+
+from easylm_mling.cli.config import add_config, config_files, load_config
+
+
+def add_verbs(verbs):
+    data = verbs.add_parser("data", help="look at what a run will read, and at what it has read")
+    verbs = data.add_subparsers(required=True, metavar="VERB")
+    inspect = verbs.add_parser("inspect", help="before a run: sizes, shares and epochs of every source and language")
+    add_config(inspect, help="as for train; the section `data` is enough")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
+    inspect.add_argument("--png", metavar="FILE", help="also draw the shares")
+    inspect.set_defaults(run=_inspect)
+
+    audit = verbs.add_parser("audit", help="after a step: which documents each row of its batch came from")
+    audit.add_argument("run_dir")
+    audit.add_argument("--step", type=int, required=True)
+    audit.add_argument("--row", type=int, help="default: every row")
+    audit.add_argument("--json", action="store_true", help="one JSON object a row, with the row's tokens")
+    audit.set_defaults(run=_audit)
+
+    tokenize = verbs.add_parser("tokenize", help="fill data.token_cache ahead of training, on Ray; may be interrupted")
+    add_config(tokenize)
+    tokenize.add_argument("--epochs", type=int, default=1, help="of every source (default: 1)")
+    tokenize.add_argument("--ray-address", help="of a Ray cluster (default: this machine)")
+    tokenize.set_defaults(run=_tokenize)
+
+
+def _inspect(a) -> int:
+    from easylm_mling.config import load_mixer
+
+    config = load_mixer(*config_files(a))
+    from rich.console import Console
+
+    from easylm_mling.data.tools.inspect import inspect_data, plot_inspection, print_inspection
+
+    inspection = inspect_data(config)
+    if a.json:
+        print(json.dumps(inspection, ensure_ascii=False, indent=1))
+    else:
+        print_inspection(inspection, Console())
+    if a.png:
+        plot_inspection(inspection, a.png)
+    return 0
+
+
+def _tokenize(a) -> int:
+    config = load_config(a)
+    from rich.console import Console
+
+    from easylm_mling.data.catalog import build_catalog
+    from easylm_mling.data.tools.pretokenize import tokenize
+
+    written = tokenize(config.mixer, build_catalog(config.data), a.epochs, a.ray_address, Console())
+    print(f"{written:,} tokens written to {config.data.token_cache}")
+    return 0
+
+
+def _audit(a) -> int:
+    from easylm_mling.data.tools.audit import audit
+
+    for row in audit(a.run_dir, a.step, a.row):
+        if a.json:
+            print(json.dumps({**row, "tokens": row["tokens"].tolist()}, ensure_ascii=False))
+            continue
+        print(f"row {row['row']} (lane {row['lane']}): {row['source']}")
+        for d in row["documents"]:
+            language = f"{d['language']} " if d["language"] else ""
+            unit = f"{d['unit'][0]}-{d['unit'][1]}"
+            print(
+                f"  {d['tokens']} tokens from its {d['first']}: {language}{d['file']} unit {unit} document {d['document']} "
+                f"epoch {d['epoch']}: {d['begins']!r}"
+            )
+    return 0

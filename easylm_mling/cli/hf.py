@@ -1,0 +1,70 @@
+"""Hugging Face in and out: `import-hf`, `export-hf`."""
+
+import sys
+
+
+def add_verbs(verbs):
+    importer = verbs.add_parser(
+        "import-hf", help="Hugging Face weights -> a checkpoint that train starts from (init_from=...)"
+    )
+    importer.add_argument("hf_dir", help="a downloaded model's directory, or a hub name such as google/gemma-7b")
+    importer.add_argument("checkpoint_dir")
+    importer.add_argument("--revision", help="of a hub name: a branch, tag or commit (default: the newest)")
+    importer.add_argument(
+        "--tokenizer", help="a tokenizer that continues the model's own: adds rows for its new pieces"
+    )
+    importer.set_defaults(run=_import)
+
+    exporter = verbs.add_parser("export-hf", help="a run or an imported checkpoint -> a Hugging Face directory")
+    exporter.add_argument("checkpoint_dir", help="a run's directory, or one made by import-hf")
+    exporter.add_argument("hf_dir")
+    exporter.add_argument("--step", type=int, help="default: the newest")
+    exporter.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    exporter.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
+    exporter.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the files back: bits, config, tokenizer and logits (with transformers)",
+    )
+    exporter.add_argument(
+        "--language", action="append", default=[], help="for the model card: an ISO 639 code, such as ja"
+    )
+    exporter.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the directory (a new model is made private)"
+    )
+    exporter.set_defaults(run=_export)
+
+
+def _import(a) -> int:
+    from easylm_mling.hf.importing import import_hf
+
+    model = import_hf(a.hf_dir, a.checkpoint_dir, a.tokenizer, a.revision)
+    if a.tokenizer:
+        print(f"the vocabulary now has {model.vocab_size} rows; train with model.vocab_size={model.vocab_size}")
+    print(
+        f"imported {a.hf_dir} to {a.checkpoint_dir}; start from it with `easylm-mling train CONFIG init_from={a.checkpoint_dir}`"
+    )
+    return 0
+
+
+def _export(a) -> int:
+    from easylm_mling.checkpoint.layout import step_directory
+    from easylm_mling.hf.exporting import export_hf, note_export
+
+    step = int(step_directory(a.checkpoint_dir, a.step).name)
+    shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
+    for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages):
+        print(f"warning: {warning}", file=sys.stderr)
+    if not note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype):
+        print("warning: the run is being trained, so the export is not noted in its metrics.jsonl", file=sys.stderr)
+    print(f"exported step {step} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
+    if a.verify:
+        from easylm_mling.hf.verify import verify_export
+
+        for line in verify_export(a.checkpoint_dir, a.hf_dir, step):
+            print(f"verified: {line}" if not line.startswith("not checked") else line)
+    if a.push_to_hub:
+        from easylm_mling.hf.hub import push
+
+        print(f"uploaded to {push(a.hf_dir, a.push_to_hub)}")
+    return 0
