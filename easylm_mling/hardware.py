@@ -30,3 +30,8 @@ CHIPS = {
         Chip("v6e", "TPU v6 lite", "v6e", "default", 918e12, 1.75e9, int(31.25 * GiB), 180e9, 12.5e9),
     )
 }
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`, if it is known."""
+    return next((chip for chip in CHIPS.values() if chip.device_kind == device_kind), None)

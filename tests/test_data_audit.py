@@ -221,7 +221,6 @@ def test_an_inspection_foretells_the_run(corpora, undisturbed, capsys):
 
 
 def test_a_picture_of_the_shares(corpora, tmp_path):
-    pytest.importorskip("matplotlib")
     arguments = [
         "data",
         "inspect",

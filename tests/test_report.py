@@ -9,15 +9,17 @@ from html.parser import HTMLParser
 
 import pytest
 from processes import ROOT, TINY
-from test_watch import event
+from test_monitor import event
 
+from easylm_mling.charts import Line, _ticks, draw_svg
 from easylm_mling.cli.main import main
 from easylm_mling.config import load, to_yaml
 from easylm_mling.errors import ConfigError, without_secrets
+from easylm_mling.hf.plot import plot_losses
 from easylm_mling.monitoring.report.collect import collect
 from easylm_mling.monitoring.report.curve import Curve
 from easylm_mling.monitoring.report.page import page, write_report
-from easylm_mling.monitoring.report.svg import Line, chart, log_ticks, nice_ticks
+from easylm_mling.storage.object_store import write_run_format
 
 VOID = {"meta"}
 HOSTILE = "</style><script>alert('x')</script>&\"'"
@@ -58,6 +60,7 @@ def make_run(folder, steps=40, source="skypile", language="ja"):
     config = load(["configs/demo.yaml"], [*TINY, f"run_dir={folder}", "train.budget_tokens=20480"])
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_run_format(folder)
     rng, lines, events = random.Random(0), [], []
     names = [source if n == "skypile" else n for n in config.data.sources]
     second = 0.0
@@ -123,8 +126,8 @@ def run(tmp_path_factory):
 
 
 def test_the_page_holds_what_the_run_recorded(run):
-    found = collect(run)
-    text = page(found)
+    history = collect(run)
+    text = page(history)
     reader = Reader(text)
     seen = "".join(reader.texts)
     parts = (
@@ -137,12 +140,12 @@ def test_the_page_holds_what_the_run_recorded(run):
     )
     for part in (*parts, "Gradient norm", "config.yaml", "cc100-ja", "as asked", "failed"):
         assert part in seen, part
-    assert found.restarts == [10, 30] and text.count(">restart<") >= 8
-    assert [a.first for a in found.attempts] == [1, 11, 31] and found.attempts[0].end is None
+    assert history.restarts == [10, 30] and text.count(">restart<") >= 8
+    assert [a.first_step for a in history.attempts] == [1, 11, 31] and history.attempts[0].end is None
     # Steps 11 to 15 were done twice; only the later ones are in the curves.
-    assert [x for x, _ in found.curves["loss"].points] == [256 * s for s in range(1, 41)]
-    assert found.skips == [21] and found.saved == 4 and found.failed_saves == 1
-    assert found.goodput.seconds["lost"] > 0 and "steps done again" in seen
+    assert [x for x, _ in history.curves["loss"].points] == [256 * s for s in range(1, 41)]
+    assert history.skips == [21] and history.saved == 4 and history.failed_saves == 1
+    assert history.goodput.seconds["lost"] > 0 and "steps done again" in seen
 
 
 def test_the_page_needs_no_network_and_runs_nothing(run):
@@ -160,6 +163,37 @@ def test_whatever_a_run_is_called_stays_text(tmp_path):
     reader = Reader(text)
     assert not {"script", "img"} & set(reader.tags) and "<script" not in text and "<img" not in text
     assert "<img src=x onerror=alert(1)>" in "".join(reader.texts) and HOSTILE in "".join(reader.texts)
+
+
+def test_a_source_named_like_markup_stays_text_in_every_place(tmp_path, monkeypatch):
+    """Even if a config let such a name through: in curves, legends, tooltips and rows, and as every word of an event."""
+
+    def load_hostile(files):
+        config = load(files)
+        config.data.sources[HOSTILE] = config.data.sources.pop("glot500")
+        return config
+
+    monkeypatch.setattr("easylm_mling.monitoring.report.collect.load", load_hostile)
+    folder = make_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        text = (folder / name).read_text(encoding="utf-8").replace('"glot500"', json.dumps(HOSTILE))
+        (folder / name).write_text(text, encoding="utf-8")
+    start = event(
+        1e6, "start", 40, 4, hosts=HOSTILE, devices=HOSTILE, mesh={HOSTILE: HOSTILE}, versions={HOSTILE: HOSTILE}
+    )
+    end = event(1e6, "stopped", 40, 4, why=HOSTILE)
+    with open(folder / "events.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(start) + "\n" + json.dumps(end) + "\n")
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({"kind": "export", "step": 40, "time": 1.0, "dtype": HOSTILE}) + "\n")
+    history = collect(folder)
+    assert HOSTILE in history.held_out and (HOSTILE, "ja") in history.languages
+    text = page(history)
+    reader = Reader(text)
+    assert "script" not in reader.tags and "<script" not in text and reader.tags.count("style") == 1
+    assert all(HOSTILE not in (name, value) for name, value in reader.attributes)
+    # Legends, tooltips, rows of tables, the state at the top, attempts, saves, news and environment.
+    assert "".join(reader.texts).count(HOSTILE) >= 25
 
 
 def test_addresses_are_shown_without_keys():
@@ -204,22 +238,43 @@ def test_a_long_run_is_held_in_bounded_memory_and_makes_a_small_page(run, tmp_pa
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, 8001):
             file.write(json.dumps({**line, "step": step, "loss": 1 / step}) + "\n")
-    found = collect(folder)
-    assert {len(c.points) for c in found.curves.values()} <= set(range(2001)) and len(found.curves["loss"].points) > 900
-    assert all(len(c.points) <= 400 for c in found.training.values())
-    assert len(page(found)) < 1e6
+    history = collect(folder)
+    assert {len(c.points) for c in history.curves.values()} <= set(range(2001)) and len(
+        history.curves["loss"].points
+    ) > 900
+    assert all(len(c.points) <= 400 for c in history.training.values())
+    assert len(page(history)) < 1e6
 
 
 def test_ticks_are_round_and_cover():
-    assert nice_ticks(0, 10) == [0, 2, 4, 6, 8, 10] and nice_ticks(2.1, 8.3) == [2, 4, 6, 8, 10]
-    assert nice_ticks(5, 5)[0] <= 5 <= nice_ticks(5, 5)[-1]
-    assert log_ticks(0.5, 300) == [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500] or log_ticks(0.5, 300)[0] <= 0.5
+    assert _ticks(0, 10, log=False) == [0, 2, 4, 6, 8, 10] and _ticks(2.1, 8.3, log=False) == [2, 4, 6, 8, 10]
+    assert _ticks(5, 5, log=False)[0] <= 5 <= _ticks(5, 5, log=False)[-1]
+    assert _ticks(0.5, 300, log=True) == [0.1, 1, 10, 100, 1000] and _ticks(0.3, 1.8, log=True) == [0.2, 0.5, 1, 2]
     for low, high in ((1e-9, 1e5), (3, 3), (0.9, 1.1)):
-        ticks = log_ticks(low, high)
+        ticks = _ticks(low, high, log=True)
         assert ticks[0] <= low and ticks[-1] >= high and len(ticks) < 12
-    assert chart("x", [Line("a", [])]) == "" and chart("x", [Line("a", [(0, 0.0)])], log=True) == ""
-    places = re.findall(r'points="([^"]+)"', chart("x", [Line("a", [(0, 1.0), (1, 3.0)])]))
-    assert [tuple(map(float, p.split(","))) for p in places[0].split()] == [(58.0, 240.0), (468.0, 18.0)]
+
+
+def test_a_chart_is_the_same_text_every_time_and_has_the_colours_of_its_page():
+    lines = [Line("a", [(0, 1.0), (1, 3.0)], 9), Line("<b>", [(1, 2.0)], 1)]
+    text = draw_svg("x", lines, marks=[(0.5, "restart"), (7, "outside")])
+    assert text == draw_svg("x", lines, marks=[(0.5, "restart"), (7, "outside")])
+    assert 'd="M 58 240 L 468 18 "' in text and "stroke-dasharray" in text and "outside" not in text
+    assert {"var(--c1)", "var(--soft)", "var(--rule)"} <= set(re.findall(r"var\(--\w+\)", text))
+    assert "#000000" not in text and "font-family" not in text and "<title>&lt;b&gt; 2 at 1 tokens</title>" in text
+    Reader(text)
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """Also those that matplotlib would read as a formula."""
+    from matplotlib.image import imread
+
+    for name in ("$x$", "$x"):
+        plot_losses(
+            tmp_path / f"{len(name)}.png", [name], [{"step": s, "loss": 1, "sources": {name: 1}} for s in (0, 1)], []
+        )
+    assert imread(tmp_path / "3.png").shape == imread(tmp_path / "2.png").shape == (540, 1080, 4)
+    assert (imread(tmp_path / "3.png") != imread(tmp_path / "2.png")).any()
 
 
 def test_a_browser_shows_it_without_an_error(run, tmp_path):

@@ -50,8 +50,7 @@ def write_card(
     languages: tuple[str, ...] = (),
 ):
     """README.md (Markdown with YAML front matter) for the model at `step`, to be known as `name` (a hub name or a
-    folder's), and beside it a picture of the losses, if there are any and matplotlib is installed. `run` holds the small files
-    of `checkpoint_dir`."""
+    folder's), and beside it a picture of the losses, if there are any. `run` holds the small files of `checkpoint_dir`."""
     info = load_info(checkpoint_dir, step)
     records = run / "catalog.json"
     config = from_tree(RunConfig, info["config"]) if records.is_file() else None

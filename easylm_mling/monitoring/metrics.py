@@ -4,7 +4,8 @@ train      a logged step: `tokens` so far; `loss` (nats a token; `sources`: of e
            `learning_rate`, `skipped` and of them `spikes` so far; `ledger`: what was consumed of each source; TIMINGS
 eval       `loss` and `bits_per_byte` of held-out text; of each source and language, see run/validation.py
 languages  at each checkpoint, `languages`: what was consumed of each
-news       what became of sources, and which steps were skipped; export: where a step was exported to
+news       what became of sources, and which steps were skipped
+export     a step, its `dtype` and the `path` that it was exported to
 digests    of every array of the state, with `train.digest_every_steps` (run/replay_check.py)
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from easylm_mling.monitoring.trackers import Trackers
 from easylm_mling.storage.jsonl import JsonlWriter, read_jsonl
 
-# What a train line says that is not the same whenever and wherever a run is repeated.
+# The keys of a train line whose values differ when a run is repeated.
 TIMINGS = (
     "time", "step_seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "tflops_per_chip", "mfu",
     "hbm_bytes", "hbm_peak_bytes", "checkpoint_seconds", "checkpoint_age_seconds", "goodput", "seconds_to_budget",
@@ -25,37 +26,41 @@ TIMINGS = (
 
 
 class MetricsLog:
-    """Appends to a file of such lines; what is written goes to `sinks`, too."""
+    """Appends lines to `path`, and hands them to the `trackers`. A context manager."""
 
     def __init__(self, path: Path, trackers: Trackers | None = None):
-        self._records, self._sinks = JsonlWriter(path), trackers
+        self._file, self._trackers = JsonlWriter(path), trackers
 
     def write(self, kind: str, step: int, **values):
-        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._records.append(record)
-        if self._sinks:
-            self._sinks.put(record)
+        """Append one line. Raises OSError if the disk fails; on a full disk lines wait for room."""
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self._file.append(line)
+        if self._trackers:
+            self._trackers.put(line)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._records.close()
+        self._file.close()
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
-    """The lines of one kind in order of steps; where a resumed run wrote a step again, the later line counts."""
-    by_step = {entry["step"]: entry for entry in read_lines(path, kind)}
+    """The lines of one kind in order of steps. Where a resumed run wrote a step again, the later line counts."""
+    by_step = {line["step"]: line for line in read_lines(path, kind)}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def read_lines(path: Path, kind: str) -> list[dict]:
     """All lines of one kind in the order they were written."""
-    return [entry for entry in read_jsonl(path) if entry["kind"] == kind]
+    return [line for line in read_jsonl(path) if line["kind"] == kind]
 
 
 def step_metrics(metrics: dict, names: list[str]) -> dict:
-    """The device's metrics of one step as plain numbers: the loss over all targets and over each source's."""
+    """The device's metrics of one step as plain numbers, with the loss over all targets and over each source's.
+
+    `loss_sum` and `loss_count` are [sources], in the order of `names`.
+    """
     sums, counts = np.asarray(metrics["loss_sum"], np.float64), np.asarray(metrics["loss_count"], np.float64)
     norms = {name: finite(float(metrics[name])) for name in ("gradient_norm", "parameter_norm") if name in metrics}
     return {
@@ -69,9 +74,10 @@ def step_metrics(metrics: dict, names: list[str]) -> dict:
 
 
 def mean_loss(total: float, count: float) -> float | None:
-    """Nats a target, or None where there is none or it is not finite (JSON knows no NaN)."""
+    """Nats a target; None without targets, or where it is not finite."""
     return finite(float(total / count)) if count else None
 
 
 def finite(x: float) -> float | None:
+    """`x`, or None if it is not finite: JSON knows no NaN."""
     return x if math.isfinite(x) else None

@@ -9,15 +9,21 @@ from easylm_mling.config import ProfileConfig
 
 
 class Profiler:
-    """The first process traces; the loop tells it of every step. A profiler that fails is told, and the run goes on."""
+    """Traces the steps of `config`; a context manager. If the profiler fails, it says so by `say`, and the run goes on."""
 
-    def __init__(self, config: ProfileConfig, folder: Path, tell: Callable[[str], None]):
-        (self._first, self._last), self._folder, self._tell = config.window, folder, tell
+    def __init__(self, config: ProfileConfig, folder: Path, say: Callable[[str], None]):
+        (self._first, self._last), self._folder, self._say = config.window, folder, say
         self._tracing = False
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
     def before(self, step: int):
-        """`step` is about to be launched."""
-        # A resumed run may begin inside the window.
+        """Begin the trace if `step`, which is about to be launched, is one of its steps."""
+        # A resumed run may begin between the first and the last.
         if self._first <= step <= self._last and not self._tracing:
             options = jax.profiler.ProfileOptions()
             # Python's own tracer hooks into every thread, the loader's and the saves', too, and on a busy machine the start of a
@@ -28,19 +34,19 @@ class Profiler:
                 self._tracing = True
             except (RuntimeError, OSError) as error:
                 self._first = self._last = 0
-                self._tell(f"no profile is taken: {error}")
+                self._say(f"no profile is taken: {error}")
 
     def after(self, step: int):
-        """`step` is done."""
-        if self._tracing and step >= self._last:
-            self.close()
+        """End the trace if `step`, which is done, is its last."""
+        if step >= self._last:
+            self._stop()
 
-    def close(self):
+    def _stop(self):
         if not self._tracing:
             return
         self._tracing = False
         try:
             jax.profiler.stop_trace()
-            self._tell(f"a profile of steps {self._first} to {self._last} lies in {self._folder}")
+            self._say(f"a profile of steps {self._first} to {self._last} lies in {self._folder}")
         except (RuntimeError, OSError) as error:
-            self._tell(f"the profile could not be written: {error}")
+            self._say(f"the profile could not be written: {error}")

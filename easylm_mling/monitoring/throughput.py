@@ -7,32 +7,31 @@ from contextlib import contextmanager
 from jax.sharding import Mesh
 
 from easylm_mling.config import RunConfig
-from easylm_mling.hardware import CHIPS
+from easylm_mling.hardware import chip_of
 from easylm_mling.model.flops import model_flops
 
 
 class Pause:
-    """How long the loop stood still, in seconds; known when the pause is over."""
+    """How many `seconds` the loop stood still, known when the pause is over."""
 
     seconds = 0.0
 
 
 class Throughput:
-    """Measures from one logged step to the next; the first step of a process, which is compiled, is not measured."""
+    """Measures from one logged step to the next. The first step of a process, which waits for compilation, is left out."""
 
     def __init__(self, config: RunConfig, mesh: Mesh):
         self.device, self.chips = mesh.local_devices[0], mesh.size
         self._tokens = config.tokens_per_step
-        flops = model_flops(config.model, config.data.sequence_length) * config.train.batch_size
-        self._tflops = flops / mesh.size / 1e12
-        chip = next((c for c in CHIPS.values() if c.device_kind == self.device.device_kind), None)
+        self._tflops = step_flops_per_chip(config, mesh.size) / 1e12
+        chip = chip_of(self.device.device_kind)
         self._peak_tflops = chip and chip.peak_flops / 1e12
-        self._since: tuple[int, float] | None = None
+        self._measured: tuple[int, float] | None = None  # the last step, and when
         self._paused = self._waited = 0.0
 
     @contextmanager
     def pausing(self) -> Iterator[Pause]:
-        """What is done in it is no part of a step: an evaluation, a save. Have the step finished before."""
+        """Leave the time within it (an evaluation, a save) out of the steps. Let the step in flight end before."""
         pause, begun = Pause(), time.monotonic()
         yield pause
         pause.seconds = time.monotonic() - begun
@@ -40,19 +39,21 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For data."""
+        """Count the time within it as waiting for data."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     def measure(self, step: int) -> dict[str, float | None]:
-        """Means a step since the last call, at whose time the step before it was done. MFU is of the chip's bf16 peak,
-        if the chip is known, and FLOPs are those that the model needs (model/flops.py); memory is that of one device."""
+        """Means of the steps since the last call up to `step`, and the memory of one device in bytes.
+
+        MFU is over the chip's bf16 peak, where the chip is known. FLOPs are those that the model needs (model/flops.py).
+        """
         now, memory = time.monotonic(), self.device.memory_stats() or {}
         values: dict[str, float | None] = {"step_seconds": None, "data_wait_seconds": None, "tokens_per_second": None}
-        if self._since and step > self._since[0]:
-            steps = step - self._since[0]
-            seconds = max(1e-9, now - self._since[1] - self._paused) / steps
+        if self._measured and step > self._measured[0]:
+            steps = step - self._measured[0]
+            seconds = max(1e-9, now - self._measured[1] - self._paused) / steps
             rate, tflops = self._tokens / seconds, self._tflops / seconds
             values = {
                 "step_seconds": round(seconds, 6),
@@ -63,8 +64,13 @@ class Throughput:
             }
             if self._peak_tflops:
                 values["mfu"] = round(tflops / self._peak_tflops, 5)
-        self._since, self._paused, self._waited = (step, now), 0.0, 0.0
+        self._measured, self._paused, self._waited = (step, now), 0.0, 0.0
         for name, key in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
             if key in memory:
                 values[name] = memory[key]
         return values
+
+
+def step_flops_per_chip(config: RunConfig, chips: int) -> float:
+    """FLOPs that the model needs in one step, a chip."""
+    return model_flops(config.model, config.data.sequence_length) * config.train.batch_size / chips

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from easylm_mling.config import RunConfig, load
 from easylm_mling.errors import ConfigError
-from easylm_mling.monitoring.plan_comparison import _FEWEST_STEPS, CALIBRATION_FILE, measured_step, read_plan
+from easylm_mling.monitoring.plan_comparison import CALIBRATION_FILE, FEWEST_STEPS, measured_step, read_plan
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.object_store import Bucket, is_bucket, run_files
 
@@ -21,7 +21,7 @@ def calibrate(run_dir: str, make_plan: Callable[[RunConfig], dict]) -> tuple[flo
     run = run_files(run_dir)
     measured = measured_step(run / "metrics.jsonl")
     if measured is None:
-        raise ConfigError(f"{run_dir}: fewer than {_FEWEST_STEPS} steps in metrics.jsonl; let it train on first")
+        raise ConfigError(f"{run_dir}: fewer than {FEWEST_STEPS} steps in metrics.jsonl; let it train on first")
     plan = read_plan(run) or make_plan(load([str(run / "config.yaml")]))
     if "step" not in plan:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """What a run says of itself while it trains. The loop says what happened; the monitor knows where that is written.
 
-The first process of several tells; in the others the same calls write to nowhere.
+Only the first of several processes writes. In the others the same calls write to nowhere.
 """
 
 import importlib.metadata
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,157 +30,178 @@ from easylm_mling.run.directory import RunDirectory
 from easylm_mling.training.spike_guard import SPIKE
 from easylm_mling.training.step import jit_parameter_norm
 
-SETTLED_STEPS = 20
+# The speed is compared with the plan's after so many steps.
+_SETTLED_STEPS = 20
 _TABLE_SECONDS = 600.0
 _NOWHERE = Path("/dev/null")
 _PACKAGES = ("easylm-mling", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Monitor:
-    """A context manager. `begun`: when (time.monotonic) the process's work began, before there was a run directory."""
+    """A run's metrics, events, console and profiler. `Monitor.open` makes one."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, mesh: Mesh, console: Console, begun: float):
-        self.config, self.run, self.console = config, run, console
-        self.throughput, self._mesh, self._begun = Throughput(config, mesh), mesh, begun
-        profile = config.profile if is_primary() else ProfileConfig()
-        self.profile = Profiler(profile, run.path / "profile", lambda text: say(console, text))
-        self._norm = jit_parameter_norm(config, mesh)
-        self._stack = ExitStack()
-        self._launched: tuple[int, float] | None = None
-        # When the last save was committed, and how long it held up the loop.
-        self._saved: tuple[float, float] | None = None
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        mesh: Mesh,
+        console: Console,
+        log: MetricsLog,
+        events: EventLog,
+        progress: ProgressLine,
+        profiler: Profiler,
+    ):
+        self.console, self.log, self.events = console, log, events
+        self.throughput = Throughput(config, mesh)
+        self._config, self._run, self._progress, self._profiler = config, run, progress, profiler
+        self._parameter_norm = jit_parameter_norm(config, mesh)
+        # The first step of this process and when it was launched; the last checkpoint's time and how long the loop stood still.
+        self._first: tuple[int, float] | None = None
+        self._last_save: tuple[float, float] | None = None
         self._held_out: dict | None = None
         self._table_due = time.monotonic() + _TABLE_SECONDS
 
-    def __enter__(self):
-        run, first = self.run, is_primary()
-        trackers = self._stack.enter_context(Trackers(self.config, run.path, self.warn)) if first else None
-        self.log = self._stack.enter_context(MetricsLog(run.metrics_file if first else _NOWHERE, trackers))
-        self.events = self._stack.enter_context(EventLog(run.events_file if first else _NOWHERE))
-        seconds = round(time.monotonic() - self._begun, 3)
-        self.events.write("start", self.events.step, seconds=seconds, **environment(self._mesh))
-        return self
+    @classmethod
+    @contextmanager
+    def open(
+        cls, config: RunConfig, run: RunDirectory, mesh: Mesh, console: Console, begun: float
+    ) -> Iterator["Monitor"]:
+        """Open the run's logs and trackers, and write its start event. An error that leaves this writes `failed`.
 
-    def __exit__(self, *error):
-        self.profile.close()
-        return self._stack.__exit__(*error)
-
-    def warn(self, text: str):
-        warn(self.console, text)
+        `begun` is when the process began its work (time.monotonic), before there was a run directory.
+        """
+        primary = is_primary()
+        with ExitStack() as stack:
+            trackers = stack.enter_context(Trackers(config, run.path, partial(warn, console))) if primary else None
+            log = stack.enter_context(MetricsLog(run.metrics_file if primary else _NOWHERE, trackers))
+            events = stack.enter_context(EventLog(run.events_file if primary else _NOWHERE))
+            progress = stack.enter_context(ProgressLine(console, config.total_steps, config.tokens_per_step))
+            profile = config.profile if primary else ProfileConfig()
+            profiler = stack.enter_context(Profiler(profile, run.path / "profile", partial(say, console)))
+            seconds = round(time.monotonic() - begun, 3)
+            events.write("start", events.step, seconds=seconds, **environment(mesh))
+            yield cls(config, run, mesh, console, log, events, progress, profiler)
 
     def begin(self, step: int):
-        """Steps from `step` + 1 on will follow."""
-        per_step, total = self.config.tokens_per_step, self.config.total_steps
-        self._progress = self._stack.enter_context(ProgressLine(self.console, total, per_step, step))
+        """Show the run's progress: steps from `step` + 1 on follow."""
+        self._progress.begin(step)
+
+    def restored(self, step: int, seconds: float):
+        """Write that the run goes on from the checkpoint of `step`, which took `seconds` to read."""
+        self.events.write("restored", step, seconds=round(seconds, 3))
 
     @contextmanager
     def compiling(self, step: int) -> Iterator[None]:
-        """The program is waited for in it; `step` is the first one that it will run."""
+        """Measure the wait for the compiled program within it. `step` is the first one that it will run."""
         begun = time.monotonic()
         yield
         self.events.write("compiled", step, seconds=round(time.monotonic() - begun, 3))
 
     def launching(self, step: int):
-        """The step is about to be launched."""
-        self.profile.before(step)
-        self._launched = self._launched or (step, time.monotonic())
+        """Call it right before `step` is launched."""
+        self._profiler.before(step)
+        self._first = self._first or (step, time.monotonic())
 
-    def norms(self, step: int, params: dict) -> dict:
-        """What the device is to tell of a logged step besides the step's own metrics."""
-        return {"parameter_norm": self._norm(params)} if step % self.config.train.log_every_steps == 0 else {}
+    def norms(self, step: int, params: dict) -> dict[str, jax.Array]:
+        """The metrics of a logged step that its program does not compute itself, still on the device. Collective."""
+        return {"parameter_norm": self._parameter_norm(params)} if self._is_logged(step) else {}
 
-    def finished(self, step: int, metrics: dict, ledger: Callable[[], dict]) -> dict:
-        """Tell of a step whose `metrics` have arrived; `ledger`: what was consumed up to it. Returns them as plain numbers."""
-        values, config = step_metrics(metrics, list(self.config.data.sources)), self.config
-        self.profile.after(step)
-        if self._launched and self._launched[0] == step:
-            self.events.write("first_step", step, seconds=round(time.monotonic() - self._launched[1], 3))
+    def step(self, step: int, metrics: dict, ledger: Callable[[], dict]) -> dict:
+        """Write and show a finished step, and return its `metrics` as plain numbers.
+
+        `ledger` gives what was consumed of each source up to this step; it is called for logged steps only.
+        """
+        values = step_metrics(metrics, list(self._config.data.sources))
+        self._profiler.after(step)
+        assert self._first is not None, "a step ends after it was launched"
+        first, launched = self._first
+        if step == first:
+            self.events.write("first_step", step, seconds=round(time.monotonic() - launched, 3))
             self.throughput.measure(step)
         if in_a_row := int(metrics["skipped_in_a_row"]):
             why = "spike" if int(metrics["verdict"]) == SPIKE else "not_finite"
             self.events.write("skipped", step, in_a_row=in_a_row, why=why)
         self.events.progress(step)
-        logged = step % config.train.log_every_steps == 0
-        measured = self.throughput.measure(step) if logged else {}
+        measured = self.throughput.measure(step) if self._is_logged(step) else {}
         left = self._progress.update(step, values["loss"], measured.get("mfu"))
-        if logged:
-            values |= {
-                "ledger": ledger(),
-                **measured,
-                **self._since_save(),
-                "goodput": _rounded(self.events.goodput.share()),
-            }
-            values["seconds_to_budget"] = left and round(left, 1)
-            self.log.write("train", step, tokens=step * config.tokens_per_step, **values)
-            if is_primary() and time.monotonic() >= self._table_due and step < config.total_steps:
-                self.console.print(sources_table(step, values, self._held_out))
-                self._table_due = time.monotonic() + _TABLE_SECONDS
-        if self._launched and step == self._launched[0] + SETTLED_STEPS - 1:
-            self.tell_speed()
+        if self._is_logged(step):
+            values |= {"ledger": ledger(), **measured, **self._checkpoint_age()}
+            share = self.events.goodput.share()
+            values |= {"goodput": share and round(share, 4), "seconds_to_budget": left and round(left, 1)}
+            self.log.write("train", step, tokens=step * self._config.tokens_per_step, **values)
+            self._show_table(step, values)
+        if step == first + _SETTLED_STEPS - 1:
+            self._compare_with_plan()
         return values
 
-    def evaluated(self, step: int, found: dict, seconds: float):
-        self.log.write("eval", step, **found)
-        self.events.write("evaluated", step, seconds=round(seconds, 3))
-        self._held_out = found
-        if step:
-            self._table_due = 0.0
-
-    def restored(self, step: int, seconds: float):
-        self.events.write("restored", step, seconds=round(seconds, 3))
-
     def news(self, step: int, lines: list[str]):
-        """What became of sources, and why the step was skipped, a line each."""
+        """Write and show what became of the sources at `step`, or why it was skipped."""
         if lines:
             self.log.write("news", step, news=lines)
         for line in lines:
             say(self.console, f"step {step}: {line}")
 
-    def saved(self, step: int, seconds: float, size: int):
-        """The checkpoint of `step`, of `size` bytes, is committed; the loop stood still for `seconds` of it."""
-        self.events.write("saved", step, seconds=round(seconds, 3), bytes=size)
-        self._saved = time.monotonic(), round(seconds, 3)
+    def evaluated(self, step: int, losses: dict, seconds: float):
+        """Write held-out losses as run/validation.py gives them, and show them soon. They took `seconds`."""
+        self.log.write("eval", step, **losses)
+        self.events.write("evaluated", step, seconds=round(seconds, 3))
+        self._held_out = losses
+        if step:
+            self._table_due = 0.0
+
+    def saved(self, step: int, blocked_seconds: float, size_bytes: int):
+        """Write that the checkpoint of `step` is whole. The loop stood still for `blocked_seconds` of the save."""
+        seconds = round(blocked_seconds, 3)
+        self.events.write("saved", step, seconds=seconds, bytes=size_bytes)
+        self._last_save = (time.monotonic(), seconds)
 
     def save_failed(self, step: int, problem: str, in_a_row: int):
+        """Write and show that the checkpoint of `step` was not saved, the last of `in_a_row`."""
         self.events.write("save_failed", step, problem=without_secrets(problem), in_a_row=in_a_row)
-        self.warn(f"step {step}: a checkpoint could not be saved: {problem}")
+        warn(self.console, f"step {step}: a checkpoint could not be saved: {problem}")
 
     def ended(self, event: str, step: int, why: str):
-        """How it ended; the last save is finished."""
+        """Write how this process's part of the run ended (monitoring/events.py), and show how fast it was."""
         self._progress.close()
         self.events.write(event, step, **({"why": why} if why else {}))
-        self.tell_speed()
+        self._compare_with_plan()
 
     def stuck(self, what: str, code: int):
-        """The process will end at once, from another thread, with this exit code."""
+        """Write that the process ends at once with exit code `code`. Any thread may call it."""
         with suppress(OSError):
             self.events.failed(what, code=code)
-            self.run.push()
+            self._run.push()
 
-    def tell_speed(self):
-        """Step time, MFU and peak memory beside what `plan --keep` said of this run, where something is there to compare."""
+    def _is_logged(self, step: int) -> bool:
+        return step % self._config.train.log_every_steps == 0
+
+    def _show_table(self, step: int, values: dict):
+        if is_primary() and time.monotonic() >= self._table_due and step < self._config.total_steps:
+            self.console.print(sources_table(step, values, self._held_out))
+            self._table_due = time.monotonic() + _TABLE_SECONDS
+
+    def _compare_with_plan(self):
+        """Show step time, MFU and peak memory beside those of the run's plan, where there is something to compare."""
         if not is_primary():
             return
-        device = self.throughput.device
+        device, chips = self.throughput.device, self.throughput.chips
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        if line := compare_with_plan(self.run.path, self.config, device.device_kind, self.throughput.chips, memory):
+        if line := compare_with_plan(self._run.path, self._config, device.device_kind, chips, memory):
             say(self.console, line)
 
-    def _since_save(self) -> dict[str, float]:
-        if self._saved is None:
+    def _checkpoint_age(self) -> dict[str, float]:
+        if self._last_save is None:
             return {}
-        age = round(time.monotonic() - self._saved[0], 1)
-        return {"checkpoint_seconds": self._saved[1], "checkpoint_age_seconds": age}
+        saved, blocked_seconds = self._last_save
+        return {"checkpoint_seconds": blocked_seconds, "checkpoint_age_seconds": round(time.monotonic() - saved, 1)}
 
 
 def environment(mesh: Mesh) -> dict:
-    """What the run trains on and with: nothing of names, paths or the environment's variables."""
+    """Devices and versions of the software: no names, paths or variables of the machine."""
     versions = {"python": platform.python_version(), "system": sys.platform}
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     device = mesh.devices.flat[0]
     return {
         "hosts": jax.process_count(),
@@ -188,7 +210,3 @@ def environment(mesh: Mesh) -> dict:
         "mesh": {str(k): v for k, v in mesh.shape.items()},
         "versions": versions,
     }
-
-
-def _rounded(x: float | None) -> float | None:
-    return None if x is None else round(x, 4)

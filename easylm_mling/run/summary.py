@@ -1,8 +1,7 @@
-"""The closing table of a run: tokens consumed of each source beside the shares asked for, and the held-out losses."""
+"""The closing table of a run: what was consumed of each source beside the plan, and its held-out loss."""
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,7 +9,7 @@ from rich.table import Table
 from easylm_mling.checkpoint.reading import load_data_state, load_info
 from easylm_mling.config import RunConfig, from_tree
 from easylm_mling.data.mixture import DataState
-from easylm_mling.monitoring.console import make_console, say
+from easylm_mling.monitoring.console import epochs_text, loss_text, make_console, say, source_rows_table
 from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.data import load_ledger
 from easylm_mling.storage.object_store import run_files
@@ -29,37 +28,29 @@ def print_summary(run_dir: str, console: Console | None = None):
 
 
 def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dict]) -> Table:
-    """A row a source: share wanted, share, tokens, documents, epochs, bad records, held-out loss first and last.
+    """A row for each source: its shares, tokens, documents, epochs, bad records, and its held-out loss first and last.
 
-    `consumed` is Ledger.sources' at the step in question; losses are nats a token, epochs estimates.
+    `consumed` is Ledger.sources' at the step in question. Losses are nats a token; epochs are estimates.
     """
     evaluations = read_metrics(metrics_file, "eval")
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-
-    def losses(name=None):
-        values = [e.get("sources", {}).get(name) if name else e.get("loss") for e in (first, last)]
-        return ["-" if x is None else f"{x:.3f}" for x in values]
-
-    table = Table(
-        title=f"{escape(config.run_dir)}: tokens of each source, and its held-out loss (nats a token)",
-        title_justify="left",
-        box=box.SIMPLE,
-    )
-    table.add_column("source", no_wrap=True)
-    for heading in ("wanted", "share", "tokens", "documents", "epochs", "bad", "loss", "at end"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    tokens, documents, bad, rows = (
-        sum(s[k] for s in consumed.values()) for k in ("tokens", "documents", "bad", "rows")
+    total = {key: sum(source[key] for source in consumed.values()) for key in ("tokens", "documents", "bad", "rows")}
+    table = source_rows_table(
+        f"{escape(config.run_dir)}: tokens of each source, and its held-out loss (nats a token)",
+        ("wanted", "share", "tokens", "documents", "epochs", "bad", "loss", "at end"),
     )
     for name, source in consumed.items():
-        shares = (f"{source['wanted']:.2%}", f"{source['tokens'] / max(1, tokens):.2%}")
-        counts = (f"{source['tokens']:,}", f"{source['documents']:,}")
-        epochs = "-" if source["epochs"] is None else f"{source['epochs']:.2f}"
-        table.add_row(name, *shares, *counts, epochs, f"{source['bad']:,}", *losses(name))
+        shares = (f"{source['wanted']:.2%}", f"{source['tokens'] / max(1, total['tokens']):.2%}")
+        losses = [loss_text(line.get("sources", {}).get(name)) for line in (first, last)]
+        table.add_row(name, *shares, *_counts(source, epochs_text(source["epochs"])), *losses)
     table.add_section()
-    table.add_row("all", "", "", f"{tokens:,}", f"{documents:,}", "", f"{bad:,}", *losses())
+    table.add_row("all", "", "", *_counts(total, ""), *(loss_text(line.get("loss")) for line in (first, last)))
     table.caption = (
-        f"budget {config.train.budget_tokens:,} tokens; consumed {tokens:,} in {rows // config.train.batch_size:,} steps "
-        f"of {config.tokens_per_step:,}"
+        f"budget {config.train.budget_tokens:,} tokens; consumed {total['tokens']:,} in "
+        f"{total['rows'] // config.train.batch_size:,} steps of {config.tokens_per_step:,}"
     )
     return table
+
+
+def _counts(source: dict, epochs: str) -> tuple[str, ...]:
+    return f"{source['tokens']:,}", f"{source['documents']:,}", epochs, f"{source['bad']:,}"

@@ -98,7 +98,12 @@ def train(
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
     say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
 
-    with closing(run), crash_file(run.path), jax.set_mesh(mesh), Monitor(config, run, mesh, console, begun) as monitor:
+    with (
+        closing(run),
+        crash_file(run.path),
+        jax.set_mesh(mesh),
+        Monitor.open(config, run, mesh, console, begun) as monitor,
+    ):
         outcome = run_process(config, mesh, data, tokenizer, monitor, max_hours)
         event, message, code = closing_event(config, outcome)
         monitor.ended(event, outcome.step, message)
@@ -259,7 +264,7 @@ def report_step(loop: Loop, before: DataState | None, launched: InFlight) -> Agr
     agreed, ledger = launched.agreement(), loop.data.ledger
     consumed = agreed.state
     assert consumed is not None
-    values = loop.monitor.finished(step, metrics, lambda: ledger.sources(consumed))
+    values = loop.monitor.step(step, metrics, lambda: ledger.sources(consumed))
     ends = [order.epochs for order in loop.loader.orders]
     news = ledger.news(before, consumed, ends, loop.loader.lanes_with_data)
     if skipped := skip_news(metrics, values, config.train.spike_sigmas):

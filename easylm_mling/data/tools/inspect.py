@@ -6,13 +6,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from easylm_mling.charts import Line, draw_lines, draw_png
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.forecast import forecast
 from easylm_mling.data.weights import language_bytes, language_tokens, make_plan
-from easylm_mling.errors import ConfigError
 from easylm_mling.formatting import tokens_text
 
 # Languages printed of a source: so many of the most, and of the least repeated ones.
@@ -79,59 +79,53 @@ def print_inspection(inspection: dict, console: Console):
 
 
 def plot_inspection(inspection: dict, path: str | Path):
-    """Write a PNG of each source's and language's tokens, and of those that are taken; raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--png needs matplotlib; install it with: pip install 'easylm-mling[plot]'") from error
-    by_language = {n: s["languages"] for n, s in inspection["sources"].items() if len(s["languages"]) > 1}
-    bars = len(inspection["sources"])
-    heights = [max(2.0, 0.45 * bars), *[4.0] * len(by_language)]
-    figure = Figure(figsize=(10, sum(heights) + 1), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    _plot_sources(axes[0], inspection)
-    for axis, (name, languages) in zip(axes[1:], by_language.items(), strict=True):
-        _plot_languages(axis, name, languages)
-    figure.savefig(path, dpi=120)
+    """Draw a PNG: the size of every source and language beside what the run takes of it."""
+    many = {n: s["languages"] for n, s in inspection["sources"].items() if len(s["languages"]) > 1}
+    heights = [max(2.0, 0.45 * len(inspection["sources"])), *[4.0] * len(many)]
+    with draw_png(path, 10, sum(heights) + 1) as figure:
+        axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        _plot_sources(axes[0], inspection)
+        for axis, (name, languages) in zip(axes[1:], many.items(), strict=True):
+            _plot_languages(axis, name, languages)
 
 
 def _plot_sources(axis, inspection: dict):
     names, sources = list(inspection["sources"])[::-1], list(inspection["sources"].values())[::-1]
-    available, taken = sum(s["tokens"] for s in sources), sum(s["taken"] for s in sources)
-    for shift, key, total, label in (
-        (0.2, "tokens", available, "in the corpora"),
-        (-0.2, "taken", taken, "in the run"),
-    ):
+    size, taken = sum(s["tokens"] for s in sources), sum(s["taken"] for s in sources)
+    for shift, key, total, label in ((0.2, "tokens", size, "in the corpora"), (-0.2, "taken", taken, "in the run")):
         shares = [100 * s[key] / max(1, total) for s in sources]
         axis.barh([i + shift for i in range(len(names))], shares, 0.38, label=label)
     for i, s in enumerate(sources):
-        axis.annotate(
-            f"  {s['epochs']:.3g} epochs", (100 * s["taken"] / max(1, taken), i - 0.2), va="center", fontsize=8
-        )
+        at = 100 * s["taken"] / max(1, taken), i - 0.2
+        axis.annotate(f"  {s['epochs']:.3g} epochs", at, va="center", fontsize=8)
     axis.set_yticks(range(len(names)), names)
+    axis.grid(False, axis="y")
+    axis.grid(True, axis="x")
     axis.margins(x=0.12)
     axis.set_xlabel("% of tokens")
-    axis.set_title(f"{tokens_text(inspection['tokens'])} tokens from {tokens_text(available)} (estimated)")
+    axis.set_title(f"{tokens_text(inspection['tokens'])} tokens from {tokens_text(size)} (estimated)")
     axis.legend(loc="best")
 
 
 def _plot_languages(axis, name: str, languages: dict):
     ordered = sorted(languages.items(), key=lambda item: -item[1]["tokens"])
-    rank = range(1, len(ordered) + 1)
-    for key, label in (("tokens", "in the corpus"), ("taken", "in the run")):
-        values = [max(1, v[key]) for _, v in ordered]
-        axis.plot(rank, values, marker="." if len(ordered) < 60 else None, label=label)
-    axis.set_yscale("log")
+    style = "marked" if len(ordered) < 60 else "plain"
+    lines = [
+        Line(label, [(rank, max(1, language[key])) for rank, (_, language) in enumerate(ordered, 1)], colour, style)
+        for colour, (key, label) in enumerate((("tokens", "in the corpus"), ("taken", "in the run")))
+    ]
+    draw_lines(axis, lines, log=True)
     axis.set_ylabel("tokens")
     axis.set_title(f"{name}: {len(ordered)} languages, largest first")
     if len(ordered) <= 40:
-        axis.set_xticks(rank, [language for language, _ in ordered], rotation=60, ha="right", fontsize=7)
+        names = [language for language, _ in ordered]
+        axis.set_xticks(range(1, len(names) + 1), names, rotation=60, ha="right", fontsize=7)
     epochs = axis.twinx()
-    epochs.plot(rank, [v["epochs"] for _, v in ordered], color="grey", linewidth=1, linestyle=":")
+    repeats = [language["epochs"] for _, language in ordered]
+    epochs.plot(range(1, len(repeats) + 1), repeats, color="grey", linewidth=1, linestyle=":")
     epochs.set_ylabel("epochs (dotted)")
     epochs.set_ylim(bottom=0)
+    epochs.grid(False)
     axis.legend(loc="lower left")
     axis.set_xlabel("language, by size")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-Point = tuple[float, float]
+from easylm_mling.charts import Point
 
 
 @dataclass
@@ -13,31 +13,31 @@ class _Part:
     points: list[Point]
 
     def join(self, other: "_Part") -> "_Part":
-        every = self.points + other.points
-        low, high = min(every, key=lambda p: p[1]), max(every, key=lambda p: p[1])
+        points = self.points + other.points
+        low, high = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
         return _Part(self.count + other.count, [low] if low == high else sorted((low, high)))
 
 
 @dataclass
 class Curve:
-    """Takes points in the order of x and keeps at most `limit`, such that no peak and no valley is lost."""
+    """Takes points in the order of x and keeps at most `limit` of them, every peak and valley among them."""
 
     limit: int = 2000
     _parts: list[_Part] = field(default_factory=list)
-    _each: int = 1
+    _points_per_part: int = 1
 
     def add(self, x: float, y: object):
-        """One more point, unless `y` is no number. Points from `x` on were of steps that are being done again: they go."""
+        """Add a point, unless `y` is no number. Points from `x` on go: their steps are being done again."""
         if not isinstance(y, (int, float)):
             return
         self.cut(x)
         point = _Part(1, [(x, float(y))])
-        if self._parts and self._parts[-1].count < self._each:
+        if self._parts and self._parts[-1].count < self._points_per_part:
             self._parts[-1] = self._parts[-1].join(point)
         else:
             self._parts.append(point)
         if len(self._parts) > self.limit // 2:
-            self._each *= 2
+            self._points_per_part *= 2
             parts = self._parts
             self._parts = [a.join(b) for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
 
@@ -52,4 +52,5 @@ class Curve:
 
     @property
     def points(self) -> list[Point]:
+        """The points that are kept, in the order of x."""
         return [p for part in self._parts for p in part.points]

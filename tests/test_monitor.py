@@ -1,4 +1,4 @@
-"""What is told of a run: its events and goodput, its metrics, the sinks, the profiler's window, the console."""
+"""What a run says of itself: events and goodput, metrics, trackers, the profiler's window, the console."""
 
 import io
 import json
@@ -14,10 +14,12 @@ import types
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from processes import ROOT, TINY, train_here
 from rich.console import Console
 
@@ -29,10 +31,12 @@ from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, TrainingStopped
 from easylm_mling.monitoring.console import ProgressLine, sources_table, warn
 from easylm_mling.monitoring.events import EventLog, read_event_log
-from easylm_mling.monitoring.goodput import KINDS, goodput
+from easylm_mling.monitoring.goodput import KINDS, Goodput
 from easylm_mling.monitoring.metrics import TIMINGS, MetricsLog, read_lines, read_metrics
+from easylm_mling.monitoring.profiler import Profiler
 from easylm_mling.monitoring.throughput import Throughput
 from easylm_mling.monitoring.trackers import Trackers, check_trackers, numbers
+from easylm_mling.run.monitor import Monitor
 from easylm_mling.run.validation import by_language
 
 TOKENIZER = ROOT / "data/sample/tokenizer/tokenizer.model"
@@ -46,6 +50,13 @@ def config(run_dir="runs/none", *overrides):
 def event(at, name, step=0, attempt=1, **values):
     when = datetime.fromtimestamp(1_800_000_000 + at, UTC).isoformat(timespec="milliseconds")
     return {"event": name, "time": when, "attempt": attempt, "step": step, **values}
+
+
+def goodput(events):
+    result = Goodput()
+    for each in events:
+        result.add(each)
+    return result
 
 
 def test_goodput_of_a_run_that_was_killed_once():
@@ -67,8 +78,7 @@ def test_goodput_of_a_run_that_was_killed_once():
         event(160, "evaluated", 10, 2, seconds=2),
         event(160, "done", 10, 2),
     ]
-    found = goodput(first + second).seconds
-    assert found == pytest.approx(
+    assert goodput(first + second).seconds == pytest.approx(
         {"init": 6 + 6, "restore": 3, "compile": 20, "step": 12 + 8, "evaluation": 2, "save": 1, "lost": 8, "idle": 94}
         | {"init": 5 + 6 + 1}
     )
@@ -103,11 +113,11 @@ def test_goodput_adds_up_to_the_whole_time_whatever_happened(story):
     for name, gap, step, seconds in story:
         now += gap
         events.append(event(now, name, step, 1, seconds=seconds))
-    found = goodput(events)
+    result = goodput(events)
     times = [datetime.fromisoformat(e["time"]).timestamp() for e in events]
     begun = times[0] - (story[0][3] if story[0][0] == "start" else 0)
-    assert sum(found.seconds.values()) == pytest.approx(max(times) - begun, abs=0.01)
-    assert found.seconds.keys() == set(KINDS) and min(found.seconds.values()) > -1e-6
+    assert sum(result.seconds.values()) == pytest.approx(max(times) - begun, abs=0.01)
+    assert result.seconds.keys() == set(KINDS) and min(result.seconds.values()) > -1e-6
 
 
 def test_events_survive_a_kill_and_count_attempts(tmp_path):
@@ -121,11 +131,11 @@ def test_events_survive_a_kill_and_count_attempts(tmp_path):
         assert (log.attempt, log.step) == (2, 4)
         log.write("start", 4)
         raise TrainingStopped("no\nroom")
-    found = list(read_event_log(file))
-    assert [(e["event"], e["attempt"], e["step"]) for e in found] == [
+    events = list(read_event_log(file))
+    assert [(e["event"], e["attempt"], e["step"]) for e in events] == [
         ("start", 1, 0), ("saved", 1, 4), ("start", 2, 4), ("failed", 2, 4),
     ]  # fmt: skip
-    assert found[-1]["error"] == "no room" and datetime.fromisoformat(found[0]["time"]).tzinfo == UTC
+    assert events[-1]["error"] == "no room" and datetime.fromisoformat(events[0]["time"]).tzinfo == UTC
 
 
 def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
@@ -140,16 +150,16 @@ def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """A run in two attempts, with everything that it can tell."""
-    run_dir = tmp_path_factory.mktemp("watched") / "run"
+def monitored(tmp_path_factory):
+    """A run in two attempts, with everything that it can say."""
+    run_dir = tmp_path_factory.mktemp("monitored") / "run"
     asked = ["eval.every_steps=4", "log.tensorboard=true", "checkpoint.every_steps=4"]
-    said = train_here(run_dir, *asked, "train.stop_at_step=6", "profile.steps=2:3")
-    return run_dir, said + train_here(run_dir, *asked)
+    output = train_here(run_dir, *asked, "train.stop_at_step=6", "profile.steps=2:3")
+    return run_dir, output + train_here(run_dir, *asked)
 
 
-def test_the_events_of_a_run(watched):
-    run_dir, _ = watched
+def test_the_events_of_a_run(monitored):
+    run_dir, _ = monitored
     events = [e for e in read_event_log(run_dir / "events.jsonl") if e["event"] != "progress"]
     begins = ["evaluated", "compiled", "first_step", "evaluated", "saved", "saved", "stopped"]
     again = ["restored", "compiled", "first_step", "evaluated", "saved", "evaluated", "saved", "done"]
@@ -163,13 +173,38 @@ def test_the_events_of_a_run(watched):
     start = next(e for e in events if e["event"] == "start")
     assert (start["hosts"], start["devices"], start["device_kind"]) == (1, 8, "cpu")
     assert start["versions"].keys() >= {"python", "jax", "orbax-checkpoint"}
-    found = goodput(read_event_log(run_dir / "events.jsonl"))
+    seconds = goodput(read_event_log(run_dir / "events.jsonl")).seconds
     # A program that was compiled beside the restore may be there at once.
-    assert found.seconds["step"] > 0 and found.seconds["save"] > 0 and found.seconds["lost"] == 0
+    assert seconds["step"] > 0 and seconds["save"] > 0 and seconds["lost"] == 0
 
 
-def test_a_line_of_metrics_has_all_its_names(watched):
-    run_dir, _ = watched
+def test_a_save_is_written_when_it_is_whole_and_its_age_is_logged(tmp_path, monkeypatch):
+    """Without a look at any checkpoint: there are none."""
+    c = config(tmp_path / "run", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1")
+    mesh, console = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")), Console(quiet=True)
+    metrics = {"loss_sum": np.ones(5), "loss_count": np.ones(5), "learning_rate": 0.1, "skipped": 0, "spikes": 0}
+    metrics |= {"skipped_in_a_row": 0, "verdict": 0}
+    with EventLog(tmp_path / "events.jsonl") as events, MetricsLog(tmp_path / "metrics.jsonl") as log:
+        progress, profiler = ProgressLine(console, 10, 256), Profiler(ProfileConfig(), tmp_path, print)
+        monitor = Monitor(c, types.SimpleNamespace(path=tmp_path), mesh, console, log, events, progress, profiler)
+        for step in (1, 2, 3):
+            monitor.launching(step)
+            monitor.step(step, metrics, dict)
+            if step == 1:
+                monitor.save_failed(1, "no answer from https://me:key@host/x?sig=1", 1)
+            if step == 2:
+                monitor.saved(2, 0.25, 1000)
+    saves = [e for e in read_event_log(tmp_path / "events.jsonl") if e["event"].startswith("save")]
+    assert [(e["event"], e["step"]) for e in saves] == [("save_failed", 1), ("saved", 2)]
+    assert saves[0]["problem"] == "no answer from https://...@host/x?..." and saves[0]["in_a_row"] == 1
+    assert (saves[1]["seconds"], saves[1]["bytes"]) == (0.25, 1000)
+    _, before, after = read_metrics(tmp_path / "metrics.jsonl", "train")
+    assert "checkpoint_seconds" not in before
+    assert after["checkpoint_seconds"] == 0.25 and after["checkpoint_age_seconds"] < 60
+
+
+def test_a_line_of_metrics_has_all_its_names(monitored):
+    run_dir, _ = monitored
     lines = read_metrics(run_dir / "metrics.jsonl", "train")
     assert len(lines) == 10
     last = lines[8]
@@ -187,8 +222,8 @@ def test_a_line_of_metrics_has_all_its_names(watched):
     assert 1 < evaluation["loss"] / math.log(2) / evaluation["bits_per_byte"] < 5
 
 
-def test_the_loss_of_each_language_adds_up_to_that_of_its_source(watched):
-    run_dir, _ = watched
+def test_the_loss_of_each_language_adds_up_to_that_of_its_source(monitored):
+    run_dir, _ = monitored
     c = config(run_dir)
     rows = holdout_rows(c.mixer, Catalog.load(run_dir / "catalog.json"), Tokenizer(str(TOKENIZER)), "glot500", 2)
     copies = by_language(rows, 5)
@@ -202,8 +237,8 @@ def test_the_loss_of_each_language_adds_up_to_that_of_its_source(watched):
     evaluation = read_metrics(run_dir / "metrics.jsonl", "eval")[-1]
     losses = evaluation["languages"]["glot500"]
     weights = np.bincount(rows["language"].reshape(-1), rows["loss_mask"].reshape(-1))
-    found = sorted(Catalog.load(run_dir / "catalog.json").sources["glot500"].languages)
-    mean = sum(losses[found[i]] * w for i, w in enumerate(weights) if w) / weights.sum()
+    languages = sorted(Catalog.load(run_dir / "catalog.json").sources["glot500"].languages)
+    mean = sum(losses[languages[i]] * w for i, w in enumerate(weights) if w) / weights.sum()
     assert list(evaluation["languages"]) == ["glot500"] and len(losses) == (weights > 0).sum() >= 1
     assert evaluation["sources"]["glot500"] == pytest.approx(mean, rel=1e-6)
 
@@ -233,11 +268,11 @@ def test_speed_knows_the_peak_and_leaves_pauses_out(monkeypatch):
         clock[0] += 5.0
     with throughput.waiting():
         clock[0] += 2.0
-    found = throughput.measure(6)
-    assert pause.seconds == 5 and (found["step_seconds"], found["data_wait_seconds"]) == (2.0, 0.4)
-    assert (found["tokens_per_second"], found["tokens_per_second_per_chip"]) == (128.0, 32.0)
-    assert found["mfu"] == pytest.approx(found["tflops_per_chip"] / 275, abs=1e-5)
-    assert (found["hbm_bytes"], found["hbm_peak_bytes"]) == (7, 9)
+    measured = throughput.measure(6)
+    assert pause.seconds == 5 and (measured["step_seconds"], measured["data_wait_seconds"]) == (2.0, 0.4)
+    assert (measured["tokens_per_second"], measured["tokens_per_second_per_chip"]) == (128.0, 32.0)
+    assert measured["mfu"] == pytest.approx(measured["tflops_per_chip"] / 275, abs=1e-5)
+    assert (measured["hbm_bytes"], measured["hbm_peak_bytes"]) == (7, 9)
     clock[0] += 1.0
     assert throughput.measure(7)["step_seconds"] == 1.0
 
@@ -246,7 +281,7 @@ def tensorboard_values(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Read back what lies in event files: records of length, checksum, message, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found: dict[str, list[tuple[int, float]]] = {}
+    values: dict[str, list[tuple[int, float]]] = {}
     for file in sorted(folder.glob("events*")):
         content, at = file.read_bytes(), 0
         while at < len(content):
@@ -254,21 +289,21 @@ def tensorboard_values(folder: Path) -> dict[str, list[tuple[int, float]]]:
             message = Event.FromString(content[at + 12 : at + 12 + size])
             at += 16 + size
             for value in message.summary.value:
-                found.setdefault(value.tag, []).append((message.step, value.simple_value))
-    return found
+                values.setdefault(value.tag, []).append((message.step, value.simple_value))
+    return values
 
 
-def test_tensorboard_gets_what_metrics_get(watched):
-    run_dir, _ = watched
-    found, lines = tensorboard_values(run_dir / "tensorboard"), read_lines(run_dir / "metrics.jsonl", "train")
-    assert found["train/loss"] == [(x["step"], float(np.float32(x["loss"]))) for x in lines]
-    assert [step for step, _ in found["train/sources/skypile"]] == list(range(1, 11))
-    assert [step for step, _ in found["eval/bits_per_byte"]] == [0, 4, 8, 10]
+def test_tensorboard_gets_what_metrics_get(monitored):
+    run_dir, _ = monitored
+    scalars, lines = tensorboard_values(run_dir / "tensorboard"), read_lines(run_dir / "metrics.jsonl", "train")
+    assert scalars["train/loss"] == [(x["step"], float(np.float32(x["loss"]))) for x in lines]
+    assert [step for step, _ in scalars["train/sources/skypile"]] == list(range(1, 11))
+    assert [step for step, _ in scalars["eval/bits_per_byte"]] == [0, 4, 8, 10]
 
 
-def test_a_profile_of_the_steps_asked_for(watched):
-    run_dir, said = watched
-    assert f"a profile of steps 2 to 3 lies in {run_dir}/profile" in said
+def test_a_profile_of_the_steps_asked_for(monitored):
+    run_dir, output = monitored
+    assert f"a profile of steps 2 to 3 lies in {run_dir}/profile" in output
     (trace,) = (run_dir / "profile").rglob("*.xplane.pb")
     content = trace.read_bytes()
     assert b"jit(train_step)" in content
@@ -317,7 +352,7 @@ class Stuck(Broken):
         pass
 
 
-def test_a_sink_that_fails_is_told_once_and_training_goes_on(tmp_path, monkeypatch):
+def test_a_tracker_that_fails_is_reported_once_and_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers_module, "TensorBoard", Broken)
     warned = []
     with trackers(tmp_path, warned, tensorboard="true") as s, MetricsLog(tmp_path / "metrics.jsonl", s) as log:
@@ -327,7 +362,7 @@ def test_a_sink_that_fails_is_told_once_and_training_goes_on(tmp_path, monkeypat
     assert len(read_metrics(tmp_path / "metrics.jsonl", "train")) == 5000
 
 
-def test_a_sink_that_hangs_holds_nothing_up(tmp_path, monkeypatch):
+def test_a_tracker_that_hangs_holds_nothing_up(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers_module, "TensorBoard", Stuck)
     monkeypatch.setattr(trackers_module, "_LAST_SECONDS", 0.2)
     warned, begun = [], time.monotonic()
@@ -339,7 +374,7 @@ def test_a_sink_that_hangs_holds_nothing_up(tmp_path, monkeypatch):
     Stuck.freed.set()
 
 
-def test_a_sink_whose_package_is_missing_is_an_error_before_anything_begins(tmp_path, monkeypatch):
+def test_a_tracker_whose_package_is_missing_is_an_error_before_anything_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers_module, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"log.wandb=mine needs wandb; install it with pip install 'easylm-mling\[wandb\]'"
@@ -419,11 +454,11 @@ def test_the_console_warns_and_shows_tables_without_reading_markup():
     source = {"wanted": 0.5, "tokens": 1000, "epochs": None}
     ledger = {f"[b]{i}": source for i in range(14)}
     console.print(sources_table(9, {"ledger": ledger, "sources": {"[b]0": 2.0}}, {"sources": {"[b]0": 1.5}}))
-    with ProgressLine(console, 100, 1000, 0) as line:
+    with ProgressLine(console, 100, 1000) as line:
         assert line.update(1, None) is None
         line.update(2, 2.0, 0.5)
-    said = out.getvalue()
-    assert "warning: step 3: [red]disk[/red] is full\n" in said
-    assert "[b]0" in said and "and 2 more" in said and "2.000" in said and "1.500" in said
-    assert "loss not finite" in said
+    shown = out.getvalue()
+    assert "warning: step 3: [red]disk[/red] is full\n" in shown
+    assert "[b]0" in shown and "and 2 more" in shown and "2.000" in shown and "1.500" in shown
+    assert "loss not finite" in shown
     assert logging.getLogger().level == logging.WARNING
