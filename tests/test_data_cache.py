@@ -103,7 +103,10 @@ def test_another_tokenizer_order_or_corpus_finds_nothing(config):
 def test_a_cache_of_another_format_is_refused_by_name(config, monkeypatch):
     filled(config)
     monkeypatch.setattr(token_cache, "_FORMAT", 2)
-    with pytest.raises(ConfigError, match=r"safetensors: this token cache has format 1, .* knows format 2; .* remove the folder .*cache"):
+    with pytest.raises(
+        ConfigError,
+        match=r"safetensors: this token cache has format 1, .* knows format 2; .* remove the folder .*cache",
+    ):
         drawn(config, cached=True)
 
 

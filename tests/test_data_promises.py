@@ -263,7 +263,9 @@ def test_the_state_of_256_lanes_and_5_sources_is_small(tmp_path):
 @pytest.mark.parametrize("number, has", [({"format": 9}, "format 9"), ({}, "no format number")])
 def test_a_data_state_of_another_format_is_refused_by_name(tmp_path, number, has):
     np.savez(tmp_path / "7.npz", lanes=np.zeros(3), **number)
-    with pytest.raises(ConfigError, match=f"7.npz: this data state has {has}, .* use the version that wrote it, or restore it"):
+    with pytest.raises(
+        ConfigError, match=f"7.npz: this data state has {has}, .* use the version that wrote it, or restore it"
+    ):
         load_state(tmp_path, 7)
 
 
