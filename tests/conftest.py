@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -15,6 +16,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="easylm_mling_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+# Every call in these rooms is checked against its annotations: in tests only, and before a test imports them.
+install_import_hook(["easylm_mling.model", "easylm_mling.training"], "beartype.beartype")
 
 
 @pytest.fixture(scope="module")

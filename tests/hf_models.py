@@ -25,7 +25,7 @@ from easylm_mling.config import MeshConfig
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params
-from easylm_mling.model.decoder import logits
+from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.training.state import model_graph
 
@@ -123,7 +123,7 @@ def our_logits(directory: Path, tokens: np.ndarray, dtype, change: dict | None =
     params = read_params(open_weights(directory, model), model, make_mesh(MeshConfig(), jax.devices()[:1]))
     gemma = nnx.merge(model_graph(model), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = gemma(jnp.asarray(tokens), positions, jnp.ones(tokens.shape, jnp.int32), dtype)
+    hidden = gemma(jnp.asarray(tokens), positions, jnp.ones(tokens.shape, jnp.int32), ForwardOptions(dtype))
     return np.asarray(logits(hidden, gemma.head, model.final_logit_softcapping))
 
 

@@ -18,7 +18,7 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.inference import generate as module
 from easylm_mling.inference.generate import generate, load_model, sample_text
-from easylm_mling.model.decoder import logits
+from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.training.state import model_graph
 
@@ -53,9 +53,8 @@ def loaded(directory):
 @partial(jax.jit, static_argnums=0)
 def all_scores(graph, params, row):
     gemma, positions = nnx.merge(graph, params), jnp.arange(row.shape[1])[None]
-    return logits(
-        gemma(row, positions, jnp.ones_like(row), jnp.float32), gemma.head, gemma.config.final_logit_softcapping
-    )
+    hidden = gemma(row, positions, jnp.ones_like(row), ForwardOptions(jnp.float32))
+    return logits(hidden, gemma.head, gemma.config.final_logit_softcapping)
 
 
 def recomputed(loaded, prompt: list[int], count: int) -> list[int]:

@@ -8,12 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import TypeCheckError
 
 from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.attention import attention, cudnn_attention
-from easylm_mling.model.decoder import REMAT_POLICIES, Remat, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.model.decoder import (
+    REMAT_POLICIES,
+    ForwardOptions,
+    Remat,
+    logits,
+    rms_norm,
+    rotary,
+    rotary_frequencies,
+)
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import activated, gated_down
 from easylm_mling.model.params import parameter_table, to_flat, to_nested
@@ -53,7 +62,8 @@ def hidden(params, tokens, positions=None, segment_ids=None, dtype=jnp.float32, 
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
     segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    return nnx.merge(model_graph(m), params)(tokens, positions, segment_ids, dtype, Remat(remat), **more)
+    options = ForwardOptions(dtype, Remat(remat), **more)
+    return nnx.merge(model_graph(m), params)(tokens, positions, segment_ids, options)
 
 
 def random_tokens(shape, seed=0):
@@ -160,6 +170,14 @@ def test_chunked_attention_is_attention(window, soft_cap):
     got = jax.grad(summed(chunked), (0, 1, 2))(q, k, v)
     for a, b in zip(got, jax.grad(summed(plain), (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_tests_refuse_a_wrong_shape_or_dtype_at_the_boundary():
+    q, kv, segments = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8)), jnp.ones((1, 4), jnp.int32)
+    attention(q, kv, kv, segments, None, None)
+    for wrong in ((q[:, :3], kv, kv, segments), (q, kv[..., :4], kv, segments), (q, kv, kv, segments.astype(float))):
+        with pytest.raises(TypeCheckError, match="attention"):
+            attention(*wrong, None, None)
 
 
 def test_norms_rotary_and_embedding_scale_round_where_gemma_rounds():
@@ -411,7 +429,9 @@ def test_layers_in_two_portions_are_one_stack(params):
     def loss(params, remat):
         model = nnx.merge(model_graph(M), params)
         positions = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
-        return jnp.sum(jnp.square(model(tokens, positions, jnp.ones((2, 16), jnp.int32), jnp.float32, remat)))
+        return jnp.sum(
+            jnp.square(model(tokens, positions, jnp.ones((2, 16), jnp.int32), ForwardOptions(jnp.float32, remat)))
+        )
 
     gradient = jax.jit(jax.grad(loss), static_argnames="remat")
     reference = gradient(params, remat=Remat("full"))

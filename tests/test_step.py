@@ -20,6 +20,7 @@ from easylm_mling.config import (
     TrainConfig,
 )
 from easylm_mling.errors import ConfigError
+from easylm_mling.model.decoder import ForwardOptions
 from easylm_mling.model.params import to_flat
 from easylm_mling.model.sharding import batch_sharding, check_run, make_mesh
 from easylm_mling.training.optimizer import decay_mask, make_optimizer, make_schedule
@@ -232,7 +233,8 @@ def test_every_family_has_its_own_loss_on_any_mesh(family):
     mesh, batch = make_mesh(config.mesh), make_batch()
     params = jax.jit(lambda: init_params(config.model, 0))()
     gemma = nnx.merge(model_graph(config.model), params)
-    hidden = gemma(*(batch[k] for k in ("tokens", "positions", "segment_ids")), jnp.float32)
+    rows = (jnp.asarray(batch[k]) for k in ("tokens", "positions", "segment_ids"))
+    hidden = gemma(*rows, ForwardOptions(jnp.float32))
     scores = np.asarray(hidden @ (params["lm_head"] if "lm_head" in params else params["embed_tokens"]).T, np.float64)
     cap = config.model.final_logit_softcapping
     scores = cap * np.tanh(scores / cap) if cap else scores

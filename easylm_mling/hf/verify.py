@@ -19,7 +19,7 @@ from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import open_parameters, plan_shards, stored_model
 from easylm_mling.hf.importing import DTYPES, open_weights, read_params
-from easylm_mling.model.decoder import logits
+from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.params import parameter_count
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.training.state import model_graph
@@ -106,7 +106,7 @@ def _our_logits(hf_dir: Path, model: ModelConfig, tokens: np.ndarray) -> np.ndar
     gemma = nnx.merge(model_graph(model), read_params(open_weights(hf_dir, model), model, mesh))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):
-        hidden = gemma(jnp.asarray(tokens), positions, jnp.ones(tokens.shape, jnp.int32), jnp.float32)
+        hidden = gemma(jnp.asarray(tokens), positions, jnp.ones(tokens.shape, jnp.int32), ForwardOptions(jnp.float32))
         return np.asarray(logits(hidden, gemma.head, model.final_logit_softcapping))
 
 

@@ -26,7 +26,7 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import stored_model
 from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
 from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
-from easylm_mling.model.decoder import Gemma, Remat, logits
+from easylm_mling.model.decoder import ForwardOptions, Gemma, Remat, logits
 from easylm_mling.storage.object_store import small_files
 from easylm_mling.training.state import abstract_params, model_graph
 
@@ -209,7 +209,7 @@ def _prefill(model: Gemma, tokens, room: int, dtype):
         return context, (jnp.pad(k, widen), jnp.pad(v, widen))
 
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    return model.run(tokens, positions, attend, None, dtype, Remat("none"))
+    return model.run(tokens, positions, attend, None, ForwardOptions(dtype, Remat("none")))
 
 
 def _decode(model: Gemma, token, position, caches, dtype):
@@ -221,7 +221,8 @@ def _decode(model: Gemma, token, position, caches, dtype):
         mask = sees(position[:, None], jnp.arange(keys.shape[1]), window)
         return masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping), (keys, values)
 
-    hidden, caches = model.run(token[:, None], position[:, None], attend, caches, dtype, Remat("none"))
+    options = ForwardOptions(dtype, Remat("none"))
+    hidden, caches = model.run(token[:, None], position[:, None], attend, caches, options)
     return hidden[:, 0], caches
 
 

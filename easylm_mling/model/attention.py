@@ -1,7 +1,7 @@
 """Causal attention within segments: one mask, and its forms for XLA and cuDNN.
 
-Sources: google/gemma_pytorch `model.py` for the window (a position sees itself and `window - 1` before it) and for the
-soft cap, which comes before the mask.
+Source: google/gemma_pytorch `model.py`. A window shows a position itself and `window - 1` before it, and scores are
+soft-capped before they are masked.
 
 Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N / K, H head_dim.
 """
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from easylm_mling.model.sharding import BATCH_AXES
 
@@ -20,19 +21,18 @@ QUERY_CHUNK = 512
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
-    window: jax.Array | int | None,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int32[Array, "B T"],
+    window: Int32[Array, ""] | int | None,
     soft_cap: float | None,
-) -> jax.Array:
-    """Each position attends to itself and to earlier positions of its own segment, at most `window - 1` back.
+) -> Float[Array, "B T N H"]:
+    """Attend from each position to itself and to earlier ones of its segment, at most `window - 1` back (None: any).
 
-    q [B, T, N, H]; k, v [B, T, K, H] (N a multiple of K); segment_ids [B, T] int32; window an int32 scalar, which may be
-    traced (None: no limit). Scores x become soft_cap * tanh(x / soft_cap). Returns [B, T, N, H] in q's dtype. q must already
-    carry the query scale. Scores and softmax are float32. Queries are taken in chunks of 512, each recomputed in the backward
-    pass, so that no [B, N, T, T] array is ever held. The result has the checkpoint name "attention".
+    N is a multiple of K, and q carries the query scale already. Scores x become soft_cap * tanh(x / soft_cap). Scores and
+    softmax are float32, and the result has q's dtype. Queries go in chunks of 512, which the backward pass recomputes, so
+    that no [B, N, T, T] array exists. The result has the checkpoint name "attention".
     """
     B, T, _, _ = q.shape
     assert k.shape == v.shape and k.shape[:2] == (B, T) == segment_ids.shape, (q.shape, k.shape, segment_ids.shape)
@@ -53,16 +53,20 @@ def attention(
     return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(q.shape), "attention")
 
 
-def sees(query: jax.Array, key: jax.Array, window: jax.Array | int | None) -> jax.Array:
-    """Whether the position `query` attends to the position `key` (integers, broadcast): the one meaning of the mask."""
+def sees(query: Int[Array, "..."], key: Int[Array, "..."], window: Int32[Array, ""] | int | None) -> Bool[Array, "..."]:
+    """Return True where the position `query` attends to the position `key`; the two broadcast."""
     causal = query >= key
     return causal if window is None else causal & (query - key < window)
 
 
 def masked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None = None
-) -> jax.Array:
-    """Softmax attention where `mask` [B, T, S] is true. q [B, T, N, H]; k, v [B, S, K, H]; returns [B, T, N, H]."""
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    soft_cap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attend where `mask` is true. Scores and softmax are float32, and the result has v's dtype."""
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
@@ -74,12 +78,18 @@ def masked_attention(
 
 
 def cudnn_attention(
-    q, k, v, segment_ids, window, soft_cap: float | None, implementation: Literal["cudnn", "xla"] = "cudnn"
-) -> jax.Array:
-    """As `attention`, by the flash attention of NVIDIA's cuDNN, which knows no soft cap.
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int32[Array, "B T"],
+    window: Int32[Array, ""] | int | None,
+    soft_cap: None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B T N H"]:
+    """Compute `attention` with the flash attention of NVIDIA's cuDNN, which has no soft cap.
 
-    The mask goes in as an array [B, 1, T, T], 2 bytes an element: cuDNN's own form for packed documents has a largest
-    number of them. `implementation`: `xla` is the same call without a GPU.
+    The mask is an array [B, 1, T, T] of 2 bytes an element, for cuDNN's own form of packing limits the number of documents.
+    `implementation="xla"` is the same call without a GPU.
     """
     assert soft_cap is None
 
@@ -93,20 +103,26 @@ def cudnn_attention(
     return checkpoint_name(on_each_device(run, q, k, v, segment_ids), "attention")
 
 
-def on_each_device(run: Callable, q, k, v, segment_ids) -> jax.Array:
-    """`run(q, k, v, segment_ids)` with what each device of the mesh holds: rows lie along data and fsdp, heads along tensor."""
+def on_each_device(
+    run: Callable,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int32[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Call `run(q, k, v, segment_ids)` on each device of the mesh with its own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(q, k, v, segment_ids)
     shards, heads = mesh.shape["tensor"], k.shape[2]
     if heads < shards:
-        # Every shard of the queries takes the one key/value head that is its own.
+        # Every shard of the query heads takes the one key/value head that they belong to.
         k, v = (jnp.repeat(x, shards // heads, axis=2) for x in (k, v))
     by_head, by_row = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
     specs = (by_head, by_head, by_head, by_row)
     return jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)(q, k, v, segment_ids)
 
 
-def capped(x: jax.Array, soft_cap: float | None) -> jax.Array:
-    """x squeezed smoothly into (-soft_cap, soft_cap); unchanged when there is no cap."""
+def capped(x: Float[Array, "*shape"], soft_cap: float | None) -> Float[Array, "*shape"]:
+    """Squeeze x smoothly into (-soft_cap, soft_cap); without a cap it is returned as it is."""
     return x if soft_cap is None else soft_cap * jnp.tanh(x / soft_cap)

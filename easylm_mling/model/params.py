@@ -14,23 +14,23 @@ from easylm_mling.config import ModelConfig
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. `axes` are logical names (model/sharding.py maps them to mesh axes); a leading `layers` axis is the
-    stack of all layers, and `hf_name` then holds `{layer}`. `hf_shape` is the shape of one Hugging Face tensor."""
+    """One parameter, float32. Where its first axis is `layers` it is the stack of that parameter of all layers."""
 
     path: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    hf_name: str
-    hf_shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical names, which model/sharding.py maps to mesh axes
+    hf_name: str  # holds `{layer}` for a stack
+    hf_shape: tuple[int, ...]  # of one Hugging Face tensor: one layer of a stack
     kind: str  # "kernel", "norm" or "embedding": decides the initial value and weight decay
 
     @property
     def stacked(self) -> bool:
+        """True for a stack of layers."""
         return self.axes[0] == "layers"
 
 
 def parameter_table(m: ModelConfig) -> list[Parameter]:
-    """Every parameter of the model, in the order of Hugging Face's files: each layer's rows stand together."""
+    """List every parameter in the order of Hugging Face's files, where a layer's tensors stand together."""
     V, D = m.vocab_size, m.hidden_size
     table = [Parameter("embed_tokens", (V, D), ("vocab", "embed"), "model.embed_tokens.weight", (V, D), "embedding")]
     table += _layer_rows(m)
@@ -57,7 +57,7 @@ def _layer_rows(m: ModelConfig) -> list[Parameter]:
         row("self_attn.k_proj", (K, H, D), ("kv_heads", "head_dim", "embed"), (K * H, D), "kernel"),
         row("self_attn.v_proj", (K, H, D), ("kv_heads", "head_dim", "embed"), (K * H, D), "kernel"),
         row("self_attn.o_proj", (D, N, H), ("embed", "heads", "head_dim"), (D, N * H), "kernel"),
-        # Gemma 1 and Llama call the norm *before the MLP* post_attention; from Gemma 2 on it is what it says.
+        # Gemma 1 and Llama call the norm *before the MLP* post_attention; from Gemma 2 on it follows attention.
         norm("post_attention_layernorm", D),
         row("mlp.gate_proj", (F, D), ("mlp", "embed"), (F, D), "kernel"),
         row("mlp.up_proj", (F, D), ("mlp", "embed"), (F, D), "kernel"),
@@ -71,11 +71,12 @@ def _layer_rows(m: ModelConfig) -> list[Parameter]:
 
 
 def parameter_count(m: ModelConfig) -> int:
+    """Count the elements of all parameters."""
     return sum(math.prod(p.shape) for p in parameter_table(m))
 
 
 def to_nested(flat: dict) -> dict:
-    """`{"a.b": x}` as `{"a": {"b": x}}`: the form in which the model, the optimizer and checkpoints hold parameters."""
+    """Turn `{"a.b": x}` into `{"a": {"b": x}}`, the form of the model, the optimizer and checkpoints."""
     nested: dict = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
@@ -87,7 +88,7 @@ def to_nested(flat: dict) -> dict:
 
 
 def to_flat(nested: dict, prefix: str = "") -> dict:
-    """The inverse of `to_nested`."""
+    """Turn `{"a": {"b": x}}` into `{"a.b": x}`."""
     flat = {}
     for name, value in nested.items():
         flat.update(to_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})

@@ -8,6 +8,7 @@ import math
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from easylm_mling.config import MeshConfig, ModelConfig, RunConfig
 from easylm_mling.errors import ConfigError
@@ -32,9 +33,12 @@ RULES = {
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh of all `devices` (default: every device of every process) with axes data, fsdp and tensor."""
+    """Make a mesh of all `devices` (default: every device of every process) with the axes data, fsdp and tensor.
+
+    Raises ConfigError when the sizes of the axes do not multiply to the number of devices.
+    """
     if devices is None:
-        # One process's devices side by side: its rows of a batch then follow one another.
+        # The devices of a process stand side by side, so that its rows of a batch follow one another.
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     sizes = [config.data, config.fsdp, config.tensor]
     written = dict(zip(MESH_AXES, sizes, strict=True))
@@ -49,13 +53,16 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def rules_for(model: ModelConfig, mesh: Mesh) -> dict:
-    """The table for this model: fewer key/value heads than tensor shards cannot be cut, so every shard keeps them all."""
+    """Return RULES for this model. Key/value heads that are fewer than the tensor shards lie whole on each."""
     tensor = mesh.shape["tensor"]
     return RULES | ({"kv_heads": None} if model.num_key_value_heads < tensor else {})
 
 
 def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str) -> PartitionSpec:
-    """The PartitionSpec of an array with logical `axes`; raises ConfigError where it cannot be cut as the table says."""
+    """Return the PartitionSpec of the array `name` by the logical axes of its dimensions.
+
+    Raises ConfigError for a dimension that does not divide and for a mesh axis on two dimensions.
+    """
     assert len(axes) == len(shape), (name, axes, shape)
     entries = [rules[a] for a in axes]
     used = [m for e in entries if e for m in ((e,) if isinstance(e, str) else e)]
@@ -71,7 +78,7 @@ def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str
 
 
 def parameter_shardings(model: ModelConfig, mesh: Mesh) -> dict:
-    """A nested dict of NamedSharding, one for each parameter."""
+    """Return a nested dict with the NamedSharding of each parameter; raises ConfigError as `partition_spec`."""
     rules = rules_for(model, mesh)
     return to_nested(
         {
@@ -82,12 +89,12 @@ def parameter_shardings(model: ModelConfig, mesh: Mesh) -> dict:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch lie along the data and fsdp axes together."""
+    """Return the sharding of a batch: its rows along the data and fsdp axes together."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def own_rows(mesh: Mesh, rows: int) -> range:
-    """Which of a batch's `rows` lie on this process's devices, for arrays sharded as `batch_sharding` says."""
+    """Return the range of a batch's `rows` that lies on this process's devices, under `batch_sharding`."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     held = [index[0].indices(rows) for index in indices if index]
     own = range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
@@ -96,11 +103,12 @@ def own_rows(mesh: Mesh, rows: int) -> range:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that lies whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_run(config: RunConfig, mesh: Mesh):
-    """Raise ConfigError for anything that does not divide over the mesh, before a device is asked for memory."""
+    """Raise ConfigError if the batch or a parameter does not divide over the mesh, before any memory is allocated."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.train.batch_size // config.train.accumulation_steps
     if rows % shards:
@@ -111,8 +119,8 @@ def check_run(config: RunConfig, mesh: Mesh):
     parameter_shardings(config.model, mesh)
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pin an activation's logical `axes` inside a jitted function; without a mesh in context it is the identity."""
+def constrain(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:
+    """Pin the sharding of an activation by its logical `axes`, inside a jitted function. Without a mesh: the identity."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

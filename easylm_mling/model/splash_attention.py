@@ -12,35 +12,35 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float, Int32
 
 from easylm_mling.model.attention import on_each_device
 
-# The kernel works on tiles of so many lanes.
-_LANES = 128
-# Keys that scores are computed for at a time: 1024 overflow the vector memory of v4, v5p and v5e at head_dim 256.
-_COMPUTED = 512
+_LANES = 128  # of the kernel's tiles
+# Keys whose scores are computed at a time: 1024 overflow the vector memory of v4, v5p and v5e at head_dim 256.
+_COMPUTED_KEYS = 512
 
 
 def runs_on(positions: int, head_dim: int) -> bool:
-    """Whether the kernel takes sequences and heads of these sizes."""
+    """Return True if the kernel takes sequences and heads of these sizes."""
     return positions % _LANES == 0 and head_dim % _LANES == 0
 
 
 def splash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
-    window: jax.Array | None,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int32[Array, "B T"],
+    window: Int32[Array, ""] | None,
     soft_cap: float | None,
     local_window: int | None,
     block: int,
     interpret: bool = False,
-) -> jax.Array:
-    """As `attention.attention`.
+) -> Float[Array, "B T N H"]:
+    """Compute `attention.attention` in tiles of `block` queries by `block` keys.
 
-    `local_window` is the one value, known when compiling, that `window` has in local layers; any other is no limit.
-    `block`: positions of the tiles of queries and keys. `interpret`: run the kernel without a TPU, slowly.
+    `local_window` is the value of `window` in local layers, which the compiler must know; any other means no limit.
+    `interpret` runs the kernel without a TPU, slowly.
     """
 
     def kernel(width: int | None):
@@ -59,8 +59,8 @@ def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):
     q = jnp.transpose(q.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4))
     k, v = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k, v))
     segments = splash.SegmentIds(segment_ids, segment_ids)
-    # Mapped over key/value heads, and not given them at once: only a mapped axis of the grid is split over the two
-    # cores of a v4 or v5p chip in the backward pass.
+    # Mapped over key/value heads: in the backward pass only a mapped axis of the grid is split over the two cores of a v4
+    # or v5p chip.
     over_heads = jax.vmap(kernel, (0, 0, 0, None))
     out: Any = jax.vmap(over_heads)(q, k, v, segments)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
@@ -68,17 +68,16 @@ def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):
 
 @lru_cache
 def _kernel(T: int, G: int, window: int | None, soft_cap: float | None, block: int, interpret: bool):
-    """Attention of G query heads [G, T, H] to one key/value head [T, H]."""
-    # A whole number of tiles.
-    while T % block:
+    """Make the kernel from G query heads [G, T, H] to one key/value head [T, H]."""
+    while T % block:  # tiles must cover T exactly
         block //= 2
     mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    part = min(block, _COMPUTED)
+    part = min(block, _COMPUTED_KEYS)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=part, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    # Made once, as NumPy arrays: a kernel kept from one trace must not hold values of that trace.
+    # Its tables as constants: a kernel that is cached must not hold values of the trace that made it.
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mqa_single_device(
             masks.MultiHeadMask([mask] * G),

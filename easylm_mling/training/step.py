@@ -21,7 +21,7 @@ from easylm_mling.config import RunConfig, TrainConfig
 from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
 from easylm_mling.model.attention import cudnn_attention
-from easylm_mling.model.decoder import Remat
+from easylm_mling.model.decoder import ForwardOptions, Remat
 from easylm_mling.model.sharding import batch_sharding, parameter_shardings, replicated
 from easylm_mling.model.splash_attention import runs_on, splash_attention
 from easylm_mling.training.loss import cross_entropy
@@ -44,9 +44,10 @@ class StepConfig:
     attention: Callable  # as model/attention.py's
 
     @property
-    def remat(self) -> Remat:
+    def forward(self) -> ForwardOptions:
         t = self.train
-        return Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
+        remat = Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
+        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention)
 
 
 def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
@@ -65,8 +66,7 @@ def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
 def batch_loss(params, batch: dict, c: StepConfig):
     """The sum to differentiate, and (cross entropy, target count) summed for each source, [S] float32 each."""
     model = nnx.merge(c.graph, params)
-    dtype = jnp.dtype(c.train.compute_dtype)
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], dtype, c.remat, c.attention)
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward)
     cap = model.config.final_logit_softcapping
     total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, model.head, batch["targets"], batch["loss_mask"], c.train.loss_chunk, c.train.z_loss, cap
