@@ -41,6 +41,7 @@ from easylm_mling.plan.search import search
 from easylm_mling.plan.slices import SLICES, find_slice
 from easylm_mling.plan.text import sections
 from easylm_mling.run.directory import RunDirectory
+from easylm_mling.storage.object_store import write_run_format
 
 V4 = find_slice("v4-64")
 GATHERED = 4 * 1024 * 1024 * 31  # bytes that a chip takes in: 31 others' f32[1024,1024]
@@ -511,6 +512,7 @@ def test_two_configs_side_by_side(tmp_path, fake_compiler, capsys):
 def write_run(path, seconds: float, steps: int = 30):
     path.mkdir()
     (path / "config.yaml").write_text(to_yaml(make_config(run_dir=path)))
+    write_run_format(path)
     lines = [{"kind": "train", "step": n, "time": 1000 + n * seconds + (60 if n > 20 else 0)} for n in range(1, steps)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
