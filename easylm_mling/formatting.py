@@ -2,7 +2,7 @@
 
 
 def tokens_text(n: float | None) -> str:
-    """1234567 as '1.23M'."""
+    """Format 1234567 as '1.23M', and None as '-'."""
     if n is None:
         return "-"
     for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -12,6 +12,7 @@ def tokens_text(n: float | None) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
+    """Format seconds as '2h 05m' or '3m 07s', and None as '-'."""
     if seconds is None:
         return "-"
     minutes, s = divmod(round(seconds), 60)

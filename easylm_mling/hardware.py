@@ -1,4 +1,8 @@
-"""The known TPU chips: the compiler's name of each, its speed and its memory."""
+"""The known TPU chips: the compiler's name of each, its speed and its memory.
+
+Sources: cloud.google.com/tpu/docs for peaks. The clock is that of the compiler's cycle estimates, and the memory what the
+compiler says is usable. A link's bandwidth is that of one ring on one axis of the torus, as large transfers reach it.
+"""
 
 from dataclasses import dataclass
 
@@ -7,18 +11,17 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip, which is one device. Rates are a second."""
+    """One chip, which is one JAX device."""
 
     name: str
-    device_kind: str
-    # libtpu's names of the topology and of how the chip's cores are driven; `megacore`: two cores as one device.
-    topology: str
-    core_config: str
-    peak_flops: float  # bf16
+    device_kind: str  # JAX's name
+    topology: str  # libtpu's name of its torus
+    core_config: str  # libtpu's name of how its cores are driven; `megacore`: two cores as one device
+    peak_flops: float  # a second, in bf16
     clock_hz: float
-    hbm_bytes: int  # that a program may use
-    link_bytes: float  # one ring on one axis of the torus
-    dcn_bytes: float  # the data-centre network between slices
+    hbm_bytes: int  # usable by a program
+    link_bytes: float  # a second, to other chips of its slice
+    dcn_bytes: float  # a second, to other slices over the data-centre network
 
 
 CHIPS = {

@@ -24,7 +24,7 @@ from easylm_mling.config import (
     to_tree,
     to_yaml,
 )
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, UnknownFormat
 from easylm_mling.hardware import GiB
 from easylm_mling.model.flops import model_flops
 from easylm_mling.monitoring.plan_comparison import compare_with_plan
@@ -536,10 +536,20 @@ def test_train_puts_what_it_measures_beside_the_plan(tmp_path):
     config = make_config(run_dir=run)
     bare = compare_with_plan(run, config, "TPU v4", 32, 21 * GiB)
     assert bare == "13.000 s a step, MFU 52.1%, peak memory 21.0 GiB"
-    (run / "plan.json").write_text(json.dumps(predict(config, measured())))
+    (run / "plan.json").write_text(json.dumps({"format": 1, **predict(config, measured())}))
     line = compare_with_plan(run, config, "TPU v4", 32, 21 * GiB)
     assert line == "13.000 s a step (12.000 planned), MFU 52.1% (56.5% planned), peak memory 21.0 GiB (20.0 planned)"
     assert compare_with_plan(tmp_path / "no", config, "TPU v4", 32, None) is None
+
+
+def test_a_plan_of_another_format_is_refused_by_name_and_ends_no_run(tmp_path):
+    run = tmp_path / "run"
+    write_run(run, 13.0)
+    for number, stored in ((None, "no format number"), (2, "format 2")):
+        (run / "plan.json").write_text(json.dumps({"format": number} if number else predict(make_config(), measured())))
+        with pytest.raises(UnknownFormat, match=f"plan.json: this plan has {stored}.*plan --keep"):
+            calibrate(str(run), lambda config: {})
+        assert stored in (compare_with_plan(run, make_config(), "TPU v4", 32, None) or "")
 
 
 def test_a_run_may_begin_in_a_directory_that_holds_only_its_plan(tmp_path):
@@ -607,15 +617,15 @@ def test_a_step_compiled_in_short_is_planned_as_the_whole(monkeypatch):
     config = dataclasses.replace(config, mesh=MeshConfig(1, 8, 1, slice="v6e-8"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=1))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=2))
-    options, compiled = [], easylm_mling.plan.compilation._compiled
+    options, compiled = [], easylm_mling.plan.compilation._compile
 
     def seen(lowered, chosen):
         options.append(chosen)
         return compiled(lowered, chosen)
 
-    monkeypatch.setattr(easylm_mling.plan.compilation, "_compiled", seen)
+    monkeypatch.setattr(easylm_mling.plan.compilation, "_compile", seen)
     short = measure(config)
-    monkeypatch.setattr(easylm_mling.plan.compilation, "_IN_SHORT", {})
+    monkeypatch.setattr(easylm_mling.plan.compilation, "_ESTIMATES_ONLY", {})
     whole = measure(config)
     assert len(options) == 2 and options[0] and not options[1]
     assert short == whole

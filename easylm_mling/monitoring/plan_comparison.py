@@ -5,18 +5,24 @@ import statistics
 from pathlib import Path
 
 from easylm_mling.config import RunConfig
+from easylm_mling.errors import UnknownFormat, check_format
 from easylm_mling.hardware import GiB, chip_of
 from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.monitoring.throughput import step_flops_per_chip
 
 PLAN_FILE, CALIBRATION_FILE = "plan.json", "calibration.json"
+PLAN_FORMAT = 1
 FEWEST_STEPS, _LAST_LINES = 5, 200
 
 
 def read_plan(run: Path) -> dict | None:
-    """The plan that `plan --keep` left in the run's directory, if there is one."""
+    """The plan that `plan --keep` left in the run's directory, if there is one. Raises UnknownFormat."""
     file = run / PLAN_FILE
-    return json.loads(file.read_bytes()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    plan = json.loads(file.read_bytes())
+    check_format(file, "plan", plan.get("format"), PLAN_FORMAT, "plan it again with plan --keep")
+    return plan
 
 
 def measured_step(metrics_file: Path) -> float | None:
@@ -38,9 +44,11 @@ def compare_with_plan(run: Path, config: RunConfig, device_kind: str, devices: i
 
     None while too little is measured, or where there is neither a plan nor a known chip to compare with.
     """
-    seconds, plan, chip = measured_step(run / "metrics.jsonl"), read_plan(run) or {}, chip_of(device_kind)
-    if "step" not in plan:  # none was kept, or one that does not fit the slice
-        plan = {}
+    seconds, chip = measured_step(run / "metrics.jsonl"), chip_of(device_kind)
+    try:
+        plan = read_plan(run)
+    except UnknownFormat as error:  # no reason to end a run
+        return str(error)
     if seconds is None or not (chip or plan):
         return None
     parts = [f"{seconds:.3f} s a step" + (f" ({plan['step']['seconds']:.3f} planned)" if plan else "")]

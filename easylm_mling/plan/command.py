@@ -11,16 +11,16 @@ from easylm_mling.config import RunConfig, to_tree, to_yaml
 from easylm_mling.errors import ConfigError
 from easylm_mling.hardware import GiB
 from easylm_mling.monitoring.console import say
-from easylm_mling.monitoring.plan_comparison import PLAN_FILE
+from easylm_mling.monitoring.plan_comparison import PLAN_FILE, PLAN_FORMAT
 from easylm_mling.plan.calibrate import calibrate
 from easylm_mling.plan.measurements import MeasurementCache, fits, step_seconds
 from easylm_mling.plan.predict import predict
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.plan.search import search, with_train
-from easylm_mling.plan.slices import SLICES, find_slice
-from easylm_mling.plan.text import comparison, does_not_fit_text, print_plan, ranking, settings_text
+from easylm_mling.plan.slices import SLICES, slice_of
+from easylm_mling.plan.text import comparison, misfit_text, print_plan, ranking, settings_text
 from easylm_mling.storage.atomic import write_atomically
-from easylm_mling.storage.object_store import Bucket, is_bucket
+from easylm_mling.storage.object_store import write_run_file
 
 REMEDIES = 3
 
@@ -36,115 +36,122 @@ class PlanOptions:
     calibrate: str | None = None
 
 
-def plan(configs: dict[str, RunConfig], wishes: PlanOptions, console: Console) -> int:
-    """Plan each of `configs` (name -> config), several side by side. Returns 0 when all fit, otherwise 1."""
-    book = MeasurementCache()
-    # Ended from outside, it must not leave compilers behind.
+def plan(configs: dict[str, RunConfig], options: PlanOptions, console: Console) -> int:
+    """Plan each of `configs`, by name. Returns 0 if all fit, otherwise 1.
+
+    Raises ConfigError for an unknown slice, a config that cannot be cut for it, and a compiler that is missing or fails.
+    """
+    # As an interrupt, a termination also ends the compilers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Nothing but the result goes to standard output when that is JSON.
-    console = Console(stderr=True) if wishes.as_json else console
+    # With --json, standard output holds nothing else.
+    planner = _Planner(options.price, Console(stderr=True) if options.as_json else console)
     for config in configs.values():
-        find_slice(config.mesh.slice or "")
-    factor = 1.0
-    if wishes.calibrate:
-        factor, news = calibrate(wishes.calibrate, lambda config: _predicted(config, 1.0, None, book, console))
-        for line in news:
-            say(console, line)
+        slice_of(config)
+    if options.calibrate:
+        planner.calibrate(options.calibrate)
     elif not configs:
         raise ConfigError("plan: name the run's configs, as for train")
-    if wishes.search:
-        return _search(configs, wishes, factor, console)
-    configs = {name: choose_remat(config, book, console) for name, config in configs.items()}
-    found = {name: _predicted(config, factor, wishes.price, book, console) for name, config in configs.items()}
-    if wishes.as_json and found:
-        print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
-    elif len(found) > 1:
-        console.print(comparison(configs, found))
-    for name, config in configs.items():
-        if "does_not_fit" in found[name]:
-            if len(found) == 1 and not wishes.as_json:
-                _tell_misfit(config, found[name], book, console)
-            continue
-        if len(found) == 1 and not wishes.as_json:
-            print_plan(config, found[name], console)
-        if wishes.keep:
-            _keep(config, found[name])
-    return int(any("does_not_fit" in f for f in found.values()))
+    if options.search:
+        return _search(configs, options, planner)
+    configs = {name: choose_remat(config, planner.cache, planner.console) for name, config in configs.items()}
+    plans = {name: planner.plan(config) for name, config in configs.items()}
+    if options.as_json and plans:
+        print(json.dumps(plans if len(plans) > 1 else next(iter(plans.values())), indent=1))
+    elif len(plans) > 1:
+        planner.console.print(comparison(configs, plans))
+    else:
+        for name in plans:
+            planner.print(configs[name], plans[name])
+    fitting = [name for name in plans if "does_not_fit" not in plans[name]]
+    if options.keep:
+        for name in fitting:
+            _keep(configs[name], plans[name])
+    return int(len(fitting) < len(plans))
 
 
-def _predicted(config: RunConfig, factor: float, price: float | None, book: MeasurementCache, console: Console) -> dict:
-    measured = _measured(config, book, console)
-    return measured if "does_not_fit" in measured else predict(config, measured, factor, price)
+class _Planner:
+    """What the plans of one command share: measurements, the console, the price, and the factor of an earlier run."""
 
+    def __init__(self, price: float | None, console: Console):
+        self.price, self.console = price, console
+        self.cache, self.factor = MeasurementCache(), 1.0
 
-def _measured(config: RunConfig, book: MeasurementCache, console: Console) -> dict:
-    book.measure([config], console, tell=False)
-    measured = book.get(config)
-    if "error" in measured:
-        raise ConfigError(measured["error"])
-    return measured
+    def plan(self, config: RunConfig) -> dict:
+        """Return the plan of `config`, or its measurement where it does not fit."""
+        measured = self.measure(config)
+        return measured if "does_not_fit" in measured else predict(config, measured, self.factor, self.price)
 
+    def measure(self, config: RunConfig) -> dict:
+        self.cache.measure([config], self.console, print_lines=False)
+        measured = self.cache.get(config)
+        if "error" in measured:
+            raise ConfigError(measured["error"])
+        return measured
 
-def _keep(config: RunConfig, found: dict):
-    """Beside the run to come, where `train` shows it next to what it measures."""
-    content = json.dumps(found, indent=1).encode()
-    if is_bucket(config.run_dir):
-        Bucket(config.run_dir).write_all({PLAN_FILE: content})
-        return
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(config.run_dir) / PLAN_FILE, content)
+    def calibrate(self, run_dir: str):
+        self.factor, lines = calibrate(run_dir, self.plan)
+        for line in lines:
+            say(self.console, line)
 
-
-def _tell_misfit(config: RunConfig, found: dict, book: MeasurementCache, console: Console):
-    say(console, does_not_fit_text(config, found["does_not_fit"]))
-    for other in remedies(config)[:REMEDIES]:
-        measured = _measured(other, book, console)
-        if "does_not_fit" not in measured:
-            amount = f"{measured['memory']['peak'] / GiB:.1f} GiB a chip, {step_seconds(measured):.2f} s a step"
-            say(console, f" what would fit: {other.mesh.slice} with {settings_text(other)}, {amount}")
+    def print(self, config: RunConfig, one: dict):
+        """Print the plan `one`, or by how much `config` does not fit and what would."""
+        if "does_not_fit" not in one:
+            print_plan(config, one, self.console)
             return
-        say(console, f" {other.mesh.slice} with {settings_text(other)} does not fit either")
-    say(console, " nothing tried fits; a larger slice, or --search, may find what does")
+        say(self.console, misfit_text(config, one["does_not_fit"]))
+        for other in remedies(config)[:REMEDIES]:
+            measured = self.measure(other)
+            if "does_not_fit" not in measured:
+                amount = f"{measured['memory']['peak'] / GiB:.1f} GiB a chip, {step_seconds(measured):.2f} s a step"
+                say(self.console, f" what would fit: {other.mesh.slice} with {settings_text(other)}, {amount}")
+                return
+            say(self.console, f" {other.mesh.slice} with {settings_text(other)} does not fit either")
+        say(self.console, " nothing tried fits; try a larger slice, or --search")
+
+
+def _keep(config: RunConfig, one: dict):
+    """Write the plan into the directory of the run to come, where `train` compares with it."""
+    write_run_file(config.run_dir, PLAN_FILE, json.dumps({"format": PLAN_FORMAT, **one}, indent=1).encode())
 
 
 def remedies(config: RunConfig) -> list[RunConfig]:
-    """What needs less memory, from the smallest change to the largest."""
-    where = find_slice(config.mesh.slice or "")
-    least = with_remat(config, "full")
-    shards = where.chips // max(1, config.mesh.tensor)
-    rows = config.train.batch_size
-    found = [least]
+    """List configs that need less memory, from the smallest change to the largest."""
+    target, rows = slice_of(config), config.train.batch_size
+    full_remat = with_remat(config, "full")
+    shards = target.chips // max(1, config.mesh.tensor)
+    remedies = [full_remat]
     if rows % shards == 0:
-        found.append(with_train(least, accumulation_steps=rows // shards))
+        remedies.append(with_train(full_remat, accumulation_steps=rows // shards))
     for name, larger in SLICES.items():
-        if larger.chip == where.chip and larger.chips > where.chips and rows % larger.chips == 0:
+        if larger.chip == target.chip and larger.chips > target.chips and rows % larger.chips == 0:
             mesh = dataclasses.replace(config.mesh, slice=name, data=1, fsdp=larger.chips, tensor=1)
-            found.append(dataclasses.replace(with_train(least, accumulation_steps=rows // larger.chips), mesh=mesh))
-    return [c for i, c in enumerate(found) if c != config and c not in found[:i]]
+            accumulated = with_train(full_remat, accumulation_steps=rows // larger.chips)
+            remedies.append(dataclasses.replace(accumulated, mesh=mesh))
+    return [c for i, c in enumerate(remedies) if c != config and c not in remedies[:i]]
 
 
-def _search(configs: dict[str, RunConfig], wishes: PlanOptions, factor: float, console: Console) -> int:
+def _search(configs: dict[str, RunConfig], options: PlanOptions, planner: _Planner) -> int:
     if len(configs) != 1:
         raise ConfigError("plan --search works on one run's configs; leave --compare out")
-    (config,), folder = configs.values(), Path(wishes.search or "")
-    tried = search(config, str(folder), console)
-    found = [(c, predict(c, m, factor, wishes.price)) for c, m in tried if fits(c, m)]
-    found.sort(key=lambda item: item[1]["step"]["seconds"])
-    if wishes.as_json:
-        print(json.dumps([{"mesh": to_tree(c.mesh), "train": to_tree(c.train), **p} for c, p in found], indent=1))
+    (config,), folder, console = configs.values(), Path(options.search or ""), planner.console
+    tried = search(config, folder, console)
+    plans = [(c, predict(c, m, planner.factor, planner.price)) for c, m in tried if fits(c, m)]
+    plans.sort(key=lambda item: item[1]["step"]["seconds"])
+    if options.as_json:
+        print(json.dumps([{"mesh": to_tree(c.mesh), "train": to_tree(c.train), **p} for c, p in plans], indent=1))
     else:
-        console.print(ranking(found))
-    failed = [m["error"] for _, m in tried if "error" in m]
-    large, share = len(tried) - len(failed) - len(found), config.train.remat_memory
-    say(console, f"{len(tried)} tried, {large} do not fit {share:.0%} of a chip's memory")
-    for error in sorted(set(failed)):
-        say(console, f"{failed.count(error)} failed: {error}")
-    if not found:
+        console.print(ranking(plans))
+    errors = [m["error"] for _, m in tried if "error" in m]
+    misfits, share = len(tried) - len(errors) - len(plans), config.train.remat_memory
+    say(console, f"{len(tried)} tried, {misfits} do not fit {share:.0%} of a chip's memory")
+    for error in sorted(set(errors)):
+        say(console, f"{errors.count(error)} failed: {error}")
+    if not plans:
         return 1
-    best, predicted = found[0]
+    best, predicted = plans[0]
     target = folder / "best.yaml"
     write_atomically(target, to_yaml(best).encode())
-    if wishes.keep:
+    if options.keep:
         _keep(best, predicted)
     say(console, f"the best is written to {target}: easylm-mling train {target}")
     return 0

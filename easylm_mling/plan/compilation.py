@@ -1,6 +1,6 @@
 """Compile a config's training step for a TPU slice with libtpu, on any machine.
 
-`compile_step` does it in this process; JAX must not have looked for devices yet.
+`compile_step` compiles in this process, which must not have asked JAX for devices yet.
 """
 
 import os
@@ -14,9 +14,9 @@ from easylm_mling.config import RunConfig
 from easylm_mling.errors import ConfigError
 from easylm_mling.plan.buffers import largest_live, peak_bytes
 from easylm_mling.plan.hlo import parse
-from easylm_mling.plan.slices import Slice, find_slice
+from easylm_mling.plan.slices import Slice, slice_of
 
-# libtpu neither asks the cloud where it runs, nor keeps other compilers out, nor logs what it does not find here.
+# libtpu then neither asks the cloud where it runs, nor locks other compilers out, nor logs what this machine lacks.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -25,14 +25,14 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # A program out of the cache would leave no dump.
+    # A cached program would leave no dump.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
-# What the compiler does with an operation once it has estimated it is not asked for. Memory, schedule and estimates come out
-# the same with these, and Gemma 7B for a v6e-64 compiles in 132 s instead of 183 on 2 cores. Not for v4: with so little vector
-# memory the first attempt at an operation often fails.
-_IN_SHORT = {
-    # The second attempt is for code that is too long, and as long as the first.
+# Leave out what the compiler does with an operation after its estimate. Memory, schedule and estimates stay the same, and
+# Gemma 7B for a v6e-64 compiles in 132 s instead of 183 on 2 cores. Not for v4: it has so little vector memory that the
+# first attempt at an operation often fails.
+_ESTIMATES_ONLY = {
+    # A second attempt is made where code is too long, and takes as long as the first.
     "xla_tpu_llo_compilation_max_retries": "0",
     "xla_jf_critical_path_scheduler": "false",
     "xla_jf_xlu_optimizer": "false",
@@ -50,13 +50,15 @@ class Memory(NamedTuple):
 
 
 class CompiledStep(NamedTuple):
+    """The compiler's output for one step."""
+
     hlo: str  # scheduled, as text
     live_ranges: str  # the compiler's report
     memory: Memory
 
 
 class DoesNotFit(Exception):
-    """The compiler finds no room for `needed` bytes in the `available` ones of a chip; `buffers` are the largest."""
+    """The step needs `needed` bytes of the `available` ones of a chip; `buffers` are the largest."""
 
     def __init__(self, message: str, hlo: str, live_ranges: str):
         amounts = [
@@ -68,23 +70,25 @@ class DoesNotFit(Exception):
         super().__init__(message.splitlines()[0])
 
 
-def slice_devices(where: Slice) -> list:
-    """The slice's devices, to compile for."""
+def slice_devices(target: Slice) -> list:
+    """Describe the slice's devices, to compile for."""
     from jax.experimental import topologies
 
-    shape = "x".join(str(n) for n in where.shape)
+    shape = "x".join(str(n) for n in target.shape)
     return topologies.get_topology_desc(
         platform="tpu",
-        topology_name=f"{where.chip.topology}:{shape}",
-        chip_config_name=where.chip.core_config,
-        chips_per_host_bounds=where.host,
-        num_slices=where.count,
+        topology_name=f"{target.chip.topology}:{shape}",
+        chip_config_name=target.chip.core_config,
+        chips_per_host_bounds=target.host,
+        num_slices=target.count,
     ).devices
 
 
 def compile_step(config: RunConfig) -> CompiledStep:
-    """Compiles the step for `mesh.slice`. Raises ConfigError for what cannot be cut so and for a flag that the compiler
-    refuses, DoesNotFit when it finds no room."""
+    """Compile the step for `mesh.slice`.
+
+    Raises ConfigError for what the mesh cannot cut and for flags that the compiler refuses, DoesNotFit for want of memory.
+    """
     os.environ.update(ENVIRONMENT)
     import jax
 
@@ -92,28 +96,28 @@ def compile_step(config: RunConfig) -> CompiledStep:
     from easylm_mling.training.state import abstract_batch, abstract_state
     from easylm_mling.training.step import jit_train_step
 
-    where = find_slice(config.mesh.slice or "")
-    mesh = make_mesh(config.mesh, slice_devices(where))
+    target = slice_of(config)
+    mesh = make_mesh(config.mesh, slice_devices(target))
     check_run(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jit_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh))
-    if where.chip.name != "v4":
-        # Another version may not know those options; and what is wrong with the config is to be told as training would.
+    if target.chip.name != "v4":
+        # Another version may not know those options, and an error of the config must read as it does in training.
         with suppress(ConfigError, jax.errors.JaxRuntimeError):
-            return _compiled(lowered, {**_IN_SHORT, **config.train.compiler_flags})
-    return _compiled(lowered, {})
+            return _compile(lowered, {**_ESTIMATES_ONLY, **config.train.compiler_flags})
+    return _compile(lowered, {})
 
 
-def _compiled(lowered, options: dict[str, str]) -> CompiledStep:
+def _compile(lowered, options: dict[str, str]) -> CompiledStep:
     import jax
 
     with tempfile.TemporaryDirectory() as dump:
         try:
-            # The dump and not `as_text()`: that fails on some asynchronous instructions of v5p.
+            # `as_text()` fails on some asynchronous instructions of v5p, so the text comes from a dump.
             compiled = lowered.compile(compiler_options={**options, "xla_dump_to": dump})
         except jax.errors.JaxRuntimeError as error:
-            raise _explained(error, dump) from None
-        hlo, live_ranges = (_dumped(dump, name) for name in ("after_codegen.txt", "live-range.txt"))
+            raise _explain(error, dump) from None
+        hlo, live_ranges = (_read_dump(dump, name) for name in ("after_codegen.txt", "live-range.txt"))
     m = compiled.memory_analysis()
     assert m is not None
     host = m.host_argument_size_in_bytes + m.host_temp_size_in_bytes
@@ -121,25 +125,25 @@ def _compiled(lowered, options: dict[str, str]) -> CompiledStep:
     return CompiledStep(hlo, live_ranges, memory)
 
 
-def _dumped(folder: str, ending: str) -> str:
+def _read_dump(folder: str, ending: str) -> str:
     (file,) = Path(folder).glob(f"*jit_train_step*{ending}")
     return file.read_text(encoding="utf-8")
 
 
-def _explained(error: Exception, dump: str) -> Exception:
+def _explain(error: Exception, dump: str) -> Exception:
+    """Return the compiler's error as one for the user; the error itself if it is of no known kind."""
     message = str(error)
-    if "RESOURCE_EXHAUSTED" in message and "hbm" in message.splitlines()[0].lower():
-        return DoesNotFit(message, _dumped(dump, "after_optimizations.txt"), _dumped(dump, "live-range.txt"))
+    first_line = message.splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in message and "hbm" in first_line.lower():
+        return DoesNotFit(message, _read_dump(dump, "after_optimizations.txt"), _read_dump(dump, "live-range.txt"))
     if "RESOURCE_EXHAUSTED" in message and "vmem" in message:
-        short = re.search(r"Used \S+ of \S+ vmem", message)
+        amounts = re.search(r"Used \S+ of \S+ vmem", message)
         return ConfigError(
-            f"an operation needs more vector memory than it may have ({short[0] if short else message.splitlines()[0]}); lower "
+            f"an operation needs more vector memory than it may have ({amounts[0] if amounts else first_line}); lower "
             "train.attention_block, or raise train.compiler_flags.xla_tpu_scoped_vmem_limit_kib"
         )
     refused = re.search(r"No such compile option: '(\w+)'|Failed to parse .* into flag (\w+)", message)
     if refused or message.startswith(("INVALID_ARGUMENT", "FAILED_PRECONDITION")):
         key = f"train.compiler_flags.{refused[1] or refused[2]}" if refused else "train.compiler_flags"
-        return ConfigError(
-            f"{key}: the compiler refuses it ({message.splitlines()[0].strip()}); correct it or leave it out"
-        )
+        return ConfigError(f"{key}: the compiler refuses it ({first_line.strip()}); correct it or leave it out")
     return error

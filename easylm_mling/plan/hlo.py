@@ -1,6 +1,6 @@
 """Parse scheduled HLO text: computations, instructions, and the FLOPs and bytes of one instruction.
 
-Source: the text format of openxla/xla, `docs/hlo_text` and `hlo/parser/hlo_parser.cc`. Only what plans need is read.
+Source: the text format of openxla/xla, `docs/hlo_text` and `hlo/parser/hlo_parser.cc`; only what plans need.
 """
 
 import math
@@ -21,12 +21,15 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 @dataclass(frozen=True)
 class Array:
+    """One array of an instruction's result."""
+
     dtype: str
     dims: tuple[int, ...]
     memory: int  # of its layout: 0 HBM, 1 vector memory, 5 the host's
 
     @property
     def bytes(self) -> float:
+        """Its size; an unknown dtype counts as nothing."""
         return math.prod(self.dims) * _BITS.get(self.dtype, 0) / 8
 
     def __str__(self) -> str:
@@ -35,40 +38,42 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
+    """One instruction, still as text."""
+
     name: str
     shape: str
     opcode: str
     operands: tuple[str, ...]
     attributes: str  # everything behind the operands
-    text: str  # the operands as written: a constant's value stands there
+    text: str  # the operands as written, or a constant's value
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays of its result, a tuple's one after another."""
+        """The arrays of its result; a tuple's one after another."""
         return arrays(self.shape)
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's own estimate; None where it makes none."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-        return int(found[1]) if found else None
+        """The compiler's estimate, if it made one."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match else None
 
     @property
     def op_name(self) -> str:
-        """Where in the program it comes from: `jit(step)/.../dot_general`."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1].replace("\\'", "'") if found else ""
+        """Its origin in the program: `jit(step)/.../dot_general`."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1].replace("\\'", "'") if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations under these attributes: `calls`, `body`, `condition`, `branch_computations` ..."""
-        found = []
+        """Return the names of the computations under these attributes, such as `calls` or `body`."""
+        names = []
         for key in keys:
             match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-            found += re.findall(r"[\w.\-]+", match[1]) if match else []
-        return found
+            names += re.findall(r"[\w.\-]+", match[1]) if match else []
+        return names
 
     def group(self) -> tuple[int, ...]:
-        """The first replica group of a collective: device numbers. Empty: all devices."""
+        """Return the device numbers in a collective's first replica group; empty for all devices."""
         listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", self.attributes)
         if listed:
             return tuple(int(x) for x in listed[1].split(",") if x)
@@ -94,45 +99,54 @@ def _devices(dims: list[int], order: list[int], size: int) -> tuple[int, ...]:
 
 @dataclass
 class Computation:
+    """A list of instructions in the order of the schedule."""
+
     name: str
     instructions: list[Instruction] = field(default_factory=list)
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
+        """The instructions by name."""
         return {i.name: i for i in self.instructions}
 
     def operands(self, i: Instruction) -> list[Instruction]:
+        """Return the instructions that make the operands of `i`."""
         return [self.by_name[o] for o in i.operands if o in self.by_name]
 
 
 @dataclass
 class Module:
+    """A compiled program."""
+
     entry: str
     computations: dict[str, Computation]
 
     def all_below(self, name: str) -> list[Computation]:
-        """The computation and all that it calls, fusions too."""
-        seen, todo = {}, [name]
-        while todo:
-            now = todo.pop()
-            if now in seen or now not in self.computations:
+        """Return the computation and every one that it calls, fusions too."""
+        seen, pending = {}, [name]
+        while pending:
+            name = pending.pop()
+            if name in seen or name not in self.computations:
                 continue
-            seen[now] = self.computations[now]
-            for i in seen[now].instructions:
-                todo += i.called("calls", "to_apply", "body", "condition", "branch_computations", "called_computations")
+            seen[name] = self.computations[name]
+            for i in seen[name].instructions:
+                pending += i.called(
+                    "calls", "to_apply", "body", "condition", "branch_computations", "called_computations"
+                )
         return list(seen.values())
 
 
 def parse(text: str) -> Module:
-    computations, entry, now = {}, "", None
+    """Parse the text of a scheduled module."""
+    computations, entry, current = {}, "", None
     # A kernel's metadata may hold line breaks; an instruction never begins at a line's first column.
     for line in re.sub(r"\{\n(?=\")|(?<=\")\n(?=\})", " ", text).splitlines():
         head = _COMPUTATION.match(line) if line.endswith("{") and " = " not in line.split("(")[0] else None
         if head:
-            now = computations.setdefault(head[2], Computation(head[2]))
+            current = computations.setdefault(head[2], Computation(head[2]))
             entry = head[2] if head[1] else entry
-        elif now is not None and (found := _INSTRUCTION.match(line)):
-            now.instructions.append(_instruction(found[2], found[3]))
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current.instructions.append(_instruction(match[2], match[3]))
     assert entry, "no ENTRY computation in the HLO text"
     return Module(entry, computations)
 
@@ -149,26 +163,27 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis at `opening` closes."""
+    """Return the index at which the parenthesis at `opening` closes."""
     depth = 0
-    for at in range(opening, len(text)):
-        depth += (text[at] == "(") - (text[at] == ")")
+    for index in range(opening, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return at
+            return index
     raise AssertionError(f"unbalanced parentheses: {text[:200]}")
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
-    found = []
+    """Parse a shape: the one array, or those of a tuple."""
+    parsed = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         sizes = tuple(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d.strip())
         memory = re.search(r"S\((\d+)\)", layout or "")
-        found.append(Array(dtype, sizes, int(memory[1]) if memory else 0))
-    return tuple(found)
+        parsed.append(Array(dtype, sizes, int(memory[1]) if memory else 0))
+    return tuple(parsed)
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a while loop runs: as the compiler notes, or else the largest whole number that its condition holds."""
+    """Return the trips of a while loop: the compiler's note, or else the largest integer in its condition."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -182,7 +197,7 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
 
 def flops(computation: Computation, i: Instruction) -> float:
-    """Of a `dot` or `convolution`: two for each product that is not with padding."""
+    """Count the FLOPs of a `dot` or `convolution`: two for each product, without those of padding."""
     out = math.prod(i.arrays[0].dims)
     left, right = (o.arrays[0].dims for o in computation.operands(i)[:2])
     if i.opcode == "dot":
@@ -207,13 +222,13 @@ def flops(computation: Computation, i: Instruction) -> float:
 
 
 def _window(attributes: str) -> dict[str, list[str]]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    return {k: v.split("x") for k, v in (part.split("=") for part in found[1].split())} if found else {}
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    return {k: v.split("x") for k, v in (part.split("=") for part in match[1].split())} if match else {}
 
 
 @lru_cache(maxsize=4096)
 def _taps(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
-    """Pairs of (output position, kernel position) that fall on an input value, along one spatial axis."""
+    """Count the pairs (output position, kernel position) that fall on an input value, along one spatial axis."""
     end, total = (size - 1) * dilate + 1, 0
     positions = np.arange(out, dtype=np.int64) * stride - low
     for k in range(kernel):

@@ -1,8 +1,8 @@
 """Estimate the seconds of Pallas kernels, which the compiler's HLO leaves out.
 
-Splash attention: measured instruction bundles of the compiler's own schedule over the clock (issue slots only, no waiting
-for memory), scaled by heads, positions, head_dim and blocks. Any other kernel: its own cost estimate at a stated share of
-the peak, or nothing, which plans say.
+Splash attention: instruction bundles of the compiler's schedule over the clock (no waiting for memory), scaled by heads,
+positions, head_dim and blocks. Any other kernel: its own cost estimate at a share of the peak; a kernel without one counts
+as nothing, and the plan says so.
 """
 
 import math
@@ -13,8 +13,8 @@ from easylm_mling.hardware import Chip
 from easylm_mling.plan.hlo import Array, Computation, Instruction
 
 # Milliseconds of (forward, dq, dkv) for [16 heads, 8192 positions, head_dim 256] with segment ids, causal, by the product
-# of query and key block. On v4 and v5p the forward is split over both cores, and the backward is not unless the kernel is
-# mapped over heads, which shows in one more axis of its queries: its loop over the grid is then half as long.
+# of query and key block. On v4 and v5p both cores share the forward pass. They share the backward pass only where the
+# kernel is mapped over heads, which adds an axis to its queries: the loop over its grid is then half as long.
 _MEASURED = {
     "v4": {512 * 512: (4.37, 9.15, 11.44), 1024 * 1024: (3.69, 7.76, 10.13)},
     "v5p": {512 * 512: (1.95, 4.48, 5.79), 1024 * 1024: (1.58, 3.95, 5.09)},
@@ -22,7 +22,7 @@ _MEASURED = {
     "v6e": {512 * 512: (2.07, 2.14, 2.54), 2048 * 512: (1.64, 1.61, 2.03)},
 }
 _KINDS = {"fwd": 0, "dq": 1, "dkv": 2}
-# Products of [block, block, head_dim] in each kernel; a dkv kernel that also makes dq has one more than alone.
+# Products of [block, block, head_dim] in each kernel; a dkv kernel that also makes dq has one more.
 _PRODUCTS = (2, 3, 4)
 OTHER_KERNELS_SHARE = 0.5
 
@@ -34,11 +34,11 @@ class Kernel:
     name: str
     seconds: float
     flops: float
-    known: bool  # whether `seconds` comes from somewhere
+    known: bool  # False where nothing says how long it takes, and `seconds` is 0
 
 
 def kernel(c: Computation, i: Instruction, chip: Chip) -> Kernel | None:
-    """None for what is no Pallas kernel."""
+    """Return the Pallas kernel that instruction `i` of `c` runs; None for any other instruction."""
     if i.opcode != "custom-call" or '"tpu_custom_call"' not in i.attributes:
         return None
     splash = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{i.name} {i.op_name}")
@@ -66,8 +66,10 @@ def _splash(c: Computation, i: Instruction, chip: Chip, kind: int) -> Kernel:
 
 
 def _share_of_blocks(arrays: list[Array], n: int) -> float:
-    """Blocks of keys that a block of queries visits, of n: half under a causal mask, or the width of a windowed grid,
-    which stands in the kernel's table of blocks [heads, query blocks, width]."""
+    """Return the share of n blocks of keys that a block of queries visits.
+
+    Half of them under a causal mask, or the width of a windowed grid: the last axis of the kernel's int8 table of blocks.
+    """
     width = next((a.dims[-1] for a in arrays if a.dtype == "s8" and len(a.dims) == 3), n)
     return min(_causal(n), width / max(1, n))
 
@@ -77,10 +79,10 @@ def _causal(n: int) -> float:
 
 
 def _between(measured: dict[int, tuple], area: int, kind: int) -> float:
-    """The measured milliseconds, between two sizes of blocks by the logarithm of their area."""
-    (small, few), (large, many) = sorted(measured.items())
-    at = math.log(max(small, min(large, area)) / small) / math.log(large / small)
-    return few[kind] + at * (many[kind] - few[kind])
+    """Interpolate the measured milliseconds between two sizes of blocks, by the logarithm of their area."""
+    (small, at_small), (large, at_large) = sorted(measured.items())
+    share = math.log(max(small, min(large, area)) / small) / math.log(large / small)
+    return at_small[kind] + share * (at_large[kind] - at_small[kind])
 
 
 def _name(i: Instruction) -> str:

@@ -1,7 +1,7 @@
 """Measure one config in a process of its own: compile its step for its slice and walk the schedule.
 
-A compiler that runs out of this machine's memory then takes nothing with it, and several can work side by side.
-`python -m easylm_mling.plan.measure CONFIG.yaml RESULT.json` is that process; `Measuring` starts it.
+A compiler that runs out of this machine's memory then ends alone, and several can run side by side. `Measuring` starts
+the process, which is `python -m easylm_mling.plan.measure CONFIG.yaml RESULT.json`.
 """
 
 import json
@@ -16,31 +16,27 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.plan.buffers import largest_live
 from easylm_mling.plan.compilation import ENVIRONMENT, DoesNotFit, compile_step
 from easylm_mling.plan.hlo import parse
-from easylm_mling.plan.schedule import walk
-from easylm_mling.plan.slices import find_slice
+from easylm_mling.plan.schedule import TIMES, walk
+from easylm_mling.plan.slices import slice_of
 from easylm_mling.storage.atomic import write_atomically
-
-TIMES = ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops")
 
 
 def measure(config: RunConfig) -> dict:
-    """What the compiler says of the step: `memory` and `buffers` (bytes a chip), `times` (seconds and FLOPs a step and
-    chip), `collectives`, `kernels`. Or `does_not_fit`, or `error`: one line for the user."""
+    """Return the compiler's figures for one step.
+
+    `memory` and `buffers` (bytes a chip), `times` (seconds and FLOPs a step and chip), `collectives` and `kernels`. Or
+    `does_not_fit`. Or `error`: one line for the user.
+    """
     try:
         compiled = compile_step(config)
     except DoesNotFit as error:
-        return {
-            "does_not_fit": {
-                "needed": error.needed,
-                "available": error.available,
-                "buffers": [b._asdict() for b in error.buffers],
-            }
-        }
+        buffers = [b._asdict() for b in error.buffers]
+        return {"does_not_fit": {"needed": error.needed, "available": error.available, "buffers": buffers}}
     except ConfigError as error:
         return {"error": str(error)}
     module = parse(compiled.hlo)
     local = config.model.local_layers
-    times = walk(module, find_slice(config.mesh.slice or ""), sum(local) / len(local))
+    times = walk(module, slice_of(config), sum(local) / len(local))
     return {
         "memory": compiled.memory._asdict(),
         "buffers": [b._asdict() for b in largest_live(compiled.live_ranges, module)],
@@ -54,22 +50,21 @@ def measure(config: RunConfig) -> dict:
 
 
 class Measuring:
-    """A measurement under way; `result()` is None until it is done."""
+    """A measurement in a running process. `close` ends the process and removes its files."""
 
     def __init__(self, config: RunConfig):
         self._folder = tempfile.TemporaryDirectory(prefix="easylm_mling_plan_")
-        self._result, self._log = Path(self._folder.name) / "result.json", Path(self._folder.name) / "log"
-        given = Path(self._folder.name) / "config.yaml"
-        given.write_text(to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "easylm_mling.plan.measure", str(given), str(self._result)]
+        folder = Path(self._folder.name)
+        self._result, self._log = folder / "result.json", folder / "log"
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "easylm_mling.plan.measure", str(folder / "config.yaml"), str(self._result)]
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log)
 
-    def result(self, wait: float | None = 0) -> dict | None:
-        """The measurement, waiting up to `wait` seconds for it (None: as long as it takes)."""
-        try:
-            code = self._process.wait(wait)
-        except subprocess.TimeoutExpired:
+    def result(self) -> dict | None:
+        """Return the measurement, or None while it runs."""
+        code = self._process.poll()
+        if code is None:
             return None
         if code == 0:
             return json.loads(self._result.read_bytes())
@@ -79,6 +74,7 @@ class Measuring:
         return {"error": f"the compiler failed: {lines[-1] if lines else f'exit code {code}'}"}
 
     def close(self):
+        """End the process if it still runs, and remove its files."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()

@@ -1,9 +1,8 @@
 """Estimate a compiled step's seconds by a walk over its schedule, in the compiler's own cycles.
 
 Compute is the sum of `estimated_cycles` over the clock, loop bodies times their trips. Collectives, and transfers to and
-from the host's memory, are bytes over link bandwidth, on one link of each kind that serves them one after another; the
-compute between an asynchronous one's start and its done hides it. `hidden` seconds take all of them as free, `paid` seconds
-add what is waited for.
+from the host's memory, take their bytes over the link's bandwidth; each kind of link serves one after another. Compute
+between an asynchronous one's start and its done hides it. `hidden` seconds leave the waiting out, `paid` seconds add it.
 """
 
 import re
@@ -15,33 +14,32 @@ from easylm_mling.plan.kernels import Kernel, kernel
 from easylm_mling.plan.slices import Slice
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# A layout's memory space that is the host's, and what PCIe carries of it a second
-# (jax-ml.github.io/scaling-book, "How to think about TPUs").
-HOST_MEMORY = 5
-HOST_BYTES = 15e9
+HOST_MEMORY = 5  # the host's memory space in a layout
+HOST_BYTES = 15e9  # over PCIe a second (jax-ml.github.io/scaling-book, "How to think about TPUs")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 _PRODUCTS = ("convolution", "dot")
+TIMES = ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops")
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective, or transfer to or from the host; `bytes` are those that a chip's link must carry."""
+    """One collective, or one transfer to or from the host."""
 
     kind: str
-    bytes: float
-    group: int
+    bytes: float  # that a chip's link carries
+    group: int  # chips that take part
     asynchronous: bool
     link: str = "chips"  # between chips, between "slices", or to the "host"
 
-    def seconds(self, where: Slice) -> float:
-        return (
-            self.bytes / {"chips": where.chip.link_bytes, "slices": where.chip.dcn_bytes, "host": HOST_BYTES}[self.link]
-        )
+    def seconds(self, target: Slice) -> float:
+        """Return the seconds on an idle link."""
+        chip = target.chip
+        return self.bytes / {"chips": chip.link_bytes, "slices": chip.dcn_bytes, "host": HOST_BYTES}[self.link]
 
 
 @dataclass
 class Times:
-    """Seconds and counts of a computation that is run once."""
+    """Seconds and counts of a computation that runs once."""
 
     matrix: float = 0.0
     other: float = 0.0
@@ -49,58 +47,68 @@ class Times:
     waiting: float = 0.0  # for collectives
     product_flops: float = 0.0
     kernel_flops: float = 0.0
-    # How often a step.
-    kernels: dict[Kernel, float] = field(default_factory=lambda: defaultdict(float))
-    collectives: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))
-    waits: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))  # Collective -> seconds waited
+    kernels: dict[Kernel, float] = field(default_factory=lambda: defaultdict(float))  # runs
+    collectives: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))  # runs
+    waits: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))  # seconds waited
 
     @property
     def hidden(self) -> float:
+        """Seconds with all waiting hidden."""
         return self.matrix + self.other + self.attention
 
     @property
     def paid(self) -> float:
+        """Seconds with all waiting."""
         return self.hidden + self.waiting
 
     def add(self, part: "Times", times: float = 1):
-        for name in ("matrix", "other", "attention", "waiting", "product_flops", "kernel_flops"):
+        """Add a computation that runs `times` times."""
+        for name in TIMES:
             setattr(self, name, getattr(self, name) + times * getattr(part, name))
         for name in ("kernels", "collectives", "waits"):
-            mine = getattr(self, name)
+            total = getattr(self, name)
             for key, count in getattr(part, name).items():
-                mine[key] += times * count
+                total[key] += times * count
+
+
+def walk(module: Module, target: Slice, local_share: float = 0.0) -> Times:
+    """Return the seconds of one step of the compiled program on one chip of `target`.
+
+    `local_share` is the share of layers with a sliding window.
+    """
+    return _Walk(module, target, local_share).computation(module.entry)
 
 
 @dataclass
 class _Links:
-    """The clock of a computation, and until when its links are busy."""
+    """The clock of a computation, and the times at which its links are free again, in seconds."""
 
-    now: float = 0.0
-    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    under_way: dict[str, tuple[float, Collective]] = field(default_factory=dict)
+    target: Slice
+    clock: float = 0.0
+    free_at: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    running: dict[str, tuple[float, Collective]] = field(default_factory=dict)  # name -> its end
 
-    def start(self, name: str, collective: Collective, where: Slice, times: Times):
+    def start(self, name: str, collective: Collective, times: Times):
         times.collectives[collective] += 1
         link = collective.link
-        self.busy[link] = max(self.busy[link], self.now) + collective.seconds(where)
-        self.under_way[name] = self.busy[link], collective
+        self.free_at[link] = max(self.free_at[link], self.clock) + collective.seconds(self.target)
+        self.running[name] = self.free_at[link], collective
 
     def finish(self, name: str, times: Times):
-        """Wait for what was started under this name; nothing where nothing was."""
-        if name in self.under_way:
-            end, collective = self.under_way.pop(name)
-            waited = max(0.0, end - self.now)
-            self.now += waited
+        """Wait for the collective that was started under this name, if one was."""
+        if name in self.running:
+            end, collective = self.running.pop(name)
+            waited = max(0.0, end - self.clock)
+            self.clock += waited
             times.waiting += waited
             times.waits[collective] += waited
 
 
-class Walk:
-    def __init__(self, module: Module, where: Slice, local_share: float):
-        self.module, self.where, self.local_share, self.done = module, where, local_share, {}
+class _Walk:
+    """One walk over a module. Each computation is timed once, however often it is called."""
 
-    def step(self) -> Times:
-        return self.computation(self.module.entry)
+    def __init__(self, module: Module, target: Slice, local_share: float):
+        self.module, self.target, self.local_share, self.done = module, target, local_share, {}
 
     def computation(self, name: str) -> Times:
         if name not in self.done:
@@ -108,11 +116,11 @@ class Walk:
         return self.done[name]
 
     def _walk(self, c: Computation) -> Times:
-        times, link = Times(), _Links()
+        times, link = Times(), _Links(self.target)
         for i in c.instructions:
             before = times.hidden
             self._instruction(c, i, times, link)
-            link.now += times.hidden - before
+            link.clock += times.hidden - before
         return times
 
     def _instruction(self, c: Computation, i: Instruction, times: Times, link: _Links):
@@ -132,35 +140,35 @@ class Walk:
             pass
         elif i.opcode == "send":
             if sent := self._sent(c, i):
-                link.start(_rendezvous(i), sent, self.where, times)
+                link.start(_rendezvous(i), sent, times)
         elif moved := _transfer(i):
-            link.start(i.name, moved, self.where, times)
+            link.start(i.name, moved, times)
         elif chained := self._chained(i):
             chain, collective, role = chained
             if role == "start":
-                link.start(chain, collective, self.where, times)
+                link.start(chain, collective, times)
             elif role == "done":
                 link.finish(chain, times)
             else:
                 self._compute(c, i, times)
         elif collective := self._collective(c, i):
-            link.start(i.name, collective, self.where, times)
+            link.start(i.name, collective, times)
             if not collective.asynchronous:
                 link.finish(i.name, times)
-        elif found := kernel(c, i, self.where.chip):
-            times.kernels[found] += 1
-            times.attention += found.seconds
-            times.kernel_flops += found.flops
+        elif pallas := kernel(c, i, self.target.chip):
+            times.kernels[pallas] += 1
+            times.attention += pallas.seconds
+            times.kernel_flops += pallas.flops
         else:
             self._compute(c, i, times)
 
     def _below(self, part: Times, times: Times, link: _Links, trips: int = 1):
-        """What a called computation takes; its waiting moves this one's clock too."""
+        """Add a called computation. The caller adds its compute to the clock, and this its waiting."""
         times.add(part, trips)
-        link.now += trips * part.waiting
+        link.clock += trips * part.waiting
 
     def _either(self, branches: list[Times]) -> Times:
-        """One of two attention kernels, by how many layers are local; of anything else, the slowest branch."""
+        """Return the mean of two attention kernels by the share of local layers; of any other branches, the slowest."""
         slowest, fastest = (pick(branches, key=lambda t: t.paid) for pick in (max, min))
         if len(branches) != 2 or not (slowest.kernels and fastest.kernels):
             return slowest
@@ -170,8 +178,10 @@ class Walk:
         return mean
 
     def _chained(self, i: Instruction) -> tuple[str, Collective, str] | None:
-        """A collective that v5e carries through several fusions: its chain, and whether this is its start, its done or a
-        step of it inside of other work."""
+        """Return the chain, collective and role ("start", "step", "done") of a fusion that carries a part of a collective.
+
+        v5e spreads a collective over several fusions; a step stands inside of other work.
+        """
         if i.opcode != "fusion":
             return None
         part = self.module.computations[i.called("calls")[0]]
@@ -188,17 +198,17 @@ class Walk:
         return None
 
     def _first(self, c: Computation, i: Instruction) -> str:
-        """The name under which a done's work was started: its start, or what slices meet by."""
+        """Return the name under which the work of a done was started."""
         while i.operands and i.opcode.endswith(("-done", "-update")):
             i = c.by_name[i.operands[0]]
         return _rendezvous(i) if i.opcode == "recv" else i.name
 
     def _sent(self, c: Computation, i: Instruction) -> Collective | None:
-        """A collective between slices: what one sends to the runtime, and later receives."""
+        """Return the collective between slices whose data this `send` hands to the runtime."""
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
         if kind is None:
             return None
-        size, n = c.by_name[i.operands[0]].arrays[0].bytes, self.where.count
+        size, n = c.by_name[i.operands[0]].arrays[0].bytes, self.target.count
         name = kind[1].lower().replace("_", "-")
         return Collective(name, _carried(name, size, n), n, True, "slices")
 
@@ -212,18 +222,18 @@ class Walk:
             for inner in part.instructions:
                 kind = inner.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
-                    # An all-reduce of which each chip keeps its own slice is a reduce-scatter.
+                    # An all-reduce whose result each chip slices is a reduce-scatter.
                     kind = "reduce-scatter" if "all-reduce-scatter" in part.name else kind
                     size = sum(a.bytes for o in part.operands(inner) for a in o.arrays)
                     return self._sized(kind, size, inner, i.opcode == "async-start")
         return None
 
     def _sized(self, kind: str, size: float, i: Instruction, asynchronous: bool) -> Collective:
-        """`size`: bytes that a chip puts in."""
-        group = i.group()
-        n = len(group) or self.where.chips
-        per_slice = self.where.chips // self.where.count
-        between = len({d // per_slice for d in group}) > 1 or (not group and self.where.count > 1)
+        """Return the collective into which each chip puts `size` bytes."""
+        group, target = i.group(), self.target
+        n = len(group) or target.chips
+        per_slice = target.chips // target.count
+        between = len({d // per_slice for d in group}) > 1 or (not group and target.count > 1)
         return Collective(kind, _carried(kind, size, n), n, asynchronous, "slices" if between else "chips")
 
     def _compute(self, c: Computation, i: Instruction, times: Times):
@@ -231,14 +241,14 @@ class Walk:
         times.product_flops += work
         if i.cycles is None:
             return
-        seconds = i.cycles / self.where.chip.clock_hz
+        seconds = i.cycles / self.target.chip.clock_hz
         if work:
             times.matrix += seconds
         else:
             times.other += seconds
 
     def _products(self, c: Computation, i: Instruction) -> float:
-        """FLOPs of all products in this instruction: its own, or those of the fusion that it calls."""
+        """Count the FLOPs of the products in this instruction, or in the fusion that it calls."""
         if i.opcode in _PRODUCTS:
             return flops(c, i)
         inside = self.module.all_below(i.called("calls")[0]) if i.opcode == "fusion" else []
@@ -246,7 +256,7 @@ class Walk:
 
 
 def _carried(kind: str, size: float, n: int) -> float:
-    """Bytes over a chip's link, where each of `n` puts `size` bytes in."""
+    """Return the bytes over a chip's link where each of `n` chips puts `size` bytes in."""
     if kind == "all-gather":
         return size * (n - 1)
     if kind == "collective-permute":
@@ -255,7 +265,7 @@ def _carried(kind: str, size: float, n: int) -> float:
 
 
 def _transfer(i: Instruction) -> Collective | None:
-    """What is put into the host's memory or taken from it, asynchronously; None for anything else."""
+    """Return an asynchronous transfer to or from the host's memory; None for any other instruction."""
     if not i.opcode.endswith("-start") or all(a.memory != HOST_MEMORY for a in i.arrays):
         return None
     moved = max(a.bytes for a in i.arrays if a.memory != HOST_MEMORY)
@@ -263,11 +273,6 @@ def _transfer(i: Instruction) -> Collective | None:
 
 
 def _rendezvous(i: Instruction) -> str:
-    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
-    return found[1] if found else i.name
-
-
-def walk(module: Module, where: Slice, local_share: float = 0.0) -> Times:
-    """The seconds of one step of the compiled program on one chip of `where`. `local_share`: of the layers, those with a
-    sliding window."""
-    return Walk(module, where, local_share).step()
+    """Return the name by which the slices' send and receive belong together."""
+    match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
+    return match[1] if match else i.name

@@ -1,21 +1,20 @@
 """The TPU slices that a run can be planned for: names, shapes, and the chip of each.
 
-Sources: cloud.google.com/tpu/docs (peaks, memory, slice shapes; a v4 or v5p name counts TensorCores, two a chip). The
-clock is the one of the compiler's cycle estimates. Usable memory is what the compiler itself says when a program is too
-large. Link bandwidth is that of one ring on one axis of the torus, as large transfers reach it.
+Source: cloud.google.com/tpu/docs. The number in a v4 or v5p name counts TensorCores, two a chip.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from easylm_mling.config import RunConfig
 from easylm_mling.errors import ConfigError
 from easylm_mling.hardware import CHIPS, Chip
 
 
 @dataclass(frozen=True)
 class Slice:
-    """`count` slices of one shape, joined by the data-centre network where there are several."""
+    """`count` slices of one shape; several are joined by the data-centre network."""
 
     name: str
     chip: Chip
@@ -25,10 +24,12 @@ class Slice:
 
     @property
     def chips(self) -> int:
+        """Chips of all `count` slices."""
         return self.count * math.prod(self.shape)
 
     @property
     def hosts(self) -> int:
+        """Hosts of all `count` slices."""
         return self.chips // math.prod(self.host)
 
 
@@ -41,19 +42,23 @@ _SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _PLANES, "v6e": _PLANES}
 
 
 def _named(chip: Chip, number: int, shape: tuple[int, int, int]) -> Slice:
-    # Eight chips of a plane hang on one host, and every larger slice on hosts of four.
+    # A plane of eight chips hangs on one host; larger slices have hosts of four chips.
     return Slice(f"{chip.name}-{number}", chip, shape, shape if shape == (2, 4, 1) else (2, 2, 1))
 
 
 SLICES = {s.name: s for c in CHIPS.values() for s in (_named(c, n, shape) for n, shape in _SHAPES[c.name].items())}
 
 
+def slice_of(config: RunConfig) -> Slice:
+    """Return the slice that `mesh.slice` names; raises ConfigError as `find_slice`."""
+    return find_slice(config.mesh.slice or "")
+
+
 def find_slice(name: str) -> Slice:
-    """`v4-64`, or `2xv4-64` for two of them; raises ConfigError with the known names."""
+    """Return the slice `v4-64`, or two of it for `2xv4-64`; raises ConfigError with the known names."""
     match = re.fullmatch(r"(?:(\d+)x)?(\w+-\d+)", name)
     known = SLICES.get(match[2].replace("v5litepod", "v5e")) if match else None
     if match is None or known is None or match[1] == "0":
-        wrong = f"mesh.slice={name!r} is not a known slice" if name else "mesh.slice is not given"
-        raise ConfigError(f"{wrong}; use one of {', '.join(SLICES)}, or 2x{next(iter(SLICES))} for two of them")
-    count = int(match[1] or 1)
-    return Slice(name, known.chip, known.shape, known.host, count)
+        problem = f"mesh.slice={name!r} is not a known slice" if name else "mesh.slice is not given"
+        raise ConfigError(f"{problem}; use one of {', '.join(SLICES)}, or 2x{next(iter(SLICES))} for two of them")
+    return replace(known, name=name, count=int(match[1] or 1))

@@ -11,7 +11,7 @@ from easylm_mling.config import RunConfig
 from easylm_mling.formatting import tokens_text
 from easylm_mling.hardware import GiB
 from easylm_mling.monitoring.console import say
-from easylm_mling.plan.slices import find_slice
+from easylm_mling.plan.slices import slice_of
 
 _KINDS = {
     "matrix": "matrix products",
@@ -19,10 +19,11 @@ _KINDS = {
     "attention": "attention",
     "waiting": "waiting for chips",
 }
-_SPEND = "train.remat=auto finds out how much of what is free can be spent on speed"
+_SPEND = "train.remat=auto finds out how much of the free memory can be spent on speed"
 
 
 def print_plan(config: RunConfig, plan: dict, console: Console):
+    """Print one plan, a section after another."""
     say(console, heading(config, plan))
     for label, lines in sections(config, plan).items():
         for i, line in enumerate(lines):
@@ -30,6 +31,7 @@ def print_plan(config: RunConfig, plan: dict, console: Console):
 
 
 def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
+    """Return the lines of each section of a plan."""
     step, memory, data = plan["step"], plan["memory"], plan["data_a_host"]
     peak, room = memory["peak"] / GiB, memory["available"] / GiB
     host = f"; {memory['host'] / GiB:.1f} GiB a chip in the host's memory" if memory["host"] else ""
@@ -53,8 +55,8 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
         ],
         "speed": [
             f"{tokens_text(plan['tokens_per_second'])} tokens/s; MFU {plan['mfu']:.1%} ({plan['mfu_hidden']:.1%} without waiting); "
-            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs done for each that the model needs",
-            f"a sequence and chip: {plan['seconds_a_sequence']['hidden']:.2f} s without waiting, "
+            f"{plan['hardware_flops_per_model_flop']:.2f} FLOPs are done for each that the model needs",
+            f"one sequence on one chip: {plan['seconds_a_sequence']['hidden']:.2f} s without waiting, "
             f"{plan['seconds_a_sequence']['paid']:.2f} with it",
         ],
         "budget": [
@@ -69,7 +71,7 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
 
 
 def _kernel_text(k: dict) -> str:
-    return f"{k['times'] * k['seconds']:.2f} s" if k["known"] else "of unknown time, counted as nothing"
+    return f"{k['times'] * k['seconds']:.2f} s" if k["known"] else "unknown time, counted as none"
 
 
 def _collective_text(c: dict) -> str:
@@ -81,6 +83,7 @@ def _collective_text(c: dict) -> str:
 
 
 def heading(config: RunConfig, plan: dict) -> str:
+    """Return the first line of a plan: slice, hosts, settings, batch."""
     t, hosts = config.train, f"{plan['hosts']} host{'s' * (plan['hosts'] > 1)}"
     return (
         f"{plan['slice']}: {plan['chips']} chips on {hosts}; {settings_text(config)}; "
@@ -89,37 +92,41 @@ def heading(config: RunConfig, plan: dict) -> str:
 
 
 def settings_text(config: RunConfig) -> str:
+    """Return the settings that a search varies."""
     return f"{mesh_text(config)}; remat {remat_text(config)}; accumulation {config.train.accumulation_steps}"
 
 
 def remat_text(config: RunConfig) -> str:
+    """Return the remat policies and the values that go to the host."""
     t = config.train
     first = f", {t.remat_first} in the first {t.remat_first_layers}" if t.remat_first_layers else ""
     return f"{t.remat}{first}{''.join(f', {name} to the host' for name in t.offload)}"
 
 
 def mesh_text(config: RunConfig) -> str:
+    """Return the size of each mesh axis, with -1 worked out."""
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
-    left = find_slice(config.mesh.slice or "").chips // max(1, math.prod(n for n in sizes.values() if n > 0))
-    return " x ".join(f"{axis} {left if n == -1 else n}" for axis, n in sizes.items())
+    rest = slice_of(config).chips // max(1, math.prod(n for n in sizes.values() if n > 0))
+    return " x ".join(f"{axis} {rest if n == -1 else n}" for axis, n in sizes.items())
 
 
 def buffer_text(b: dict) -> str:
-    return f"{b['bytes'] / GiB:6.2f} GiB  {b['shape']}  {_place(b['what']) or b['name']}"
+    """Return size, shape and origin of a buffer."""
+    return f"{b['bytes'] / GiB:6.2f} GiB  {b['shape']}  {_origin(b['what']) or b['name']}"
 
 
-def _place(op_name: str) -> str:
-    """`jit(train_step)/while/body/transpose(jvp())/.../dot_general` as `backward: dot_general`."""
+def _origin(op_name: str) -> str:
+    """Shorten `jit(train_step)/while/body/transpose(jvp())/.../dot_general` to `backward: dot_general`."""
     if not op_name.startswith("jit("):
         return op_name.removeprefix("state.")
-    part = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "update"
-    part = "recomputed" if "rematted" in op_name else part
+    phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else "update"
+    phase = "recomputed" if "rematted" in op_name else phase
     ends = [x for x in op_name.split("/")[1:] if x not in ("while", "body", "closed_call", "checkpoint", "pallas_call")]
-    where = "/".join(ends[-2:] if "dot_general" in op_name else ends[-1:]) or "carried by a loop"
-    return f"{part}: {where}"
+    return f"{phase}: {'/'.join(ends[-2:] if 'dot_general' in op_name else ends[-1:]) or 'carried by a loop'}"
 
 
-def does_not_fit_text(config: RunConfig, misfit: dict) -> str:
+def misfit_text(config: RunConfig, misfit: dict) -> str:
+    """Return by how much the config does not fit, and the largest buffers."""
     needed, available = misfit["needed"], misfit["available"]
     amount = f" by {(needed - available) / GiB:.1f} GiB: {needed / GiB:.1f} of {available / GiB:.1f}" if needed else ""
     listed = "".join(f"\n{'':<12} {buffer_text(b)}" for b in misfit["buffers"][:5])
@@ -129,16 +136,16 @@ def does_not_fit_text(config: RunConfig, misfit: dict) -> str:
 
 
 def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
-    """A row for each config that fits, fastest first."""
+    """Make the table of a search: a row for each config, in their order."""
     table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for heading in ("", "mesh", "a chip", "accum.", "remat", "GiB", "step s", "waiting", "MFU", "days"):
-        # What is too wide for a terminal is broken in the column of words, and no number is cut off.
+        # On a narrow terminal the text of this column is broken, and no number is cut off.
         words = heading in ("mesh", "remat")
         table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "remat", overflow="fold")
-    for place, (c, p) in enumerate(fits, 1):
+    for rank, (c, p) in enumerate(fits, 1):
         step = p["step"]
         table.add_row(
-            str(place), f"{c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor}",
+            str(rank), f"{c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor}",
             f"{p['sequences_a_chip'] / c.train.accumulation_steps:g}", str(c.train.accumulation_steps), remat_text(c),
             f"{p['memory']['peak'] / GiB:.1f}", f"{step['seconds']:.2f}", f"{step['factor'] * step['waiting']:.2f}",
             f"{p['mfu']:.1%}", f"{p['days']:.1f}",
@@ -147,15 +154,15 @@ def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
     return table
 
 
-def comparison(configs: dict[str, RunConfig], found: dict[str, dict]) -> Table:
-    """A column for each config, a line for each number that decides between them."""
+def comparison(configs: dict[str, RunConfig], plans: dict[str, dict]) -> Table:
+    """Make the table of a comparison: a column for each config, a row for each number that decides between them."""
     table = Table(box=box.SIMPLE)
     table.add_column("")
     for name in configs:
         table.add_column(name, justify="right")
 
     def row(label: str, text: Callable[[dict], str]):
-        table.add_row(label, *("does not fit" if "does_not_fit" in p else text(p) for p in found.values()))
+        table.add_row(label, *("does not fit" if "does_not_fit" in p else text(p) for p in plans.values()))
 
     for key in ("slice", "data", "fsdp", "tensor"):
         table.add_row(key, *(str(getattr(c.mesh, key)) for c in configs.values()))
@@ -170,6 +177,6 @@ def comparison(configs: dict[str, RunConfig], found: dict[str, dict]) -> Table:
     row("MFU", lambda p: f"{p['mfu']:.1%}")
     row("days", lambda p: f"{p['days']:.1f}")
     row("chip-hours", lambda p: f"{p['chip_hours']:,.0f}")
-    if any(p.get("cost") is not None for p in found.values()):
+    if any(p.get("cost") is not None for p in plans.values()):
         row("cost", lambda p: f"{p['cost']:,.0f}")
     return table

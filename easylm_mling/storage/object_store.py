@@ -255,6 +255,15 @@ def write_run_format(files: Path):
     write_atomically(files / FORMAT_FILE, json.dumps({"format": RUN_FORMAT}).encode())
 
 
+def write_run_file(run_dir: str | Path, name: str, content: bytes):
+    """Write one file of a run's directory whole, local or in a bucket; the directory may not exist yet."""
+    if is_bucket(run_dir):
+        Bucket(str(run_dir)).write_all({name: content})
+        return
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(run_dir) / name, content)
+
+
 def small_files(run_dir: str | Path) -> Path:
     """The folder of a run's small files, to read them: itself, or for as long as this process lives a copy of the bucket's."""
     if not is_bucket(run_dir):
