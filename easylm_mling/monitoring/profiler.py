@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,14 +22,16 @@ class Profiler:
     def __exit__(self, *_):
         self._stop()
 
-    def before(self, step: int):
-        """Begin the trace if `step`, which is about to be launched, is one of its steps."""
+    def before(self, step: int, state: Any):
+        """Begin the trace if `step`, which is about to be launched from the arrays in `state`, is one of its steps."""
         # A resumed run may begin between the first and the last.
         if self._first <= step <= self._last and not self._tracing:
             options = jax.profiler.ProfileOptions()
             # Python's own tracer hooks into every thread, the loader's and the saves', too, and on a busy machine the start of a
             # trace with it once was a segmentation fault. What the devices and XLA do is traced without.
             options.python_tracer_level = 0
+            # Nor does a trace begin in the middle of another step: while XLA's threads recorded one, its start crashed, too.
+            jax.block_until_ready(state)
             try:
                 jax.profiler.start_trace(str(self._folder), profiler_options=options)
                 self._tracing = True
