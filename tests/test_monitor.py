@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from processes import ROOT, TINY, train_here
 from rich.console import Console
 
+import easylm_mling.monitoring.profiler as profiler_module
 import easylm_mling.monitoring.trackers as trackers_module
 from easylm_mling.config import LogConfig, ProfileConfig, load, to_yaml
 from easylm_mling.data.catalog import Catalog
@@ -303,6 +304,8 @@ def test_tensorboard_gets_what_metrics_get(monitored):
 
 def test_a_profile_of_the_steps_asked_for(monitored):
     run_dir, output = monitored
+    if problem := profiler_module.unfit_libtpu():
+        pytest.skip(f"another test has loaded libtpu into this process: {problem}")
     assert f"a profile of steps 2 to 3 lies in {run_dir}/profile" in output
     (trace,) = (run_dir / "profile").rglob("*.xplane.pb")
     content = trace.read_bytes()
@@ -462,3 +465,18 @@ def test_the_console_warns_and_shows_tables_without_reading_markup():
     assert "[b]0" in shown and "and 2 more" in shown and "2.000" in shown and "1.500" in shown
     assert "loss not finite" in shown
     assert logging.getLogger().level == logging.WARNING
+
+
+def test_a_libtpu_that_would_crash_takes_no_profile(tmp_path, monkeypatch):
+    lines, started = [], []
+    maps = "7f00-7f01 r-xp 0 00:00 0 /site-packages/libtpu/libtpu.so"
+    monkeypatch.setattr(profiler_module.Path, "read_text", lambda self: maps)
+    monkeypatch.setattr(profiler_module.jax.profiler, "start_trace", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(
+        profiler_module.importlib.metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"']
+    )
+    for installed, problem in (("0.0.42.1", False), ("0.0.52", True)):
+        monkeypatch.setattr(profiler_module.importlib.metadata, "version", lambda name, v=installed: v)
+        assert bool(profiler_module.unfit_libtpu()) == problem
+    profiler_module.Profiler(ProfileConfig("1:2"), tmp_path, lines.append).before(1)
+    assert not started and "no profile is taken: libtpu 0.0.52 cannot profile with jax" in lines[0]

@@ -1,8 +1,9 @@
 """A trace of some steps by JAX's profiler: `profile.steps=100:105` leaves it in RUN/profile."""
 
+import importlib.metadata
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -22,17 +23,17 @@ class Profiler:
     def __exit__(self, *_):
         self._stop()
 
-    def before(self, step: int, state: Any):
-        """Begin the trace if `step`, which is about to be launched from the arrays in `state`, is one of its steps."""
+    def before(self, step: int):
+        """Begin the trace if `step`, which is about to be launched, is one of its steps."""
         # A resumed run may begin between the first and the last.
         if self._first <= step <= self._last and not self._tracing:
             options = jax.profiler.ProfileOptions()
-            # Python's own tracer hooks into every thread, the loader's and the saves', too, and on a busy machine the start of a
-            # trace with it once was a segmentation fault. What the devices and XLA do is traced without.
+            # Python's own tracer hooks into every thread, the loader's and the saves', too. What the devices and XLA do is traced
+            # without it.
             options.python_tracer_level = 0
-            # Nor does a trace begin in the middle of another step: while XLA's threads recorded one, its start crashed, too.
-            jax.block_until_ready(state)
             try:
+                if problem := unfit_libtpu():
+                    raise RuntimeError(problem)
                 jax.profiler.start_trace(str(self._folder), profiler_options=options)
                 self._tracing = True
             except (RuntimeError, OSError) as error:
@@ -53,3 +54,23 @@ class Profiler:
             self._say(f"a profile of steps {self._first} to {self._last} lies in {self._folder}")
         except (RuntimeError, OSError) as error:
             self._say(f"the profile could not be written: {error}")
+
+
+def unfit_libtpu() -> str:
+    """Why this process's libtpu cannot profile with this JAX; "" if it can, or if no libtpu is loaded.
+
+    The two share a C struct that grows with versions, and JAX does not stop when its sizes differ: the process ends with a
+    segmentation fault (jaxlib 0.10.2 and libtpu 0.0.52: "Unexpected PLUGIN_Profiler_Api size").
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "libtpu" not in maps.read_text():
+        return ""
+    wanted = next((r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "")
+    series = re.match(r"libtpu==([\d.]+)\.\*", wanted)
+    installed = importlib.metadata.version("libtpu")
+    if series is None or installed.startswith(f"{series[1]}."):
+        return ""
+    return (
+        f"libtpu {installed} cannot profile with jax {jax.__version__} (its profiler would end the process); install "
+        f"libtpu=={series[1]}.*"
+    )

@@ -28,7 +28,6 @@ from easylm_mling.monitoring.throughput import Throughput
 from easylm_mling.monitoring.trackers import Trackers
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.training.spike_guard import SPIKE
-from easylm_mling.training.state import TrainState
 from easylm_mling.training.step import jit_parameter_norm
 
 # The speed is compared with the plan's after so many steps.
@@ -98,9 +97,9 @@ class Monitor:
         yield
         self.events.write("compiled", step, seconds=round(time.monotonic() - begun, 3))
 
-    def launching(self, step: int, state: TrainState | None = None):
-        """Call it right before `step` is launched from `state`."""
-        self._profiler.before(step, state)
+    def launching(self, step: int):
+        """Call it right before `step` is launched."""
+        self._profiler.before(step)
         self._first = self._first or (step, time.monotonic())
 
     def norms(self, step: int, params: dict) -> dict[str, jax.Array]:

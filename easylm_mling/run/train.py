@@ -177,7 +177,7 @@ def run_steps(
             continue
         batch, consumed = item
         done += 1
-        monitor.launching(done, state)
+        monitor.launching(done)
         state, metrics = train_step(state, to_device(batch, loop.mesh, PartitionSpec(BATCH_AXES)))
         metrics |= monitor.norms(done, state.params)
         agreement = loop.sync.start(loop.stop.request(), consumed, (state, metrics))
