@@ -65,15 +65,15 @@ def main():
         ours = 0.0
         for name in CONTESTANTS:
             command = [sys.executable, __file__, a.tokenizer, "--only", name, folder]
-            done = subprocess.run([*command, "--million-tokens", str(a.million_tokens)], capture_output=True, text=True)
+            tokens = a.million_tokens * (0.1 if name in SLOW else 1)
+            done = subprocess.run([*command, "--million-tokens", str(tokens)], capture_output=True, text=True)
             if done.returncode:
                 print(f"{name:28}failed: {done.stderr.strip().splitlines()[-1][:100]}")
                 continue
             m = json.loads(done.stdout.splitlines()[-1])
             ours = ours or m["rate"]
-            print(
-                f"{name:28}{m['rate'] / 1e6:>15.2f}{m['rate'] / ours:>9.2f}{m['first']:>15.2f}{m['peak'] / 1e9:>9.2f}"
-            )
+            figures = f"{m['rate'] / 1e6:>15.2f}{m['rate'] / ours:>9.2f}{m['first']:>15.2f}{m['peak'] / 1e9:>9.2f}"
+            print(f"{name:28}{figures}", flush=True)
 
 
 def write_corpora(folder: Path, wanted: float) -> int:
@@ -231,6 +231,7 @@ CONTESTANTS = {
     "Grain": grain,
     "SentencePiece alone": encoder_alone,
 }
+SLOW = ("Hugging Face datasets", "Grain")  # they make a tenth of the tokens: their rate does not change
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class Model:
 def load_model(path: str | Path, step: int | None = None, tokenizer: str | Path | None = None) -> Model:
     """Load a Hugging Face directory, a run (its newest step, or `step`) or an imported checkpoint.
 
-    The tokenizer is the one that lies with the model, unless another file is named. Raises ConfigError if one of them is
-    missing or they do not belong together.
+    For example `load_model("runs/demo", step=110)`. The tokenizer is the one that lies with the model, unless another file
+    is named. Raises ConfigError if one of them is missing or they do not belong together.
     """
     graph, params, config = inference.load_model(path, step=step)
     own = Tokenizer(str(tokenizer or inference.find_tokenizer(path)))
@@ -39,7 +39,7 @@ def load_model(path: str | Path, step: int | None = None, tokenizer: str | Path 
 
 
 def generate(model: Model, prompts: Sequence[str], max_new_tokens: int = 64, **settings) -> list[str]:
-    """Continue each prompt; returns the new text only.
+    """Continue each prompt and return the new text only, as in `generate(model, ["In the morning"], temperature=0.7)`.
 
     `settings` are those of inference.generate.generate: temperature, top_k, top_p, seed, dtype. Raises ConfigError for
     settings out of range.

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,12 +83,12 @@ def check_format(where: object, what: str, number: object, known: int, otherwise
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether its message is enough for a user: an error of ours, of the file system, or an interrupt."""
+    """Return True if the message is enough for a user: an error of ours, of the file system, or an interrupt."""
     return isinstance(error, (EasylmError, OSError, KeyboardInterrupt))
 
 
 def report_error(error: BaseException) -> int:
-    """Print the error in one line, and the traceback of an unexpected one below it; returns the exit code."""
+    """Print the error in one line, and below it the traceback of an unexpected one; return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; everything saved so far is whole", file=sys.stderr)
         return INTERRUPTED
@@ -101,8 +101,8 @@ def report_error(error: BaseException) -> int:
 
 
 @contextmanager
-def crash_file(folder: Path) -> Iterator[None]:
-    """Within it, the traceback of an unexpected error is also written to FOLDER/crash-TIME-PID.txt."""
+def crash_file(folder: Path) -> Generator[None, None, None]:
+    """Write the traceback of an unexpected error inside to FOLDER/crash-TIME-PID.txt, and pass the error on."""
     try:
         yield
     except Exception as error:
@@ -115,11 +115,12 @@ def crash_file(folder: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line, without secrets."""
+    """Return an error's text on one line, without secrets, of at most 200 characters."""
     return without_secrets(" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def without_secrets(text: str) -> str:
-    """`text` with addresses cut where a key may be: names before an @, and everything behind a question mark."""
+    """Return `text` without what may be a key in its addresses: names before an @, and all that follows a question mark."""
     text = re.sub(r"(\w+://)[^/\s'\"@]+@", r"\1...@", text)
+    # Not only after a host: clients print paths without one.
     return re.sub(r"\?[^\s'\")]+", "?...", text)

@@ -20,7 +20,8 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_train_export_load_and_generate(tmp_path):
     config = easylm_mling.load_config(
-        ["configs/demo.yaml"], [*TINY, f"run_dir={tmp_path / 'run'}", "train.stop_at_step=2", "mesh.tensor=2"]
+        ["configs/demo.yaml"],
+        [*TINY, f"run_dir={tmp_path / 'run'}", "train.stop_at_step=2", "mesh.tensor=2", "mesh.cpu_devices=0"],
     )
     assert easylm_mling.train(config) == 0
     assert easylm_mling.export(tmp_path / "run", tmp_path / "hf") is not None

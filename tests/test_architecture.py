@@ -92,3 +92,20 @@ def test_the_launcher_is_a_house_of_its_own():
             if isinstance(node, ast.ImportFrom) and node.level:
                 inside |= {node.module} if node.module else {alias.name for alias in node.names}
         assert inside <= allowed, f"{name} imports {inside - allowed}"
+
+
+def arrows() -> dict[tuple[str, str], int]:
+    """How many imports run from one room to another."""
+    there, count = modules(), {}
+    for name, inside in there.items():
+        for target in {i.removeprefix("easylm_mling.").replace(".", "/") for i in inside} & there.keys():
+            if room(name) != room(target):
+                pair = ROOMS[room(name)], ROOMS[room(target)]
+                count[pair] = count.get(pair, 0) + 1
+    return count
+
+
+if __name__ == "__main__":  # python tests/test_architecture.py: the picture of imports by room
+    for (above, below), number in sorted(arrows().items(), key=lambda item: [ROOMS.index(r) for r in item[0]]):
+        print(f"{above:20} -> {below:20} {number}")
+    print(f"{len(arrows())} arrows, none back")

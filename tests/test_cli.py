@@ -1,6 +1,7 @@
 """The command line: light, with a clear line for what a user gets wrong, and true to the config's dataclasses."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import typing
@@ -10,26 +11,22 @@ import pytest
 
 from easylm_mling import __version__
 from easylm_mling.cli.main import main
-from easylm_mling.config import RunConfig
+from easylm_mling.config import ConfigError, RunConfig, load, load_mixer
 from easylm_mling.config.describe import known_keys, markdown
 from easylm_mling.errors import DataError, EasylmError, TrainingStopped, crash_file, report_error
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
-    "jax",
-    "flax",
-    "optax",
-    "orbax",
-    "pyarrow",
-    "tensorstore",
-    "sentencepiece",
-    "transformers",
-    "numpy",
-    "matplotlib",
+    "jax", "flax", "optax", "orbax", "pyarrow", "tensorstore", "sentencepiece", "transformers", "numpy", "matplotlib", "rich",
+)  # fmt: skip
+
+
+MISSPELT = ["configs/demo.yaml", "train.batchsize=8"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["config"], ["train", *MISSPELT], ["plan", *MISSPELT], ["data", "inspect", *MISSPELT]]
 )
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "configs/demo.yaml", "train.batchsize=8"], ["config"]])
 def test_help_and_a_misspelt_key_load_nothing_heavy(arguments):
     script = f"""
 import sys
@@ -66,6 +63,49 @@ def test_config_explains_a_key_a_section_and_what_is_misspelt(capsys):
     assert capsys.readouterr().err == "error: unknown key 'train.batchsize'; did you mean 'train.batch_size'?\n"
 
 
+def test_config_says_what_a_key_affects_and_whether_it_must_be_given(capsys):
+    for key, *texts in (
+        ("train.budget_tokens", "must be given", "is fixed for a run's life"),
+        ("train.batch_size", "is fixed for a run's life: the learning-rate schedule"),
+        ("train.stop_at_step", "the step does not depend on it"),
+        ("train.compiler_flags", "default: {}"),
+        ("log.wandb", "default: ''"),
+        ("data.sources.NAME.weight", "with --accept-data-change"),
+        ("data.sources", "In YAML a source may be a group instead"),
+    ):
+        assert main(["config", key]) == 0
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in texts), printed
+
+
+def test_data_alone_is_inspected_and_is_part_of_a_whole_config(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    mine = "configs/my-corpus.yaml"
+    assert len(Path(mine).read_text().splitlines()) <= 12
+    assert main(["data", "inspect", mine, "train.batch_size=4", "data.sequence_length=256", "--json"]) == 0
+    inspection = json.loads(capsys.readouterr().out)
+    everything = sum(source["tokens"] for source in inspection["sources"].values())
+    assert 0 <= inspection["budget"] - everything < 4 * 256, "without a budget, all data once"
+    whole = load(["configs/model/gemma-2b.yaml", mine, "configs/run/v6e-8.yaml"])
+    assert list(whole.data.sources) == list(inspection["sources"]) and whole.mixer.budget_tokens == 10**10
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train=5", "train: expected `key: value` lines, found 5"),
+        ("train.batch_size=0", "train.batch_size=0 must be positive"),
+        ("data.lanes=7", "train.batch_size=64 must be a multiple of data.lanes=7"),
+        ("optimizer.beta=1", "unknown key 'optimizer.beta'; did you mean 'beta2'?"),
+        ("modell.head_dim=1", "unknown key 'modell'; did you mean 'model'?"),
+    ],
+)
+def test_data_alone_is_checked_with_all_that_is_given(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_mixer([str(ROOT / "configs/my-corpus.yaml")], [override])
+    assert message in str(error.value)
+
+
 def test_every_key_says_what_it_is():
     assert not [name for name, key in known_keys().items() if not key.setting.help]
     sections = [RunConfig, *typing.get_type_hints(RunConfig).values()]
@@ -97,6 +137,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_one_of_ours_is_a_line(tmp_p
 
 def test_no_address_in_a_crash_file_keeps_its_key(tmp_path):
     with pytest.raises(TypeError), crash_file(tmp_path):
-        raise TypeError("https://me:secret@host/a?token=secret")
+        raise TypeError("https://me:secret@host/a?token=secret, with url: /b?X-Signature=secret")
     (file,) = tmp_path.glob("crash-*.txt")
-    assert "https://...@host/a?..." in file.read_text() and "token=secret" not in file.read_text().splitlines()[-1]
+    last = file.read_text().splitlines()[-1]
+    assert "https://...@host/a?..." in last and "/b?..." in last and "secret" not in last

@@ -142,5 +142,6 @@ def test_a_catalog_that_is_not_one(tmp_path):
         path.write_text(content)
         message = message_of(Catalog.load, path)
         assert (
-            f"catalog.json: has {has}" in message and "use the version that wrote it, or start a new run_dir" in message
+            f"catalog.json: this catalog has {has}" in message
+            and "use the version that wrote it, or start a new run_dir" in message
         )

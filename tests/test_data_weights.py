@@ -159,7 +159,10 @@ def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(r
             '{"format": 9, "sources": {}}',
             "this file of estimates has format 9, .* use the version that wrote it, or remove the file",
         ),
-        ('{"data": "", "tokenizer": "", "sources": {}}', "has no format number, .* or remove the file"),
+        (
+            '{"data": "", "tokenizer": "", "sources": {}}',
+            "this file of estimates has no format number, .* or remove the file",
+        ),
         ('{"format": 1, "sou', "not readable as estimates .* remove the file"),
     ],
 )

@@ -137,9 +137,8 @@ def test_a_checkpoint_of_a_run_exports_its_own_step(tmp_path):
         for step in (3, 20):
             shifted = jax.tree.map(lambda x, by=step: x + by, params)
             count = jnp.int32(step)
-            checkpoints.save(
-                TrainState(count, shifted, (count,), *[count] * 3, nothing_recent()), np.zeros(1, np.int64), info
-            )
+            state = TrainState(count, shifted, (count,), *[count] * 3, nothing_recent())
+            assert checkpoints.save(state, np.zeros(1, np.int64), info, wait=True).ok
     for step, expected in ((None, 20), (3, 3)):
         out = tmp_path / f"out{expected}"
         (warning,) = export_hf(tmp_path / "run", out, step=step, dtype="float32")

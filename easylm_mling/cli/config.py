@@ -11,21 +11,22 @@ if TYPE_CHECKING:
     from easylm_mling.config import RunConfig
 
 
-def add_config(
-    parser: argparse.ArgumentParser, needed: bool = True, help: str = "files merge left to right, then keys"
-):
+_MERGED = "files merge left to right, then key.path=value"
+
+
+def add_config(parser: argparse.ArgumentParser, needed: bool = True, help: str = _MERGED):
     """Add the arguments that name a config."""
     parser.add_argument("config", nargs="+" if needed else "*", metavar="CONFIG.yaml|key=value", help=help)
 
 
 def config_files(a: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The files and the `key.path=value` overrides among the arguments of `add_config`."""
+    """Return the files and the `key.path=value` overrides among the arguments of `add_config`."""
     files = [x for x in a.config if "=" not in x or Path(x).is_file()]
     return files, [x for x in a.config if x not in files]
 
 
 def load_config(a: argparse.Namespace, *more: str) -> "RunConfig":
-    """The config that the arguments, and `more` files, say. Raises ConfigError."""
+    """Load the config that the arguments name, with `more` files merged last. Raises ConfigError."""
     from easylm_mling.config import load
 
     files, overrides = config_files(a)
@@ -33,6 +34,7 @@ def load_config(a: argparse.Namespace, *more: str) -> "RunConfig":
 
 
 def add_verbs(verbs):
+    """Add `config` to the parser's `verbs`."""
     config = verbs.add_parser("config", help="what a config key means, its unit and default, and what it affects")
     config.add_argument("key", nargs="?", metavar="KEY", help="such as train.batch_size, or a section (default: all)")
     config.add_argument("--markdown", action="store_true", help="print docs/config.md")
@@ -55,5 +57,7 @@ def _config(a) -> int:
         print(describe_key(asked))
     else:
         for key in wanted:
-            print(f"{key:40} {keys[key].setting.help}")
+            print(f"{key:{max(map(len, wanted))}}  {keys[key].setting.help}")
+        if asked in keys and (about := keys[asked].about.partition("\n\n")[2]):
+            print(f"\n{about}")
     return 0

@@ -6,10 +6,11 @@ from easylm_mling.cli.config import add_config, config_files, load_config
 
 
 def add_verbs(verbs):
+    """Add `data` and its verbs to the parser's `verbs`."""
     data = verbs.add_parser("data", help="look at what a run will read, and at what it has read")
     verbs = data.add_subparsers(required=True, metavar="VERB")
     inspect = verbs.add_parser("inspect", help="before a run: sizes, shares and epochs of every source and language")
-    add_config(inspect, help="as for train; the section `data` is enough")
+    add_config(inspect, help="as for train; `data` is enough, and without a budget all is read once")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
     inspect.add_argument("--png", metavar="FILE", help="also draw the shares")
     inspect.set_defaults(run=_inspect)

@@ -4,6 +4,7 @@ import sys
 
 
 def add_verbs(verbs):
+    """Add `import-hf` and `export-hf` to the parser's `verbs`."""
     importer = verbs.add_parser(
         "import-hf", help="Hugging Face weights -> a checkpoint that train starts from (init_from=...)"
     )

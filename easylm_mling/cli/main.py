@@ -11,7 +11,7 @@ from easylm_mling.errors import report_error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (errors.py)."""
+    """Run one command and return its exit code (errors.py)."""
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; what it returns has `run`, the function of its verb."""
+    """Return the parser of all verbs; the arguments it returns have `run`, the function of their verb."""
     parser = argparse.ArgumentParser(
         prog="easylm-mling", description="Continue the pretraining of Gemma on your own languages."
     )

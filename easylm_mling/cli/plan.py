@@ -4,6 +4,7 @@ from easylm_mling.cli.config import add_config, load_config
 
 
 def add_verbs(verbs):
+    """Add `plan` to the parser's `verbs`."""
     plan = verbs.add_parser(
         "plan", help="before a run, without a TPU: does it fit a slice, how fast, how long, what cost"
     )

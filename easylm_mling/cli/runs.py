@@ -2,6 +2,7 @@
 
 
 def add_verbs(verbs):
+    """Add `sample`, `summary` and `report` to the parser's `verbs`."""
     sample = verbs.add_parser("sample", help="continue texts with a model")
     sample.add_argument("model_dir", help="a Hugging Face directory, a run's directory, or one made by import-hf")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")

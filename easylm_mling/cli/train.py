@@ -4,6 +4,7 @@ from easylm_mling.cli.config import add_config, load_config
 
 
 def add_verbs(verbs):
+    """Add `train` to the parser's `verbs`."""
     train = verbs.add_parser("train", help="train to a token budget; the same command again resumes")
     add_config(train)
     train.add_argument(

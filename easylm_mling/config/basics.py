@@ -44,7 +44,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def setting_of(field: dataclasses.Field) -> Setting:
+def setting_of(field: dataclasses.Field[Any]) -> Setting:
     """Return the Setting of a dataclass's field."""
     return field.metadata.get("setting", Setting())
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, Int32
 
 from easylm_mling.model.attention import capped
 from easylm_mling.model.sharding import BATCH_AXES
@@ -16,12 +17,17 @@ from easylm_mling.model.sharding import BATCH_AXES
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
-    hidden, head, targets, mask, chunk: int, z_loss: float = 0.0, soft_cap: float | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (total, cross entropy [B], z-loss [B]), float32: sums over positions, which the caller divides by counts.
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int32[Array, "B T"],
+    mask: Float32[Array, "B T"],
+    chunk: int,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+) -> tuple[Float32[Array, ""], Float32[Array, " B"], Float32[Array, " B"]]:
+    """Returns (total, cross entropy, z-loss): sums over positions, which the caller divides by counts.
 
-    hidden [B, T, D]; head [V, D]; targets [B, T] int32; mask [B, T] float32. Logits are float32, soft-capped as the model's.
-    `z_loss` times the squared log-normaliser (PaLM, section 5) keeps logits from drifting; the two losses stay apart so that
+    Logits are float32, soft-capped as the model's, and computed for `chunk` positions of each row at a time. `z_loss` times the squared log-normaliser (PaLM, section 5) keeps logits from drifting; the two losses stay apart so that
     cross entropies can be compared.
 
     Only the total can be differentiated, with respect to `hidden` and `head`. The forward pass computes the gradient up to

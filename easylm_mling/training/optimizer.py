@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Float32, PyTree
 
 from easylm_mling.config import ModelConfig, OptimizerConfig
 from easylm_mling.model.params import parameter_table, to_nested
@@ -38,8 +39,10 @@ def decay_mask(o: OptimizerConfig, m: ModelConfig) -> dict:
     return to_nested({p.path: p.kind in decayed for p in parameter_table(m)})
 
 
-def clip_by_global_norm(gradients, limit: float):
-    """Gradients scaled to a global norm of at most `limit`, and the norm before (float32 scalar)."""
+def clip_by_global_norm(
+    gradients: PyTree[Float[Array, "..."]], limit: float
+) -> tuple[PyTree[Float[Array, "..."]], Float32[Array, ""]]:
+    """Gradients scaled to a global norm of at most `limit`, and the norm before."""
     norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, limit / norm)
     return jax.tree.map(lambda g: g * scale, gradients), norm

@@ -10,6 +10,7 @@ passed: it cannot hide the next one, and a lasting level (of another data stage,
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 WINDOW = 128
 # The verdict on a step.
@@ -28,8 +29,10 @@ def nothing_recent() -> Recent:
     return Recent(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def judge(recent: Recent, loss, norm, sigmas: float):
-    """(ACCEPTED, NOT_FINITE or SPIKE; the limits of loss and norm, float32 [2]; the window with this step in it).
+def judge(
+    recent: Recent, loss: Float[Array, ""], norm: Float[Array, ""], sigmas: float
+) -> tuple[Int32[Array, ""], Float32[Array, "2"], Recent]:
+    """(ACCEPTED, NOT_FINITE or SPIKE; the limits of loss and norm; the window with this step in it).
 
     There are no spikes with `sigmas` 0, nor before the window is half full: the start of a run would mislead it.
     """

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float32
 
 from easylm_mling.config import RunConfig, TrainConfig
 from easylm_mling.errors import check
@@ -30,6 +31,8 @@ from easylm_mling.training.optimizer import clip_by_global_norm, make_optimizer,
 from easylm_mling.training.spike_guard import ACCEPTED, SPIKE, judge
 from easylm_mling.training.state import TrainState, model_graph, state_shardings
 from easylm_mling.training.xla_flags import compiler_flags
+
+SourceSums = tuple[Float32[Array, " S"], Float32[Array, " S"]]
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
     )
 
 
-def batch_loss(params, batch: dict, c: StepConfig):
-    """The sum to differentiate, and (cross entropy, target count) summed for each source, [S] float32 each."""
+def batch_loss(params: dict, batch: dict, c: StepConfig) -> tuple[Float32[Array, ""], SourceSums]:
+    """The sum to differentiate, and (cross entropy, target count) summed for each source."""
     model = nnx.merge(c.graph, params)
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward)
     cap = model.config.final_logit_softcapping
@@ -124,8 +127,8 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
     }
 
 
-def eval_step(params: dict, batch: dict, *, c: StepConfig):
-    """(cross entropy, target count) summed for each source, [S] float32 each."""
+def eval_step(params: dict, batch: dict, *, c: StepConfig) -> SourceSums:
+    """(cross entropy, target count) summed for each source."""
     return batch_loss(params, batch, c)[1]
 
 

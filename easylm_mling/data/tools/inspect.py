@@ -1,5 +1,6 @@
 """`easylm-mling data inspect`: what a run will read, and how often, before it begins. Uses no device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich import box
@@ -23,13 +24,17 @@ def inspect_data(config: MixerConfig) -> dict:
     """Return everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
 
     `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, and `taken`
-    what the run takes of them; both are estimates. Raises ConfigError as build_catalog does.
+    what the run takes of them; both are estimates. A budget that is not known is all data once. Raises ConfigError as
+    build_catalog does.
     """
     catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
     estimates = estimate(catalog, tokenizer)
     rates = tokens_per_byte(estimates)
-    plan = make_plan(config, catalog, rates)
     sizes = {name: language_tokens(source, rates[name]) for name, source in catalog.sources.items()}
+    if not config.budget_tokens:
+        used = [size for name, size in sizes.items() if config.data.sources[name].weight != 0]
+        config = replace(config, budget_tokens=max(1, round(sum(map(sum, used)))))
+    plan = make_plan(config, catalog, rates)
     expected = forecast(config, catalog, plan, sizes)
     sources = {}
     for name, source in catalog.sources.items():
