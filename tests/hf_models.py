@@ -93,16 +93,16 @@ def save(model, directory: Path, **settings) -> Path:
 
 def raw_tensors(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """Name -> (dtype, shape, bytes) of every tensor, read from the files without any library."""
-    found = {}
+    tensors = {}
     for path in sorted(directory.glob("*.safetensors")):
         blob = path.read_bytes()
         length = int.from_bytes(blob[:8], "little")
         for name, entry in json.loads(blob[8 : 8 + length]).items():
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
-                assert name not in found
-                found[name] = (entry["dtype"], entry["shape"], blob[8 + length + start : 8 + length + stop])
-    return found
+                assert name not in tensors
+                tensors[name] = (entry["dtype"], entry["shape"], blob[8 + length + start : 8 + length + stop])
+    return tensors
 
 
 def any_finite_bits(model, seed=0):

@@ -20,7 +20,7 @@ from easylm_mling.data.catalog import Catalog, build_catalog
 from easylm_mling.data.estimates import open_estimates
 from easylm_mling.data.mixture import COUNTERS
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.card import write_card
+from easylm_mling.hf.card import Export, write_card
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.monitoring.metrics import MetricsLog
@@ -63,7 +63,7 @@ def run(tmp_path_factory):
 
 def card(run, name="me/mine", languages=(), step=STEP):
     with tempfile.TemporaryDirectory() as folder:
-        write_card(Path(folder), run, Path(run), stored_model(run), step, "bfloat16", name, languages)
+        write_card(Path(folder), Export(run, Path(run), step, stored_model(run), "bfloat16", name), languages)
         _, front, body = (Path(folder) / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(front), body
 

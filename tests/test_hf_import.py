@@ -175,9 +175,10 @@ def test_a_multimodal_gemma_3_is_reduced_to_its_text_model(multimodal, tmp_path,
     theirs, source = multimodal
     directory = tmp_path / "hf"
     directory.mkdir()
-    found = load_file(source / "model.safetensors")
+    tensors = load_file(source / "model.safetensors")
     renamed = {
-        k.replace("language_model.model.", prefix).replace("model.language_model.", prefix): v for k, v in found.items()
+        k.replace("language_model.model.", prefix).replace("model.language_model.", prefix): v
+        for k, v in tensors.items()
     }
     assert sum(k.startswith(prefix) for k in renamed) == 2 + 13 * 4 < len(renamed)
     save_file(renamed, directory / "model.safetensors")

@@ -80,9 +80,9 @@ def test_a_kill_leaves_all_or_nothing(tmp_path, kills):
     assert len(unfinished) >= kills // 10, moments
     assert done.stderr.count("which a killed process left") == len(unfinished), done.stderr
     for i in range(kills):
-        found = {path.name: contents(path) for path in (tmp_path / f"killed{i}").iterdir()}
-        assert found.pop("out") == right
-        assert found in ({}, {"first": right}), (moments[i], found.keys())
+        left = {path.name: contents(path) for path in (tmp_path / f"killed{i}").iterdir()}
+        assert left.pop("out") == right
+        assert left in ({}, {"first": right}), (moments[i], left.keys())
 
 
 def test_a_writer_that_lives_keeps_its_draft(tmp_path, caplog):

@@ -14,18 +14,11 @@ from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.attention import attention, cudnn_attention
-from easylm_mling.model.decoder import (
-    REMAT_POLICIES,
-    ForwardOptions,
-    Remat,
-    logits,
-    rms_norm,
-    rotary,
-    rotary_frequencies,
-)
+from easylm_mling.model.decoder import ForwardOptions, logits, rms_norm, rotary, rotary_frequencies
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import activated, gated_down
 from easylm_mling.model.params import parameter_table, to_flat, to_nested
+from easylm_mling.model.remat import REMAT_POLICIES, Remat
 from easylm_mling.model.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.model.splash_attention import splash_attention
 from easylm_mling.training.loss import cross_entropy
@@ -302,8 +295,8 @@ GOLDEN = {
 @pytest.mark.parametrize("model, sizes", GOLDEN)
 def test_golden_sharding(model, sizes):
     mesh = make_mesh(MeshConfig(*sizes))
-    found = parameter_shardings({"2b": GEMMA_2B, "7b": GEMMA_7B}[model], mesh)
-    assert {k: tuple(v.spec) for k, v in to_flat(found).items()} == GOLDEN[model, sizes]
+    shardings = parameter_shardings({"2b": GEMMA_2B, "7b": GEMMA_7B}[model], mesh)
+    assert {k: tuple(v.spec) for k, v in to_flat(shardings).items()} == GOLDEN[model, sizes]
 
 
 def test_what_cannot_be_cut_is_refused():
@@ -417,9 +410,9 @@ def test_what_cudnn_is_asked_for_is_attention(heads, kv_heads, window):
         return attend(q, k, v, segments, reach, None), by(q, k, v)
 
     with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
-        found = jax.jit(lambda: gradients(partial(cudnn_attention, implementation="xla")))()
-        found = jax.tree.map(np.asarray, found)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(attention)), strict=True):
+        on_mesh = jax.jit(lambda: gradients(partial(cudnn_attention, implementation="xla")))()
+        on_mesh = jax.tree.map(np.asarray, on_mesh)
+    for a, b in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(gradients(attention)), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-5)
 
 
@@ -437,11 +430,11 @@ def test_layers_in_two_portions_are_one_stack(params):
     reference = gradient(params, remat=Remat("full"))
     offloading = Remat("save_out", "full", 1, offload=("gate", "o"))
     for first in (1, M.num_hidden_layers, M.num_hidden_layers + 3):
-        found = gradient(params, remat=Remat("full", "save_dots", first))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, reference)
+        gradients = gradient(params, remat=Remat("full", "save_dots", first))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradients, reference)
     assert "<host>" in str(jax.make_jaxpr(partial(jax.grad(loss), remat=offloading))(params))
-    found = gradient(params, remat=offloading)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, reference)
+    gradients = gradient(params, remat=offloading)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradients, reference)
     assert Remat("full", "save_dots", 3).portions(5) == [("save_dots", 0, 3), ("full", 3, 5)]
     assert Remat("full", "save_dots", 9).portions(5) == [("save_dots", 0, 5)]
 

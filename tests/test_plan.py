@@ -190,8 +190,8 @@ def test_bytes_of_each_kind_of_collective():
         (fused, "reduce-scatter", size * 3 / 4),
         (permute, "collective-permute", size),
     ):
-        (found,) = walk(parse(program(f"{X}\n{SHARD}\n{line}", ELEMENTWISE, inside)), V4).collectives
-        assert (found.kind, found.bytes) == (kind, expected)
+        (collective,) = walk(parse(program(f"{X}\n{SHARD}\n{line}", ELEMENTWISE, inside)), V4).collectives
+        assert (collective.kind, collective.bytes) == (kind, expected)
 
 
 def test_a_group_that_reaches_into_another_slice_uses_the_network_between_them():
@@ -202,11 +202,11 @@ def test_a_group_that_reaches_into_another_slice_uses_the_network_between_them()
         ("mesh['a'=2,'b'=32] {'b'}", False),
         ("[32,2]<=[2,32]T(1,0)", True),
     ):
-        (found,) = walk(
+        (collective,) = walk(
             parse(program(f"{X}\n{SHARD}\n{line.replace('{groups}', groups)}", ELEMENTWISE)), two
         ).collectives
-        assert found.link == ("slices" if between else "chips")
-        assert found.seconds(two) == pytest.approx(found.bytes / (3.1e9 if between else 90e9))
+        assert collective.link == ("slices" if between else "chips")
+        assert collective.seconds(two) == pytest.approx(collective.bytes / (3.1e9 if between else 90e9))
 
 
 def test_what_slices_send_to_each_other_is_an_asynchronous_collective_on_a_link_of_its_own():
@@ -308,8 +308,8 @@ def test_the_largest_buffers_are_those_alive_at_the_peak():
         "    f{}: 32 bytes (cumulative: 32 bytes)\n    x{}: 64 bytes (cumulative: 96 bytes)\n  Stack trace breakdown\n    y{}: 999 bytes\n"
     )
     module = parse(program(f"{X}, metadata={{op_name=\"state.params[\\'norm\\']\"}}\n{fusion('f', 1)}", ELEMENTWISE))
-    found = largest_live(report, module)
-    assert [(b.name, b.bytes, b.shape, b.what) for b in found] == [
+    buffers = largest_live(report, module)
+    assert [(b.name, b.bytes, b.shape, b.what) for b in buffers] == [
         ("x", 64, "f32[8]", "state.params['norm']"),
         ("f", 32, "f32[8]", ""),
     ]
@@ -372,15 +372,15 @@ def measured(matrix=8.0, waiting=2.0, peak=20 * GiB) -> dict:
 
 
 def test_a_prediction_adds_up():
-    found = predict(make_config(), measured(), price=2.0)
-    assert found["step"]["seconds"] == 12.0 and found["step"]["hidden"] == 10.0
-    assert found["tokens_per_second"] == pytest.approx(128 * 8192 / 12)
-    assert found["days"] == pytest.approx(12 * make_config().total_steps / 86400)
-    assert found["cost"] == pytest.approx(2.0 * 32 * 24 * found["days"])
-    assert found["mfu"] == pytest.approx(465.82e12 * 4 / 12 / 275e12, rel=1e-4)
-    assert found["seconds_a_sequence"]["paid"] == 3.0
-    assert found["hardware_flops_per_model_flop"] == pytest.approx(2.5e15 / (465.82e12 * 4), rel=1e-4)
-    assert found["checkpoint"]["bytes"] == 12 * 8_537_680_896
+    one = predict(make_config(), measured(), price=2.0)
+    assert one["step"]["seconds"] == 12.0 and one["step"]["hidden"] == 10.0
+    assert one["tokens_per_second"] == pytest.approx(128 * 8192 / 12)
+    assert one["days"] == pytest.approx(12 * make_config().total_steps / 86400)
+    assert one["cost"] == pytest.approx(2.0 * 32 * 24 * one["days"])
+    assert one["mfu"] == pytest.approx(465.82e12 * 4 / 12 / 275e12, rel=1e-4)
+    assert one["seconds_a_sequence"]["paid"] == 3.0
+    assert one["hardware_flops_per_model_flop"] == pytest.approx(2.5e15 / (465.82e12 * 4), rel=1e-4)
+    assert one["checkpoint"]["bytes"] == 12 * 8_537_680_896
     slower = predict(make_config(), measured(), factor=1.5)
     assert slower["step"]["seconds"] == 18.0 and any("1.500" in line for line in slower["assumptions"])
 
@@ -428,8 +428,8 @@ def fake_compiler(monkeypatch):
 
 def test_a_search_finds_the_fastest_that_fits_and_goes_on_where_it_was_stopped(tmp_path, fake_compiler, capsys):
     config = make_config(run_dir=tmp_path / "run")
-    wishes = PlanOptions(search=str(tmp_path / "plans"), keep=True)
-    assert plan({"": config}, wishes, Console(width=120)) == 0
+    options = PlanOptions(search=str(tmp_path / "plans"), keep=True)
+    assert plan({"": config}, options, Console(width=120)) == 0
     tried = list(fake_compiler)
     assert {128 // 32 // c.train.accumulation_steps for c in tried if c.mesh.tensor == 1} == {1, 2, 4}
     assert all(c.train.batch_size == 128 for c in tried) and len({to_yaml(c) for c in tried}) == len(tried)
@@ -454,15 +454,15 @@ def test_auto_remat_fills_the_memory_and_beats_every_uniform_policy(fake_compile
     chosen = choose_remat(config, MeasurementCache(), Console(width=120))
     seconds = {}
     for tried in {to_yaml(c): c for c in fake_compiler}.values():
-        found = FakeCompiler(tried).result()
-        if "times" in found and found["memory"]["peak"] <= 0.92 * 30.75 * GiB:
-            seconds[to_yaml(tried)] = sum(found["times"][k] for k in ("matrix", "waiting"))
+        result = FakeCompiler(tried).result()
+        if "times" in result and result["memory"]["peak"] <= 0.92 * 30.75 * GiB:
+            seconds[to_yaml(tried)] = sum(result["times"][k] for k in ("matrix", "waiting"))
     assert seconds[to_yaml(chosen)] == min(seconds.values())
     assert min(seconds.values()) < min(seconds.get(to_yaml(with_remat(config, p)), 99) for p in REMAT_NAMES)
     # One layer more would not fit.
     richer = with_remat(chosen, chosen.train.remat, chosen.train.remat_first, chosen.train.remat_first_layers + 1)
-    found = FakeCompiler(richer).result()
-    assert "does_not_fit" in found or found["memory"]["peak"] > 0.92 * 30.75 * GiB
+    result = FakeCompiler(richer).result()
+    assert "does_not_fit" in result or result["memory"]["peak"] > 0.92 * 30.75 * GiB
     assert f"train.remat={chosen.train.remat} train.remat_first=" in capsys.readouterr().out
     assert choose_remat(chosen, MeasurementCache(), Console()) is chosen
 
@@ -505,8 +505,8 @@ def test_two_configs_side_by_side(tmp_path, fake_compiler, capsys):
     assert main(["plan", "mesh.slice=v4-64", "--compare", *files]) == 0
     assert "save_attention" in capsys.readouterr().out
     assert main(["plan", "--json", "--compare", *files]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found[files[0]]["step"]["seconds"] == found[files[1]]["step"]["seconds"] + 1.0
+    plans = json.loads(capsys.readouterr().out)
+    assert plans[files[0]]["step"]["seconds"] == plans[files[1]]["step"]["seconds"] + 1.0
 
 
 def write_run(path, seconds: float, steps: int = 30):
@@ -585,8 +585,8 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 )
 def test_what_cannot_be_cut_is_refused_in_one_line(change, message):
     config = dataclasses.replace(make_config(), **change)
-    found = measure(config)["error"]
-    assert message in found and "\n" not in found
+    error = measure(config)["error"]
+    assert message in error and "\n" not in error
 
 
 @needs_libtpu
@@ -596,8 +596,8 @@ def test_a_flag_that_the_compiler_refuses_is_told_in_one_line(flag):
     mesh = MeshConfig(1, 4, 1, slice="v5e-4")
     train = TrainConfig(budget_tokens=1, batch_size=4, compiler_flags={flag: "neither"})
     config = dataclasses.replace(make_config(), mesh=mesh, train=train, model=ModelConfig(256, 128, 256, 1, 1, 1, 128))
-    found = measure(config)["error"]
-    assert f"train.compiler_flags.{flag}" in found and "\n" not in found
+    error = measure(config)["error"]
+    assert f"train.compiler_flags.{flag}" in error and "\n" not in error
 
 
 def test_flags_may_be_written_as_they_are_meant(tmp_path):
@@ -635,12 +635,12 @@ def test_a_step_compiled_in_short_is_planned_as_the_whole(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 def test_gemma_7b_on_a_v4_64_keeps_its_memory_and_its_work():
-    found = measure(make_config())
-    times, wanted = found["times"], model_flops(make_config().model, 8192) * 4
-    assert found["memory"]["peak"] < 12.5 * GiB and len(found["buffers"]) == 5
+    result = measure(make_config())
+    times, wanted = result["times"], model_flops(make_config().model, 8192) * 4
+    assert result["memory"]["peak"] < 12.5 * GiB and len(result["buffers"]) == 5
     # Full remat: a second forward pass, but for the last product of each layer; the logits are computed once.
     assert 1.25 < (times["product_flops"] + times["kernel_flops"]) / wanted < 1.32
-    assert all(k["known"] for k in found["kernels"])
+    assert all(k["known"] for k in result["kernels"])
     # What is done cannot be faster than the matrix units.
     assert times["product_flops"] / times["matrix"] < find_slice("v4-64").chip.peak_flops
     assert times["kernel_flops"] / max(times["attention"], 1e-9) < find_slice("v4-64").chip.peak_flops

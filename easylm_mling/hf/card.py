@@ -1,7 +1,7 @@
 """Write the model card of an export from the run's own records, and from nothing else.
 
-Records are the checkpoint's info and data state, metrics.jsonl, catalog.json and the ledger. Paths and addresses stay
-out, for they can hold names and keys: a source goes by its name in the config.
+These are the checkpoint's info and data state, metrics.jsonl, catalog.json and the ledger. Paths and addresses stay out,
+since they can hold names and keys; a source is called by its name in the config.
 """
 
 import re
@@ -24,53 +24,58 @@ from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.data import load_ledger
 
 _FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "llama": "Llama"}
-# Folders of languages are named ja or jpn_Jpan; the hub wants the part that is an ISO 639 code.
+# A language's folder is named ja or jpn_Jpan; the hub wants the ISO 639 code in it.
 _FOLDER = re.compile(r"([a-z]{2})|([a-z]{3})_[A-Z][a-z]{3}")
 
 _DATA_CHANGED = "## Data\n\nThe run went on with other data after this step; the card of a later step has the table.\n"
 
 
 @dataclass(frozen=True)
+class Export:
+    """What is exported, and how."""
+
+    checkpoint_dir: str | Path  # of a run or an import
+    files: Path  # the small files of `checkpoint_dir`
+    step: int
+    model: ModelConfig
+    dtype: str
+    name: str  # on the hub, or the folder's
+
+
+@dataclass(frozen=True)
 class Base:
-    """Where a model's first parameters came from; `hub` says whether `name` is a model of the hub."""
+    """The model that the first parameters came from; None: they were random."""
 
     name: str | None
     revision: str | None = None
-    hub: bool = False
+    on_hub: bool = False
 
 
-def write_card(
-    folder: Path,
-    checkpoint_dir: str | Path,
-    run: Path,
-    model: ModelConfig,
-    step: int,
-    dtype: str,
-    name: str,
-    languages: tuple[str, ...] = (),
-):
-    """README.md (Markdown with YAML front matter) for the model at `step`, to be known as `name` (a hub name or a
-    folder's), and beside it a picture of the losses, if there are any. `run` holds the small files of `checkpoint_dir`."""
-    info = load_info(checkpoint_dir, step)
-    records = run / "catalog.json"
-    config = from_tree(RunConfig, info["config"]) if records.is_file() else None
-    base = _base(info, config)
-    catalog = Catalog.load(records) if config else None
+def write_card(folder: Path, export: Export, languages: tuple[str, ...] = ()):
+    """Write README.md, Markdown with YAML front matter, into `folder`, and the picture of the losses if there are any.
+
+    `languages` are ISO 639 codes beside those that the data's folders name. Raises ConfigError for one that is no code.
+    """
+    info = load_info(export.checkpoint_dir, export.step)
+    run, step = export.files, export.step
+    is_run = (run / "catalog.json").is_file()
+    catalog = Catalog.load(run / "catalog.json") if is_run else None
     by_source = {source: s.languages for source, s in catalog.sources.items()} if catalog else {}
-    codes = _codes(languages, by_source)
-    parts = [_front_matter(base, model, codes), _summary(base, model, step, info, name, codes)]
-    if config is not None and catalog is not None:
+    base, codes = _base(info), _codes(languages, by_source)
+    parts = [_front_matter(base, export.model, codes), _summary(base, export, info, codes)]
+    if catalog:
+        config = from_tree(RunConfig, info["config"])
         evaluations, training = (_up_to(run, kind, step) for kind in ("eval", "train"))
         drawn = plot_losses(folder / LOSSES, list(by_source), evaluations, training)
         parts += [
-            _data(config, catalog, run, load_data_state(checkpoint_dir, step))
+            _data(config, catalog, run, load_data_state(export.checkpoint_dir, step))
             if catalog.fingerprint == info["data"]
             else _DATA_CHANGED,
             _losses(list(by_source), evaluations, drawn),
             _scores(run, step),
             _recipe(config, step, training),
         ]
-    text = "\n".join([*filter(None, parts), _usage(name, dtype, model), _limits(base, model)])
+    text = "\n".join([*filter(None, parts), _usage(export), _limits(base, export.model)])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -80,28 +85,29 @@ def _front_matter(base: Base, model: ModelConfig, codes: list[str]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["continued-pretraining"],
     }
-    if base.hub:
+    if base.on_hub:
         values["base_model"] = base.name
-    if base.name and model.model_type != "llama":
+    if _is_gemma(base, model):
         values["license"] = "gemma"
     if codes:
         values["language"] = codes
-    # JSON is YAML too, and quotes what YAML would misread (the language code "no" is not false).
+    # JSON is YAML too, and its quotes keep the language "no" from being read as false.
     return "\n".join(["---", *(f"{key}: {orjson.dumps(value).decode()}" for key, value in values.items()), "---", ""])
 
 
-def _summary(base: Base, model: ModelConfig, step: int, info: dict, name: str, codes: list[str]) -> str:
-    size = f"{_FAMILY_NAMES[model.model_type]} model of {parameter_count(model):,} parameters"
-    begun = f"from {_shown(base)}" if base.name else "from random parameters"
-    trained = f"trained {begun} on {info['tokens']:,} tokens ({step:,} steps)" if "tokens" in info else f"taken {begun}"
-    spoken = ""
-    if codes:
-        spoken = (
-            f" Languages: {', '.join(codes)}."
-            if len(codes) <= 10
-            else f" Its data is in {len(codes)} languages (see the top of this file)."
-        )
-    return f"# {name.split('/')[-1]}\n\nA {size}, {trained} with easylm_mling.{spoken}\n"
+def _summary(base: Base, export: Export, info: dict, codes: list[str]) -> str:
+    size = f"{_FAMILY_NAMES[export.model.model_type]} model of {parameter_count(export.model):,} parameters"
+    start = f"from {_base_text(base)}" if base.name else "from random parameters"
+    # An imported checkpoint has consumed no tokens.
+    history = (
+        f"trained {start} on {info['tokens']:,} tokens ({export.step:,} steps)"
+        if "tokens" in info
+        else f"taken {start}"
+    )
+    spoken = f" Languages: {', '.join(codes)}." if codes else ""
+    if len(codes) > 10:
+        spoken = f" Its data is in {len(codes)} languages (see the top of this file)."
+    return f"# {export.name.split('/')[-1]}\n\nA {size}, {history} with easylm_mling.{spoken}\n"
 
 
 def _data(config: RunConfig, catalog: Catalog, run: Path, state: dict) -> str:
@@ -112,13 +118,13 @@ def _data(config: RunConfig, catalog: Catalog, run: Path, state: dict) -> str:
     for name, source in consumed.items():
         spoken = [t for t in catalog.sources[name].languages if t]
         size, epochs = sum(f.size for f in catalog.sources[name].files), source["epochs"]
-        read = ("yes" if epochs < 1 else "no", f"{epochs:.2f}") if epochs is not None else ("-", "-")
+        sampled, passes = ("yes" if epochs < 1 else "no", f"{epochs:.2f}") if epochs is not None else ("-", "-")
         counts = (f"{source['documents']:,}", f"{source['tokens']:,}", f"{source['tokens'] / total:.2%}")
-        rows.append((name, len(spoken) or "-", _bytes_text(size), read[0], *counts, read[1]))
+        rows.append((name, len(spoken) or "-", _bytes_text(size), sampled, *counts, passes))
     tagged = {name: s.languages for name, s in catalog.sources.items() if len(s.languages) > 1}
     notes = [
         f"Documents are packed into rows of {config.data.sequence_length:,} tokens and do not see each other.",
-        "Epochs are tokens consumed over the estimated tokens of the corpus; a corpus is sampled that was not read whole.",
+        "Epochs are tokens consumed over the estimated tokens of the corpus. A corpus is sampled if it was not read whole.",
         *(f"Languages of {name}: {', '.join(tags)}." for name, tags in tagged.items()),
     ]
     return "\n".join(["## Data", "", *_table(heads, rows), "", "\n\n".join(notes), ""])
@@ -134,18 +140,18 @@ def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
         values = [e["loss"] if name is None else e["sources"].get(name) for e in shown]
         rows.append((name or "**all**", *("-" if v is None else f"{v:.4f}" for v in values)))
     table = _table(("corpus", *(f"step {e['step']:,}" for e in shown)), rows)
-    note = "Nats a token on held-out documents of the same corpora, never trained on."
-    picture = [f"![losses]({LOSSES})", "", "Faint lines: the losses of the batches that were trained on.", ""]
+    note = "Nats a token on held-out documents of the same corpora, which were never trained on."
+    picture = [f"![losses]({LOSSES})", "", "Faint lines: losses of the training batches.", ""]
     return "\n".join(["## Losses", "", note, "", *table, "", *(picture if drawn else [])])
 
 
 def _scores(run: Path, step: int) -> str:
-    """The files that lm-evaluation-harness wrote (its --output_path), of those put into RUN/evaluations/STEP."""
+    """Tabulate the files that lm-evaluation-harness wrote (--output_path) and that lie in RUN/evaluations/STEP."""
     rows = []
     for file in sorted((run / "evaluations" / str(step)).glob("**/*.json")):
-        found = read_json(file)
-        shots, versions = found.get("n-shot", {}), found.get("versions", {})
-        for task, measures in found.get("results", {}).items():
+        scores = read_json(file)
+        shots, versions = scores.get("n-shot", {}), scores.get("versions", {})
+        for task, measures in scores.get("results", {}).items():
             for key, value in measures.items():
                 measure, _, variant = key.partition(",")
                 if isinstance(value, float) and not measure.endswith("_stderr"):
@@ -161,7 +167,7 @@ def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
     rates = [e["tokens_per_second"] for e in training if e.get("tokens_per_second")]
     axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor"))
     hardware = f"{mesh.cpu_devices} simulated CPU devices" if mesh.cpu_devices else "accelerators"
-    rest = " (-1: all that are left)" if -1 in (mesh.data, mesh.fsdp, mesh.tensor) else ""
+    rest = " (-1: all other devices)" if -1 in (mesh.data, mesh.fsdp, mesh.tensor) else ""
     decay = f", decay over the last {o.decay}" if o.schedule == "wsd" else ""
     rows = [
         ("steps", f"{step:,} of {config.total_steps:,}"),
@@ -181,24 +187,25 @@ def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
     return "\n".join(["## Training", "", *_table(("setting", "value"), rows, "---"), ""])
 
 
-def _usage(name: str, dtype: str, model: ModelConfig) -> str:
+def _usage(export: Export) -> str:
+    name = export.name
     return f"""## How to load
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="{dtype}")
-inputs = tokenizer("...", return_tensors="pt")  # adds the one BOS (id {model.bos_token_id}) that the model needs
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="{export.dtype}")
+inputs = tokenizer("...", return_tensors="pt")  # adds the one BOS (id {export.model.bos_token_id}) that the model needs
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-transformers 4 says `torch_dtype` for `dtype`.
+In transformers 4 `dtype` is called `torch_dtype`.
 """
 
 
 def _limits(base: Base, model: ModelConfig) -> str:
-    if base.name and model.model_type != "llama":
+    if _is_gemma(base, model):
         licence = (
             "Derived from Gemma: the Gemma Terms of Use (https://ai.google.dev/gemma/terms) apply to these weights."
         )
@@ -210,49 +217,56 @@ def _limits(base: Base, model: ModelConfig) -> str:
 
 {licence} The corpora have licences of their own.
 
-A pretrained model: it continues text and follows no instructions, and nothing was done to make it safe. It repeats
-what its corpora say, also what is false or offensive, and is weaker in the languages of which it read little. Losses on
-held-out text are no measure of use: evaluate it for yours.
+This is a pretrained model. It continues text, follows no instructions, and was not made safe. It repeats what its
+corpora say, also what is false or offensive, and is weaker in languages that it read little of. Losses on held-out text
+do not say how useful it is: evaluate it for your use.
 """
 
 
-def _base(info: dict, config: RunConfig | None) -> Base:
-    """Follows init_from from run to run, as far as the checkpoints are still there, to what was imported."""
+def _base(info: dict) -> Base:
+    """Follow init_from from run to run to what was imported, as far as the checkpoints still exist."""
     seen = set()
-    while "source" not in info and config is not None and config.init_from and config.init_from not in seen:
-        seen.add(config.init_from)
+    while "source" not in info:
+        if "config" not in info:  # saved by other code, so of unknown origin
+            return Base("other weights")
+        start = info["config"].get("init_from")
+        if not start or start in seen:
+            return Base(None)
+        seen.add(start)
         try:
-            info = load_info(config.init_from)
+            info = load_info(start)
         except ConfigError:
-            return Base(Path(config.init_from).name)
-        config = from_tree(RunConfig, info["config"]) if "config" in info else None
-    if "source" not in info:
-        # A checkpoint without a run that does not say where it came from still came from somewhere.
-        return Base(None) if "config" in info else Base("other weights")
+            return Base(Path(start).name)
     source = info["source"]
     return Base(source["name"] if source["hub"] else Path(source["name"]).name, source["revision"], source["hub"])
 
 
-def _shown(base: Base) -> str:
-    at = f" at {base.revision}" if base.revision else ""
-    return f"[{base.name}](https://huggingface.co/{base.name}){at}" if base.hub else f"`{base.name}`"
+def _base_text(base: Base) -> str:
+    revision = f" at {base.revision}" if base.revision else ""
+    return f"[{base.name}](https://huggingface.co/{base.name}){revision}" if base.on_hub else f"`{base.name}`"
+
+
+def _is_gemma(base: Base, model: ModelConfig) -> bool:
+    """Return True if the weights derive from Google's, whose terms then apply."""
+    return base.name is not None and model.model_type != "llama"
 
 
 def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
     for code in languages:
         if not re.fullmatch(r"[a-z]{2,3}", code):
             raise ConfigError(f"language {code!r} is no ISO 639 code; write two or three letters, such as ja")
-    found = (_FOLDER.fullmatch(tag) for tags in by_source.values() for tag in tags)
-    return sorted({*languages, *(match[1] or match[2] for match in found if match)})
+    matches = (_FOLDER.fullmatch(tag) for tags in by_source.values() for tag in tags)
+    return sorted({*languages, *(match[1] or match[2] for match in matches if match)})
 
 
 def _up_to(run: Path, kind: str, step: int) -> list[dict]:
+    """Read the lines of one kind up to `step` in metrics.jsonl, if there is one."""
     file = run / "metrics.jsonl"
     return [e for e in read_metrics(file, kind) if e["step"] <= step] if file.is_file() else []
 
 
 def _bytes_text(n: float) -> str:
-    """1234567 as '1.23 MB'."""
+    """Format 1234567 as '1.23 MB'."""
     units = iter(("B", "KB", "MB", "GB", "TB", "PB"))
     unit = next(units)
     while n >= 999.5:
@@ -261,6 +275,6 @@ def _bytes_text(n: float) -> str:
 
 
 def _table(heads: tuple, rows: list[tuple], rule: str = "---:") -> list[str]:
-    """A Markdown table; numbers stand to the right, which `rule` says for all columns but the first."""
+    """Make the lines of a Markdown table; `rule` aligns all columns but the first, by default to the right."""
     lines = [heads, ("---", *[rule] * (len(heads) - 1)), *rows]
     return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]

@@ -16,10 +16,10 @@ from easylm_mling.errors import ConfigError
 _SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 _REQUIRED = (*_SHAPES, "num_attention_heads", "num_key_value_heads")
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id")
-# What transformers assumes where one of these is silent is also ModelConfig's default.
+# Where a file leaves one of these out, transformers assumes ModelConfig's default.
 _OPTIONAL = ("max_position_embeddings", "rms_norm_eps", "initializer_range", *_IDS)
-# Where it assumes something else. Published multimodal Gemma 3 files leave most of their text model to these values.
-_SILENT = {
+# What it assumes for other keys. Published multimodal Gemma 3 files leave out most of their text model.
+_DEFAULTS = {
     "gemma2": {
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
@@ -54,30 +54,30 @@ _ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-# Settings with one value here; a file that leaves them out, or says null, means that value.
+# Settings that have one value here; a file that leaves them out, or says null, means that value.
 _FIXED = {"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _log = logging.getLogger(__name__)
 
 
 def model_config_from_hf(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of the Hugging Face model in `directory`; of a multimodal Gemma 3, that of its text model.
+    """Read the ModelConfig of the Hugging Face model in `directory`; for a multimodal Gemma 3, that of its text model.
 
     Raises ConfigError for a missing or unreadable config.json, another model type, and every setting that would make
     the model compute something else (biases, an untied head in Gemma, another activation).
     """
     path = Path(directory) / "config.json"
-    found = read_json(path)
-    if found.get("model_type") == "gemma3":
-        text = found.get("text_config")
+    file = read_json(path)
+    if file.get("model_type") == "gemma3":
+        text = file.get("text_config")
         if not isinstance(text, dict):
             raise ConfigError(f"{path}: text_config is missing; use the config.json that came with the weights")
-        found = {"model_type": "gemma3_text", **text}
-    kind = found.get("model_type")
+        file = {"model_type": "gemma3_text", **text}
+    kind = file.get("model_type")
     if kind not in FAMILIES:
         raise ConfigError(f"{path}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)} or gemma3")
-    _check_fixed(found, path)
-    tree = _settings(found)
+    _check_fixed(file, path)
+    tree = _settings(file)
     missing = [key for key in _REQUIRED if tree.get(key) is None]
     if missing:
         raise ConfigError(f"{path}: {missing[0]} is missing; use the config.json that came with the weights")
@@ -85,7 +85,7 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
         raise ConfigError(
             f"{path}: eos_token_id={tree['eos_token_id']} is a list; write the one that ends a document into the file"
         )
-    tree |= _rope(found, tree, path) | _window(found, tree, path)
+    tree |= _rope(file, tree, path) | _window(file, tree, path)
     _correct_query_scale(tree, path)
     try:
         return from_tree(ModelConfig, tree)
@@ -93,47 +93,47 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _settings(found: dict) -> dict:
-    """What `found` says, over what transformers assumes where it is silent; without the rotary settings."""
-    kind = found["model_type"]
-    tree = _SILENT.get(kind, {}) | {"model_type": kind}
-    # What the family may not set is kept here, to be refused by ModelConfig.
+def _settings(file: dict) -> dict:
+    """Return the file's settings, without the rotary ones, over what transformers assumes for those it leaves out."""
+    kind = file["model_type"]
+    tree = _DEFAULTS.get(kind, {}) | {"model_type": kind}
+    # With the settings of other families: ModelConfig refuses those.
     optional = {key for family in FAMILIES.values() for key in family.may_set}
     for key in (*_REQUIRED, *_OPTIONAL, *optional):
-        if found.get(key) is not None or (key in found and key in _NULL_MEANS_NONE):
-            tree[key] = found[key]
-    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
+        if file.get(key) is not None or (key in file and key in _NULL_MEANS_NONE):
+            tree[key] = file[key]
+    width, heads = file.get("hidden_size"), file.get("num_attention_heads")
     if kind == "llama" and "head_dim" not in tree and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         tree["head_dim"] = width // heads
     return tree
 
 
-def _check_fixed(found: dict, path: Path):
-    kind = found["model_type"]
+def _check_fixed(file: dict, path: Path):
+    kind = file["model_type"]
     fixed = _FIXED if kind == "llama" else _FIXED | {"tie_word_embeddings": True}
     for key, wanted in fixed.items():
-        if found.get(key) is not None and found[key] is not wanted:
-            raise ConfigError(f"{path}: {key}={found[key]!r} is not supported; a {kind} model here has {wanted}")
+        if file.get(key) is not None and file[key] is not wanted:
+            raise ConfigError(f"{path}: {key}={file[key]!r} is not supported; a {kind} model here has {wanted}")
     wanted = FAMILIES[kind].activation
-    # Gemma 1 was trained with the tanh form of GELU, and transformers reads its published "gelu" as that too.
+    # Gemma 1 was trained with the tanh form of GELU, and transformers too takes its published "gelu" for that.
     known = (None, wanted, "gelu") if kind == "gemma" else (None, wanted)
     for key in ("hidden_act", "hidden_activation"):
-        if found.get(key) not in known:
-            raise ConfigError(f"{path}: {key}={found[key]!r} is not supported; a {kind} model here has {wanted!r}")
+        if file.get(key) not in known:
+            raise ConfigError(f"{path}: {key}={file[key]!r} is not supported; a {kind} model here has {wanted!r}")
 
 
-def _rope(found: dict, tree: dict, path: Path) -> dict:
-    """The rotary settings, from `rope_theta` and its like (4.x) or `rope_parameters` (5.x); if both, they must agree."""
-    new = found.get("rope_parameters") or {}
+def _rope(file: dict, tree: dict, path: Path) -> dict:
+    """Return the rotary settings, from `rope_theta` and its like (4.x) or `rope_parameters` (5.x); both must agree."""
+    new = file.get("rope_parameters") or {}
     by_layer = _FULL in new or _SLIDING in new
     far, near = (new.get(_FULL) or {}, new.get(_SLIDING) or {}) if by_layer else (new, {})
     if _scaling(near):
         raise ConfigError(f"{path}: rope_parameters of {_SLIDING} are scaled, which is not supported")
     out = {}
     for key, old, value in (
-        ("rope_theta", found.get("rope_theta"), far.get("rope_theta")),
-        ("rope_local_base_freq", found.get("rope_local_base_freq"), near.get("rope_theta")),
-        ("rope_scaling", _scaling(found.get("rope_scaling") or {}), _scaling(far)),
+        ("rope_theta", file.get("rope_theta"), far.get("rope_theta")),
+        ("rope_local_base_freq", file.get("rope_local_base_freq"), near.get("rope_theta")),
+        ("rope_scaling", _scaling(file.get("rope_scaling") or {}), _scaling(far)),
     ):
         written_twice = old is not None and (value is not None or (key == "rope_scaling" and far))
         if written_twice and old != value:
@@ -144,15 +144,15 @@ def _rope(found: dict, tree: dict, path: Path) -> dict:
 
 
 def _scaling(rope: dict) -> dict | None:
-    """The fields of RopeScaling in a `rope_scaling` or in one entry of `rope_parameters`; None when nothing is scaled."""
+    """Return RopeScaling's fields of a `rope_scaling` or one entry of `rope_parameters`; None when nothing is scaled."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta") and v is not None}
     return None if kind == "default" else {"rope_type": kind, **rest}
 
 
-def _window(found: dict, tree: dict, path: Path) -> dict:
-    """The sliding window and its pattern, from `layer_types` where they are written."""
-    kinds, pattern = found.get("layer_types"), tree.get("sliding_window_pattern", 1)
+def _window(file: dict, tree: dict, path: Path) -> dict:
+    """Return the sliding window and its pattern, from `layer_types` if the file has them."""
+    kinds, pattern = file.get("layer_types"), tree.get("sliding_window_pattern", 1)
     if "sliding_window" not in FAMILIES[tree["model_type"]].may_set:
         return {}
     if kinds is not None:
@@ -172,7 +172,7 @@ def _layer_types(layers: int, pattern: int) -> list[str]:
 
 
 def _correct_query_scale(tree: dict, path: Path):
-    """Early gemma-2-9b files say 224 (hidden_size / heads); the model was trained with 256 (google/gemma_pytorch)."""
+    """Correct the 224 (hidden_size / heads) of early gemma-2-9b files: it was trained with 256 (google/gemma_pytorch)."""
     nine_b = {"model_type": "gemma2", "hidden_size": 3584, "num_attention_heads": 16, "head_dim": 256}
     if tree.get("query_pre_attn_scalar") == 224 and nine_b.items() <= tree.items():
         _log.warning("%s: query_pre_attn_scalar=224 is a mistake of early gemma-2-9b files; taken as 256", path)
@@ -180,7 +180,7 @@ def _correct_query_scale(tree: dict, path: Path):
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict:
-    """`config.json` for weights of `dtype` ("bfloat16" or "float32"), which transformers 4 and 5 read alike."""
+    """Make the config.json for weights of `dtype` ("bfloat16" or "float32"), which transformers 4 and 5 read alike."""
     fields = {name: getattr(model, name) for name in (*_REQUIRED, *_OPTIONAL)}
     if model.pad_token_id < 0:
         fields["pad_token_id"] = None
@@ -212,7 +212,7 @@ def _local_attention(model: ModelConfig) -> dict:
         "attn_logit_softcapping": model.attn_logit_softcapping,
         "final_logit_softcapping": model.final_logit_softcapping,
     }
-    # transformers 4 before layer_types; for Gemma 2 it then knew only every second layer.
+    # Older transformers 4 have no layer_types: they read this for Gemma 3, and know only every second layer for Gemma 2.
     return out | {"sliding_window_pattern": model.sliding_window_pattern} if model.model_type == "gemma3_text" else out
 
 
@@ -232,13 +232,13 @@ def _written_rope(model: ModelConfig) -> dict:
 
 
 def hf_generation_config(model: ModelConfig) -> dict:
-    """`generation_config.json`: without it a loader has to guess where a text ends."""
+    """Make the generation_config.json, without which a loader has to guess where a text ends."""
     ids = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value >= 0}
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; raises ConfigError when it is missing or is anything else."""
+    """Read a JSON object from a file; raises ConfigError if it is missing or anything else."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; name a complete Hugging Face model directory")
     try:
@@ -251,4 +251,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, tree: dict):
+    """Write a JSON object, indented."""
     path.write_bytes(orjson.dumps(tree, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

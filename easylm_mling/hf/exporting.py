@@ -1,6 +1,6 @@
 """Export a checkpoint's parameters to a Hugging Face directory, one tensor in memory at a time.
 
-The plan of files and their headers follow from shapes alone, so each tensor is written the moment it is read.
+Files and headers follow from shapes alone, so each tensor is written while it is read.
 Source of the format: safetensors README (8-byte little-endian header length, JSON header, then the data).
 """
 
@@ -19,7 +19,7 @@ from easylm_mling.checkpoint.reading import load_info, open_store
 from easylm_mling.config import ModelConfig, from_tree
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.card import write_card
+from easylm_mling.hf.card import Export, write_card
 from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
 from easylm_mling.hf.importing import DTYPES, INDEX
 from easylm_mling.model.params import Parameter, parameter_table
@@ -34,12 +34,12 @@ _PIECE = 64_000_000  # bytes read at a time
 
 @dataclass(frozen=True)
 class Tensor:
-    """One Hugging Face tensor: a parameter, or one layer of a stacked one."""
+    """One Hugging Face tensor: a parameter, or one layer of a stack."""
 
     name: str
     parameter: Parameter
     layer: int | None
-    nbytes: int
+    nbytes: int  # in the dtype of the export
 
 
 def export_hf(
@@ -53,27 +53,28 @@ def export_hf(
 ) -> list[str]:
     """Write the parameters at `step` (default: the newest) of a run or an imported checkpoint for transformers.
 
-    README.md is the model's card; `name` (default: that of `hf_dir`) and `languages` (ISO 639 codes, beside those that
-    the data's folders name) go into it. Values are rounded to nearest even. A tensor larger than `max_shard_bytes` gets a file
-    of its own. Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds
-    other shapes than its config, and for an `hf_dir` with content.
+    Values are rounded to the nearest, ties to even. A tensor larger than `max_shard_bytes` gets a file of its own. The model
+    card shows `name` (default: that of `hf_dir`), and `languages` (ISO 639 codes) beside those of the data's folders.
+
+    Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other
+    shapes than its config, and an `hf_dir` with content.
     """
     if dtype not in _TAGS:
         raise ConfigError(f"dtype={dtype!r} cannot be exported; use one of {', '.join(_TAGS)}")
     if max_shard_bytes <= 0:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
-    where = step_directory(checkpoint_dir, step)
-    files = small_files(checkpoint_dir)
+    step_dir = step_directory(checkpoint_dir, step)
+    step, files = int(step_dir.name), small_files(checkpoint_dir)
     check_inside(files / TOKENIZER_FOLDER)
-    model = stored_model(checkpoint_dir, int(where.name))
+    model = stored_model(checkpoint_dir, step)
     target = DTYPES[_TAGS[dtype]]
-    read = open_parameters(where, model, target)
+    read = open_parameters(step_dir, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with atomic_directory(hf_dir) as partial:
         tokenizer_files = copy_tokenizer(files / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         write_json(partial / "generation_config.json", hf_generation_config(model))
-        write_card(partial, checkpoint_dir, files, model, int(where.name), dtype, name or Path(hf_dir).name, languages)
+        write_card(partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name), languages)
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))
@@ -84,39 +85,40 @@ def export_hf(
             write_json(partial / INDEX, shard_index(shards))
     if tokenizer_files:
         return []
-    lacking = f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer"
-    return [f"{lacking}; copy the base model's files into it"]
+    return [
+        f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer; copy the base model's files into it"
+    ]
 
 
 def note_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype: str) -> bool:
-    """Write down in the metrics of a run, if it is one, where it was exported to. False if a trainer of it stands against it."""
-    record = small_files(checkpoint_dir) / "metrics.jsonl"
-    if not record.exists():
+    """Note the export in the metrics of a run; an imported checkpoint has none. Returns False if the run is being trained."""
+    metrics = small_files(checkpoint_dir) / "metrics.jsonl"
+    if not metrics.exists():
         return True
-    before = record.read_bytes() if is_bucket(checkpoint_dir) else b""
-    with MetricsLog(record) as log:
+    before = metrics.read_bytes() if is_bucket(checkpoint_dir) else b""
+    with MetricsLog(metrics) as log:
         log.write("export", step, path=str(Path(hf_dir).absolute()), dtype=dtype)
     if not is_bucket(checkpoint_dir):
         return True
-    return Bucket(str(checkpoint_dir)).replace(record.name, before, record.read_bytes())
+    return Bucket(str(checkpoint_dir)).replace(metrics.name, before, metrics.read_bytes())
 
 
 def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:
-    """The shape of the model in a checkpoint, of a run or imported."""
+    """Return the shape of the model in a checkpoint of a run or an import. Raises ConfigError where it is missing."""
     info = load_info(checkpoint_dir, step)
-    model = info["model"] if "model" in info else info.get("config", {}).get("model")
+    model = info.get("model") or info.get("config", {}).get("model")
     if not isinstance(model, dict):
         raise ConfigError(f"{checkpoint_dir}: its info names no model; use another checkpoint")
     return from_tree(ModelConfig, model)
 
 
 def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> dict[str, list[Tensor]]:
-    """File name -> its tensors, in the order of the layers, each file filled as far as `max_shard_bytes` allows."""
+    """Return file name -> its tensors, in the order of layers, each file filled as far as `max_shard_bytes` allows."""
     order = []
-    for stacked, rows in itertools.groupby(parameter_table(model), lambda p: p.stacked):
-        together = list(rows)
+    for stacked, group in itertools.groupby(parameter_table(model), lambda p: p.stacked):
+        rows = list(group)
         layers = range(model.num_hidden_layers) if stacked else (None,)
-        order += [(p, layer) for layer in layers for p in together]
+        order += [(p, layer) for layer in layers for p in rows]
     groups: list[list[Tensor]] = [[]]
     for p, layer in order:
         tensor = Tensor(p.hf_name.format(layer=layer), p, layer, math.prod(p.hf_shape) * itemsize)
@@ -129,7 +131,7 @@ def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> di
 
 
 def shard_header(tensors: list[Tensor], tag: str) -> bytes:
-    """The bytes before the values of a .safetensors file; the values start at a multiple of 8."""
+    """Return the bytes before the values of a .safetensors file, a multiple of 8."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for t in tensors:
@@ -141,6 +143,7 @@ def shard_header(tensors: list[Tensor], tag: str) -> bytes:
 
 
 def shard_index(shards: dict[str, list[Tensor]]) -> dict:
+    """Return the content of model.safetensors.index.json."""
     tensors = [t for group in shards.values() for t in group]
     return {
         "metadata": {
@@ -152,40 +155,39 @@ def shard_index(shards: dict[str, list[Tensor]]) -> dict:
 
 
 def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], Iterator[np.ndarray]]:
-    """A function that reads one tensor from a checkpoint step, rounded to `dtype`: flat arrays that make it one after another.
+    """Return a function that yields a tensor of a checkpoint step in flat pieces, in order, rounded to `dtype`.
 
-    Raises ConfigError when a parameter is not stored in the shape that `model` says, cannot be read, or has proved not to
-    be what was saved once all of it is read.
+    Raises ConfigError when a parameter has another shape than in `model`, cannot be read, or is not what was saved. The last
+    shows only when all of its layers are read.
     """
     stores = open_stores(step_dir, model)
     saved = load_info(step_dir.parent.parent, int(step_dir.name)).get("digests", {})
-    found = {path: Pieces() for path in stores}
+    digests = {path: Pieces() for path in stores}
 
     def read(tensor: Tensor) -> Iterator[np.ndarray]:
         p = tensor.parameter
-        store, pieces = stores[p.path], found[p.path]
+        store, digest = stores[p.path], digests[p.path]
         view = store if tensor.layer is None else store[tensor.layer]
         try:
-            yield from _in_order(view, dtype, pieces, (tensor.layer or 0) * view.size)
+            yield from _in_order(view, dtype, digest, (tensor.layer or 0) * view.size)
         except ValueError as error:
-            raise _unreadable(step_dir, p, error) from None
-        if pieces.size == store.size:
-            wanted = saved.get(leaf_name("params", *p.path.split(".")), str(pieces))
-            if str(pieces) != wanted:
-                raise ConfigError(f"{step_dir}: parameter {p.path} is not what was saved; use another step")
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{step_dir}: parameter {p.path} cannot be read ({reason}); use another step") from None
+        if digest.size == store.size and str(digest) != saved.get(leaf_name("params", *p.path.split("."))):
+            raise ConfigError(f"{step_dir}: parameter {p.path} is not what was saved; use another step")
 
     return read
 
 
 def open_stores(step_dir: Path, model: ModelConfig) -> dict[str, ts.TensorStore]:
-    """The stored parameters by path."""
+    """Open the stored parameters, by path. Raises ConfigError for one that `open_store` refuses."""
     return {p.path: open_store(step_dir, p.path, p.shape) for p in parameter_table(model)}
 
 
 def _in_order(view: ts.TensorStore, dtype: np.dtype, digest: Pieces, first: int) -> Iterator[np.ndarray]:
-    """The values of `view`, flat, in pieces where it is stored by rows; else at once, since every chunk holds all rows.
+    """Yield the flat values of `view` in pieces if it is stored by rows; else at once, as every chunk holds all rows.
 
-    `digest` sees them; in its array, flat, those of the view begin at `first`.
+    They are added to `digest`, whose flat array has those of the view from index `first`.
     """
     axis, pieces = _pieces(view)
     stride, inner = math.prod(view.shape[axis:]), math.prod(view.shape[axis + 1 :])
@@ -202,25 +204,20 @@ def _in_order(view: ts.TensorStore, dtype: np.dtype, digest: Pieces, first: int)
 
 
 def _read_ahead(view: ts.TensorStore, pieces: list[tuple[slice, ...]]) -> Iterator[np.ndarray]:
-    """The values of each piece; the next one is being read while one is in use."""
+    """Yield the values of each piece, while the next one is being read."""
     reads = (view[piece].read() for piece in pieces)
-    under_way = next(reads)
+    current = next(reads)
     for following in reads:
-        yield under_way.result()
-        under_way = following
-    yield under_way.result()
+        yield current.result()
+        current = following
+    yield current.result()
 
 
 def _pieces(view: ts.TensorStore) -> tuple[int, list[tuple[slice, ...]]]:
-    """Cuts of whole chunks along the axis with the most of them, each of about _PIECE bytes, and that axis."""
+    """Return the axis with the most chunks, and cuts of whole chunks along it, of about _PIECE bytes each."""
     chunk = view.chunk_layout.read_chunk_template.shape
     axis = max(range(view.rank), key=lambda a: view.shape[a] / chunk[a])
     length = view.shape[axis]
     step = chunk[axis] * max(1, _PIECE * length // (4 * view.size * chunk[axis]))
     starts = range(0, length, step)
     return axis, [(*[slice(None)] * axis, slice(start, min(start + step, length))) for start in starts]
-
-
-def _unreadable(step_dir: Path, p: Parameter, error: Exception) -> ConfigError:
-    why = " ".join(str(error).split())[:200]
-    return ConfigError(f"{step_dir}: parameter {p.path} cannot be read ({why}); use another step")

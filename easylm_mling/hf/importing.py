@@ -6,6 +6,7 @@ Every name, shape and dtype is checked from the files' headers before the first 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,13 +23,13 @@ from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenize
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf, read_json
 from easylm_mling.hf.hub import local_directory
-from easylm_mling.hf.vocabulary import grow, spelled
+from easylm_mling.hf.vocabulary import extend_vocabulary
 from easylm_mling.model.params import Parameter, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
 from easylm_mling.storage.atomic import atomic_directory
 from easylm_mling.storage.object_store import Bucket, is_bucket
 
-# Where a multimodal Gemma 3 keeps its text model (transformers 4 and 5), and what is not of it.
+# Where a multimodal Gemma 3 keeps its text model (transformers 4 and 5), and its other tensors.
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -37,7 +38,7 @@ _TEXT_PREFIXES = {
 _NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _log = logging.getLogger(__name__)
 
-# All of these are float32 values with fewer bits: widening them is exact.
+# Each of these widens to float32 exactly.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 INDEX = "model.safetensors.index.json"
 
@@ -45,28 +46,29 @@ INDEX = "model.safetensors.index.json"
 def import_hf(
     hf_dir: str | Path, checkpoint_dir: str | Path, tokenizer: str | Path | None = None, revision: str | None = None
 ) -> ModelConfig:
-    """Write the model in `hf_dir` (of a multimodal Gemma 3, its text model) as a float32 checkpoint in `checkpoint_dir`.
+    """Write the model in `hf_dir` as a float32 checkpoint: step 0 of `checkpoint_dir`, with parameters only.
 
-    The checkpoint is step 0 with parameters only; the tokenizer's files are copied to `checkpoint_dir/tokenizer`.
-    `hf_dir` may be a hub name (`google/gemma-7b`, at `revision`). A `tokenizer` that continues the model's own (a
-    tokenizer.model or its folder) takes its place, and the embedding gets rows for the new pieces. Raises ConfigError,
-    and writes nothing, when the weights are not exactly those of config.json or when `checkpoint_dir` has content.
+    `hf_dir` may be a hub name (`google/gemma-7b`, at `revision`). Of a multimodal Gemma 3 only the text model is taken. The
+    tokenizer's files are copied to `checkpoint_dir/tokenizer`. A `tokenizer` (a tokenizer.model or its folder) that extends
+    the model's own takes its place, and the embedding gets rows for the new pieces.
+
+    Raises ConfigError, and writes nothing, if the weights are not exactly those of config.json or `checkpoint_dir` has
+    content.
     """
     if jax.process_count() > 1:
         raise ConfigError("import-hf runs in one process; run it on one host, into storage that every host can read")
-    info: dict[str, Any] = {"source": {"name": str(hf_dir), "revision": revision}}
     directory = local_directory(hf_dir, revision)
-    info["source"]["hub"] = directory != Path(hf_dir)
+    source = {"name": str(hf_dir), "revision": revision, "hub": directory != Path(hf_dir)}
     model = model_config_from_hf(directory)
     weights = open_weights(directory, model)
     if tokenizer is not None:
-        info["source"]["vocab_size"] = model.vocab_size
-        weights, model = grow(weights, model, *spelled(directory, Path(tokenizer)))
-    with _new_directory(checkpoint_dir) as (folder, where):
+        source["vocab_size"] = model.vocab_size
+        weights, model = extend_vocabulary(weights, model, directory, Path(tokenizer))
+    with _new_directory(checkpoint_dir) as (folder, checkpoints_dir):
         params = read_params(weights, model, widest_mesh(model))
-        info |= {"model": to_tree(model), "source_dtype": _source_dtype(weights)}
+        info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
         largest = max(array.nbytes for array in to_flat(params).values())
-        with Checkpoints(where, bytes_at_a_time=1 + largest) as checkpoints:
+        with Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)
         copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
     return model
@@ -74,7 +76,7 @@ def import_hf(
 
 @contextmanager
 def _new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
-    """A folder for files, and the directory for checkpoints, which both are `target` once the block ends without an error."""
+    """Yield a folder for files and a directory for checkpoints; both become `target` when the block ends without an error."""
     if not is_bucket(target):
         with atomic_directory(target) as partial:
             yield partial, partial
@@ -89,57 +91,57 @@ def _new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
 
 
 def widest_mesh(model: ModelConfig) -> Mesh:
-    """As many of the devices as `hidden_size` divides over, all on the fsdp axis."""
+    """Make a mesh of as many devices as `hidden_size` divides over, all on the fsdp axis."""
     devices = jax.devices()
     count = max(n for n in range(1, len(devices) + 1) if model.hidden_size % n == 0)
     return make_mesh(MeshConfig(), devices[:count])
 
 
 def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
-    """For each Hugging Face tensor of the model, its safetensors slice, whose shape and dtype are right.
+    """Open each Hugging Face tensor of the model as a safetensors slice, with shape and dtype checked.
 
-    Raises ConfigError that names the file and the tensor for one that is missing, misshapen, of an unknown dtype or
-    unknown to the model, and for a file that is missing or cut short.
+    Raises ConfigError with the file and the tensor for one that is missing, unexpected, or of a wrong shape or dtype, and for
+    a file that is missing or cut short.
     """
     hf_dir = Path(hf_dir)
     expected = {}
     for p in parameter_table(model):
         for layer in range(model.num_hidden_layers if p.stacked else 1):
             expected[p.hf_name.format(layer=layer)] = p.hf_shape
-    # A head that is written although it is tied says nothing new.
+    # A tied head may be in the files too: it repeats the embedding.
     accepted = expected | {"lm_head.weight": (model.vocab_size, model.hidden_size)}
 
     files, placed = _open_files(hf_dir)
-    found, dropped = {}, 0
+    slices, dropped = {}, 0
     for file, handle in files.items():
         for stored in handle.keys():
             if stored.endswith("rotary_emb.inv_freq"):
-                continue  # a buffer of old transformers, which follows from rope_theta
+                continue  # a buffer of old transformers, computed from rope_theta
             if model.model_type == "gemma3_text" and stored.startswith(_NOT_TEXT):
                 dropped += 1
                 continue
             name = _text_name(stored, model)
-            if name not in accepted or name in found or placed.get(stored) != file:
+            if name not in accepted or name in slices or placed.get(stored) != file:
                 raise ConfigError(
                     f"{hf_dir / file}: unexpected tensor {stored}; these are not the weights of config.json"
                 )
-            found[name] = handle.get_slice(stored)
-            _check_header(hf_dir / file, stored, found[name], accepted[name])
+            slices[name] = handle.get_slice(stored)
+            _check_header(hf_dir / file, stored, slices[name], accepted[name])
     planned = {_text_name(stored, model): file for stored, file in placed.items()}
     for name in expected:
         if name not in planned:
             raise ConfigError(f"{hf_dir}: tensor {name} is missing from {', '.join(files)}; download the model again")
-        if name not in found:
+        if name not in slices:
             raise ConfigError(
                 f"{hf_dir / planned[name]}: tensor {name} is missing, but {INDEX} places it here; download both"
             )
     if dropped:
         _log.warning("%s: left out %d tensors of the vision tower; this is the text model alone", hf_dir, dropped)
-    return {name: found[name] for name in expected}
+    return {name: slices[name] for name in expected}
 
 
 def _text_name(stored: str, model: ModelConfig) -> str:
-    """The name in the parameter table of a stored tensor."""
+    """Return a stored tensor's name in the parameter table."""
     for prefix, ours in _TEXT_PREFIXES.items() if model.model_type == "gemma3_text" else ():
         if stored.startswith(prefix):
             return ours + stored.removeprefix(prefix)
@@ -147,24 +149,24 @@ def _text_name(stored: str, model: ModelConfig) -> str:
 
 
 def read_params(weights: dict[str, Any], model: ModelConfig, mesh: Mesh) -> dict:
-    """The float32 parameters as a nested dict, sharded over `mesh`; only what a device holds is read for it."""
+    """Read the parameters as a nested dict of float32 arrays, sharded over `mesh`. A device's part is all that is read for it."""
     shardings = to_flat(parameter_shardings(model, mesh))
     arrays = {}
     for p in parameter_table(model):
-        where = shardings[p.path]
-        arrays[p.path] = jax.make_array_from_callback(p.shape, where, lambda index, p=p: _read_shard(weights, p, index))
+        read = partial(_read_shard, weights, p)
+        arrays[p.path] = jax.make_array_from_callback(p.shape, shardings[p.path], read)
     return to_nested(arrays)
 
 
 def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
-    """The part of parameter `p` at `index` (a slice for each axis), read from one Hugging Face tensor a layer."""
+    """Read the part of parameter `p` at `index`, a slice for each axis, from one Hugging Face tensor a layer."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, p.shape, strict=True)]
     out = np.empty([stop - start for start, stop in bounds], np.float32)
     inner = p.axes[1:] if p.stacked else p.axes
     rows, shape = [], p.shape[-len(inner) :]
     for axis, size, (start, stop) in zip(inner, shape, bounds[-len(inner) :], strict=True):
         if axis == "head_dim" and rows:
-            # Hugging Face keeps a head's entries together in the axis of heads, which stands before this one.
+            # Hugging Face folds this axis into that of the heads, which comes before it.
             assert (start, stop) == (0, size), (p.path, index)
             rows[-1] = slice(rows[-1].start * size, rows[-1].stop * size)
         else:
@@ -177,7 +179,7 @@ def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
 
 
 def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
-    """The open files by name, and the name of the file that is to hold each tensor: one file, or those of the index."""
+    """Open the one file or those of the index; returns them by name, and for each tensor the name of its file."""
     single, index = "model.safetensors", hf_dir / INDEX
     if (hf_dir / single).is_file():
         handle = _open(hf_dir / single)
@@ -206,16 +208,16 @@ def _open(path: Path) -> safe_open:
 
 
 def _check_header(path: Path, name: str, header, shape: tuple[int, ...]):
-    found, tag = tuple(header.get_shape()), header.get_dtype()
-    if found != shape:
+    stored, tag = tuple(header.get_shape()), header.get_dtype()
+    if stored != shape:
         raise ConfigError(
-            f"{path}: tensor {name} has shape {found}, but config.json says {shape}; use its own config.json"
+            f"{path}: tensor {name} has shape {stored}, but config.json says {shape}; use its own config.json"
         )
     if tag not in DTYPES:
         raise ConfigError(f"{path}: tensor {name} has dtype {tag}; convert it to one of {', '.join(DTYPES)}")
 
 
 def _source_dtype(weights: dict[str, Any]) -> str:
-    """The name of the files' one dtype, or "mixed"."""
+    """Return the name of the files' one dtype, or "mixed"."""
     names = {str(DTYPES[part.get_dtype()]) for part in weights.values()}
     return names.pop() if len(names) == 1 else "mixed"

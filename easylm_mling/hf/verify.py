@@ -1,7 +1,7 @@
 """Verify an export against its checkpoint: bytes with bytes, and logits with those of transformers.
 
-The files are read as a stranger would: by the safetensors library, by transformers. torch and transformers are no
-requirements of this package; what cannot be checked without them is said.
+The files are read as their users would read them, by the safetensors library and by transformers. This package does not
+require torch and transformers: without them a line says what was not checked.
 """
 
 import importlib.util
@@ -24,15 +24,15 @@ from easylm_mling.model.params import parameter_count
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.training.state import model_graph
 
-# float32 logits of two programs with the same weights differ by rounding; a wrong setting moves them far more.
+# Rounding moves float32 logits by less; a wrong setting moves them far more.
 _LOGIT_TOLERANCE = 1e-3
 _PROBE_LENGTH = 64
 
 
 def verify_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int | None = None) -> list[str]:
-    """What was checked of the export of `step` in `hf_dir`, one line each, and what could not be.
+    """Verify the export of `step` in `hf_dir`; returns a line for each check, also for those that were not possible.
 
-    Raises VerificationError at the first difference.
+    Raises VerificationError, which names the first difference.
     """
     model = stored_model(checkpoint_dir, step)
     lines = [_same_config(hf_dir, model), _same_bytes(step_directory(checkpoint_dir, step), Path(hf_dir), model)]
@@ -42,16 +42,16 @@ def verify_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int | No
 
 
 def _same_config(hf_dir: str | Path, model: ModelConfig) -> str:
-    # Compared as written, where everything is explicit: a config may leave the query scale to its default.
-    found, wanted = (hf_config(m, "float32") for m in (model_config_from_hf(hf_dir), model))
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise VerificationError(f"{hf_dir}/config.json: {name}={found[name]}, but {value} in the checkpoint")
+    # Both as config.json has them: there everything is explicit, while ModelConfig may leave the query scale to its default.
+    exported, stored = (hf_config(m, "float32") for m in (model_config_from_hf(hf_dir), model))
+    for name, value in stored.items():
+        if exported[name] != value:
+            raise VerificationError(f"{hf_dir}/config.json: {name}={exported[name]}, but {value} in the checkpoint")
     return "config.json says what the checkpoint says"
 
 
 def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
-    """Every tensor of the files against the checkpoint, rounded anew; one tensor of each in memory."""
+    """Compare every tensor of the files with the checkpoint's, rounded again; one of each is in memory."""
     try:
         weights = open_weights(hf_dir, model)
     except ConfigError as error:
@@ -60,10 +60,10 @@ def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
     read = open_parameters(step_dir, model, DTYPES[tag])
     tensors = [t for group in plan_shards(model, DTYPES[tag].itemsize, float("inf")).values() for t in group]
     for t in tensors:
-        written = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)].reshape(-1)
-        at = 0
+        exported = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)].reshape(-1)
+        start = 0
         for values in read(t):
-            part, at = written[at : at + values.size], at + values.size
+            part, start = exported[start : start + values.size], start + values.size
             if part.tobytes() != values.tobytes():
                 raise VerificationError(f"{hf_dir}: tensor {t.name} is not the checkpoint's; export again")
     return (
@@ -72,7 +72,7 @@ def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
 
 
 def _one_bos(hf_dir: Path, model: ModelConfig) -> str:
-    """With two BOS, or none, Gemma is another model: 0.67 of LAMBADA becomes 0.004 (lm-evaluation-harness PR 1465)."""
+    """Check that a text starts with one BOS. Without it Gemma's 0.67 on LAMBADA is 0.004 (lm-evaluation-harness PR 1465)."""
     if not any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return "not checked: tokenizer (there is none here)"
     from transformers import AutoTokenizer
@@ -84,19 +84,19 @@ def _one_bos(hf_dir: Path, model: ModelConfig) -> str:
 
 
 def _same_logits(hf_dir: Path, model: ModelConfig) -> str:
-    needed, there = 9 * parameter_count(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    needed, memory = 9 * parameter_count(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
         return (
-            f"not checked: logits (two float32 copies need {needed / 1e9:.0f} GB of memory; {there / 1e9:.0f} GB here)"
+            f"not checked: logits (two float32 copies need {needed / 1e9:.0f} GB of memory; {memory / 1e9:.0f} GB here)"
         )
     length = min(_PROBE_LENGTH, model.max_position_embeddings)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, length))
     tokens[:, 0] = model.bos_token_id
     ours, theirs = _our_logits(hf_dir, model, tokens), _their_logits(hf_dir, tokens)
-    difference, scale = np.abs(ours - theirs).max(), max(1.0, np.abs(theirs).max())
-    if not difference <= _LOGIT_TOLERANCE * scale:
+    difference, largest = np.abs(ours - theirs).max(), max(1.0, np.abs(theirs).max())
+    if not difference <= _LOGIT_TOLERANCE * largest:
         raise VerificationError(
-            f"{hf_dir}: float32 logits differ from transformers' by {difference:.2e} (largest logit {scale:.2e})"
+            f"{hf_dir}: float32 logits differ from transformers' by {difference:.2e} (largest logit {largest:.2e})"
         )
     return f"float32 logits on {tokens.size} random tokens are transformers' to {difference:.1e}"
 

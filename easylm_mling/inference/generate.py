@@ -3,8 +3,8 @@
 Axis letters: B prompts, P prompt slots, S cache slots (P and room for new tokens), L layers, K key/value heads,
 H head_dim, V vocabulary.
 
-Prompts stand at the left, slot 0 is position 0 in every row, and a new token takes the slot after the last one of its
-own row. So a slot's number is its position, and the mask is that of model/attention.py.
+Each row's prompt begins in slot 0, and a new token takes the slot after the last token of its row. So a slot's number is
+its position, and the mask is that of model/attention.py.
 """
 
 from collections.abc import Sequence
@@ -21,26 +21,27 @@ from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, check
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import stored_model
 from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
 from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
-from easylm_mling.model.decoder import ForwardOptions, Gemma, Remat, logits
+from easylm_mling.model.decoder import ForwardOptions, Gemma, logits
+from easylm_mling.model.remat import Remat
 from easylm_mling.storage.object_store import small_files
 from easylm_mling.training.state import abstract_params, model_graph
 
-# Lengths are rounded up to a multiple of this, so that other prompts and lengths reuse the compiled program.
+# Lengths are rounded up to a multiple of this, so that prompts of other lengths reuse the compiled program.
 _SLOTS = 64
 
 
 def load_model(
     path: str | Path, mesh: Mesh | None = None, step: int | None = None
 ) -> tuple[nnx.GraphDef, dict, ModelConfig]:
-    """(graph, float32 params, config) from a Hugging Face directory, a run or an imported checkpoint.
+    """Load (graph, float32 params, config) from a Hugging Face directory, a run or an imported checkpoint.
 
-    Parameters are sharded over `mesh` (default: as many devices as `hidden_size` divides over). Raises ConfigError when
-    `path` is neither, or has no such `step`.
+    Parameters are sharded over `mesh` (default: as many devices as `hidden_size` divides over). Raises ConfigError if `path`
+    is none of these or has no such `step`.
     """
     if (Path(path) / "config.json").is_file():
         if step is not None:
@@ -65,12 +66,13 @@ def generate(
     seed: int = 0,
     dtype: str = "bfloat16",
 ) -> list[list[int]]:
-    """The new tokens of each prompt: at most `max_new_tokens`, the last of them EOS where the model ended the text.
+    """Return the new tokens of each prompt: at most `max_new_tokens`, and EOS last where the model ended the text.
 
-    Temperature 0 takes the most probable token. Otherwise row b's n-th token is drawn with a key made of (seed, b, n)
-    from the `top_k` most probable ones, and of those from the smallest set with probability `top_p` or more. Prompts
-    are used as they are: the caller adds BOS. Raises ConfigError for settings out of range and for a text that would
-    pass `max_position_embeddings`.
+    Temperature 0 takes the most probable token. Otherwise row b's n-th token is drawn with the key of (seed, b, n): from the
+    `top_k` most probable ones, and of those from the smallest set with probability `top_p` or more.
+
+    The caller puts BOS into the prompts. Raises ConfigError for settings out of range, an empty prompt, a token outside the
+    vocabulary, and a text that would pass `max_position_embeddings`.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype)
     if not prompts or max_new_tokens == 0:
@@ -104,13 +106,13 @@ def continue_texts(
     max_new_tokens: int,
     **settings,
 ) -> list[str]:
-    """The text that the model writes after each prompt, without the prompt. `settings` are those of `generate`.
+    """Return the text that the model writes after each prompt, without the prompt. `settings` are those of `generate`.
 
-    Exactly one BOS starts a prompt: without it, or with two, Gemma is another model.
+    Puts one BOS before each prompt. With none, or with two, Gemma's text is far worse.
     """
     encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(list(prompts))]
     texts = generate(graph, params, model, encoded, max_new_tokens, **settings)
-    # The model may have rows beyond the tokenizer's pieces; they stand for no text.
+    # The model may have more rows than the tokenizer has pieces; those stand for no text.
     return [tokenizer.decode([i for i in ids if i != model.eos_token_id and i < tokenizer.vocab_size]) for ids in texts]
 
 
@@ -122,7 +124,7 @@ def sample_text(
     step: int | None = None,
     **settings,
 ) -> list[str]:
-    """`continue_texts` with the model at `path`, and the tokenizer at `tokenizer_path` or the one that lies with the model."""
+    """Call `continue_texts` with the model at `path` and the tokenizer at `tokenizer_path` (default: the model's own)."""
     tokenizer = Tokenizer(str(tokenizer_path or find_tokenizer(path)))
     graph, params, model = load_model(path, step=step)
     tokenizer.check_model(model)
@@ -139,22 +141,18 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):
-    def need(ok, message):
-        if not ok:
-            raise ConfigError(message)
-
-    need(max_new_tokens >= 0, f"max_new_tokens={max_new_tokens} must be zero or more")
-    need(0 <= temperature < float("inf"), f"temperature={temperature} must be zero (greedy) or a positive number")
-    need(top_k is None or top_k > 0, f"top_k={top_k} must be positive; leave it out to keep every token")
-    need(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
-    need(dtype in ("bfloat16", "float32"), f"dtype={dtype!r} must be 'bfloat16' or 'float32'")
+    check(max_new_tokens >= 0, f"max_new_tokens={max_new_tokens} must be zero or more")
+    check(0 <= temperature < float("inf"), f"temperature={temperature} must be zero (greedy) or a positive number")
+    check(top_k is None or top_k > 0, f"top_k={top_k} must be positive; leave it out to keep every token")
+    check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
+    check(dtype in ("bfloat16", "float32"), f"dtype={dtype!r} must be 'bfloat16' or 'float32'")
     for i, prompt in enumerate(prompts):
-        need(len(prompt) > 0, f"prompt {i} is empty; start it with BOS ({model.bos_token_id})")
-        need(
+        check(len(prompt) > 0, f"prompt {i} is empty; start it with BOS ({model.bos_token_id})")
+        check(
             all(0 <= t < model.vocab_size for t in prompt),
             f"prompt {i} holds a token outside the vocabulary of {model.vocab_size}; use the model's own tokenizer",
         )
-        need(
+        check(
             len(prompt) + max_new_tokens <= model.max_position_embeddings,
             f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that passes "
             f"max_position_embeddings={model.max_position_embeddings}; shorten one of them",
@@ -163,9 +161,9 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):
 
 @partial(jax.jit, static_argnames=("graph", "room", "greedy", "dtype"))
 def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int, greedy: bool, dtype):
-    """New tokens [B, room] int32 and how many of them count [B], for prompts [B, P] of `lengths` [B].
+    """Return new tokens [B, room] int32 and how many of them are valid [B], for prompts [B, P] of `lengths` [B].
 
-    `limit` (at most `room`) and `settings` are traced: other values of theirs do not compile again.
+    `limit` (at most `room`) and `settings` are traced, so other values do not compile again.
     """
     model = nnx.merge(graph, params)
     eos = model.config.eos_token_id
@@ -196,10 +194,10 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
 
 
 def _prefill(model: Gemma, tokens, room: int, dtype):
-    """Hidden states [B, P, D] of the prompts, and caches (k, v) [L, B, P + room, K, H] with their first P slots filled.
+    """Compute the prompts' hidden states [B, P, D], and caches (k, v) [L, B, P + room, K, H] with P slots filled.
 
-    Padding needs no mask: it stands to the right of every real token, and its slots are overwritten before any
-    later token can see them.
+    Padding needs no mask: it stands to the right of every real token, and its slots are overwritten before a later token can
+    see them.
     """
     B, P = tokens.shape
 
@@ -213,11 +211,11 @@ def _prefill(model: Gemma, tokens, room: int, dtype):
 
 
 def _decode(model: Gemma, token, position, caches, dtype):
-    """Hidden states [B, D] of one more `token` [B] at `position` [B], and the caches that now hold it."""
+    """Compute the hidden states [B, D] of one more `token` [B] at `position` [B], and the caches with it."""
     row = jnp.arange(token.shape[0])
 
     def attend(q, k, v, window, cache):
-        keys, values = (old.at[row, position].set(new[:, 0]) for old, new in zip(cache, (k, v), strict=True))
+        keys, values = (slots.at[row, position].set(new[:, 0]) for slots, new in zip(cache, (k, v), strict=True))
         mask = sees(position[:, None], jnp.arange(keys.shape[1]), window)
         return masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping), (keys, values)
 
@@ -227,7 +225,7 @@ def _decode(model: Gemma, token, position, caches, dtype):
 
 
 def _sample(key, n, scores, temperature, top_k, top_p):
-    """One token [B] from float32 `scores` [B, V]; ties with the last kept token are kept too."""
+    """Draw one token [B] from float32 `scores` [B, V]; tokens that tie with the last kept one are kept too."""
     scores = scores / temperature
     ordered = jnp.sort(scores, axis=-1, descending=True)
     kept = jnp.arange(scores.shape[-1]) < top_k

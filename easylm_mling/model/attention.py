@@ -17,18 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from easylm_mling.model.sharding import BATCH_AXES
 
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B T K H"]
+Segments = Int32[Array, "B T"]
+Window = Int32[Array, ""] | int | None  # positions, which may be traced; None: no limit
 QUERY_CHUNK = 512
 
 
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int32[Array, "B T"],
-    window: Int32[Array, ""] | int | None,
-    soft_cap: float | None,
-) -> Float[Array, "B T N H"]:
-    """Attend from each position to itself and to earlier ones of its segment, at most `window - 1` back (None: any).
+def attention(q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Window, soft_cap: float | None) -> Queries:
+    """Attend from each position to itself and to earlier ones of its segment, at most `window - 1` back.
 
     N is a multiple of K, and q carries the query scale already. Scores x become soft_cap * tanh(x / soft_cap). Scores and
     softmax are float32, and the result has q's dtype. Queries go in chunks of 512, which the backward pass recomputes, so
@@ -53,19 +50,19 @@ def attention(
     return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(q.shape), "attention")
 
 
-def sees(query: Int[Array, "..."], key: Int[Array, "..."], window: Int32[Array, ""] | int | None) -> Bool[Array, "..."]:
+def sees(query: Int[Array, "..."], key: Int[Array, "..."], window: Window) -> Bool[Array, "..."]:
     """Return True where the position `query` attends to the position `key`; the two broadcast."""
     causal = query >= key
     return causal if window is None else causal & (query - key < window)
 
 
 def masked_attention(
-    q: Float[Array, "B T N H"],
+    q: Queries,
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
-    soft_cap: float | None = None,
-) -> Float[Array, "B T N H"]:
+    soft_cap: float | None,
+) -> Queries:
     """Attend where `mask` is true. Scores and softmax are float32, and the result has v's dtype."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -78,14 +75,9 @@ def masked_attention(
 
 
 def cudnn_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int32[Array, "B T"],
-    window: Int32[Array, ""] | int | None,
-    soft_cap: None,
+    q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Window, soft_cap: None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Float[Array, "B T N H"]:
+) -> Queries:  # fmt: skip
     """Compute `attention` with the flash attention of NVIDIA's cuDNN, which has no soft cap.
 
     The mask is an array [B, 1, T, T] of 2 bytes an element, for cuDNN's own form of packing limits the number of documents.
@@ -103,13 +95,7 @@ def cudnn_attention(
     return checkpoint_name(on_each_device(run, q, k, v, segment_ids), "attention")
 
 
-def on_each_device(
-    run: Callable,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int32[Array, "B T"],
-) -> Float[Array, "B T N H"]:
+def on_each_device(run: Callable, q: Queries, k: Keys, v: Keys, segment_ids: Segments) -> Queries:
     """Call `run(q, k, v, segment_ids)` on each device of the mesh with its own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

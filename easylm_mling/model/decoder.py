@@ -5,8 +5,8 @@ from family to family is in config/model.py's table of families.
 
 Axis letters: B batch, T positions, D embed, F mlp, N query heads, K key/value heads, H head_dim, L layers, V vocabulary.
 Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`, `modeling_gemma2.py`,
-`modeling_gemma3.py`. Activations and kernels have the compute dtype. Norms, rotary angles and softmax are float32, for
-the models were trained so and bfloat16 would lose positions and small weights.
+`modeling_gemma3.py`. Activations and kernels have the compute dtype. Norms, rotary angles and softmax are float32, as
+in those files: bfloat16 is too coarse for them.
 """
 
 from collections.abc import Callable
@@ -25,50 +25,8 @@ from easylm_mling.config import ModelConfig, RopeScaling
 from easylm_mling.model.attention import attention, capped
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import gated_down
+from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import constrain
-
-# The values that a layer saves for its backward pass, from least memory to least recomputation. None: every value.
-REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
-    "full": (),
-    "save_attention": ("attention",),
-    "save_out": ("attention", "o"),
-    "save_qkv": ("attention", "o", "q", "k", "v"),
-    "save_dots": ("attention", "o", "q", "k", "v", "gate", "up"),
-    "none": None,
-}
-
-
-class Remat(NamedTuple):
-    """The remat policy of the layers, and another one for the first few, which spends memory that is left on speed.
-
-    Values named in `offload` wait in the host's memory instead of the device's, whatever the policy.
-    """
-
-    policy: str = "full"
-    first_policy: str = "none"
-    first_layers: int = 0
-    offload: tuple[str, ...] = ()
-
-    def portions(self, layers: int) -> list[tuple[str, int, int]]:
-        """List (policy, first layer, layer after the last) of each portion that holds a layer."""
-        first = min(self.first_layers, layers)
-        both = [(self.first_policy, 0, first), (self.policy, first, layers)]
-        return [portion for portion in both if portion[1] < portion[2]]
-
-    def wrap(self, body: Callable, policy: str) -> Callable:
-        """Wrap a layer's function so that it saves the values of `policy`, and offloads those of `offload`."""
-        names = REMAT_POLICIES[policy]
-        if names is None:
-            return body
-        saved = jax.checkpoint_policies.save_only_these_names(*names)
-        if self.offload:
-            saved = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[name for name in names if name not in self.offload],
-                names_which_can_be_offloaded=list(self.offload),
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        return jax.checkpoint(body, policy=saved, prevent_cse=False)
 
 
 @dataclass(frozen=True)
@@ -80,8 +38,11 @@ class ForwardOptions:
     attention: Callable = attention  # one with the signature of model/attention.py's
 
 
+Hidden = Float[Array, "B T D"]
+Ids = Int32[Array, "B T"]
 # (q, k, v, window, cache) of one layer -> (context [B, T, N, H], the cache with k and v). Training has no cache.
 Attend = Callable[[Array, Array, Array, Array | None, Any], tuple[Array, Any]]
+LayerAttend = Callable[[Array, Array, Array], tuple[Array, Any]]  # with a layer's window and cache
 _NO_WINDOW = 2**31 - 1  # of a global layer beside local ones: no text is as long
 
 
@@ -118,12 +79,8 @@ class Attention(nnx.Module):
         self.config = nnx.static(m)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int32[Array, "B T"],
-        frequencies: Float32[Array, "_"],
-        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self, x: Hidden, positions: Ids, frequencies: Float32[Array, "_"], attend: LayerAttend
+    ) -> tuple[Hidden, Any]:
         """Return the output, in x's dtype, and what `attend(q, k, v)` made of the cache. `frequencies` are [H / 2]."""
         m, dtype = self.config, x.dtype
         q = jnp.einsum("btd,nhd->btnh", x, self.q_proj[...].astype(dtype))
@@ -152,7 +109,7 @@ class MLP(nnx.Module):
         self.down_proj = _kernel(kd, (m.hidden_size, m.intermediate_size), m)
         self.activation = nnx.static(m.family.activation)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Hidden) -> Hidden:
         """Return the output, in x's dtype."""
         gate = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.gate_proj[...].astype(x.dtype)), "gate")
         up = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.up_proj[...].astype(x.dtype)), "up")
@@ -175,12 +132,8 @@ class Layer(nnx.Module):
         self.config = nnx.static(m)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int32[Array, "B T"],
-        frequencies: Float32[Array, "_"],
-        attend: Callable[[Array, Array, Array], tuple[Array, Any]],
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self, x: Hidden, positions: Ids, frequencies: Float32[Array, "_"], attend: LayerAttend
+    ) -> tuple[Hidden, Any]:
         """Return the residual stream behind this layer and the cache; arguments as of `Attention`."""
         m = self.config
         x = constrain(x, "batch", "position", "activation_embed")
@@ -211,13 +164,7 @@ class Gemma(nnx.Module):
         """The output head: the embedding itself where the two are tied."""
         return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
 
-    def __call__(
-        self,
-        tokens: Int32[Array, "B T"],
-        positions: Int32[Array, "B T"],
-        segment_ids: Int32[Array, "B T"],
-        options: ForwardOptions,
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Ids, positions: Ids, segment_ids: Ids, options: ForwardOptions) -> Hidden:
         """Compute the final hidden states, in `options.dtype`. Positions count from 0 in each document."""
 
         def attend(q, k, v, window, cache):
@@ -226,13 +173,8 @@ class Gemma(nnx.Module):
         return self.run(tokens, positions, attend, None, options)[0]
 
     def run(
-        self,
-        tokens: Int32[Array, "B T"],
-        positions: Int32[Array, "B T"],
-        attend: Attend,
-        caches: Any,
-        options: ForwardOptions,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self, tokens: Ids, positions: Ids, attend: Attend, caches: Any, options: ForwardOptions
+    ) -> tuple[Hidden, Any]:
         """Compute the final hidden states with any `attend`, and the caches it returns.
 
         `caches` is a pytree whose leaves have a leading axis of L layers.
@@ -288,10 +230,7 @@ def scaled_frequencies(frequencies: Float32[Array, "half"], scaling: RopeScaling
 
 
 def rotary(
-    x: Float[Array, "B T heads H"],
-    positions: Int32[Array, "B T"],
-    frequencies: Float32[Array, "H//2"],
-    scale: float = 1.0,
+    x: Float[Array, "B T heads H"], positions: Ids, frequencies: Float32[Array, "H//2"], scale: float = 1.0
 ) -> Float[Array, "B T heads H"]:
     """Half-split rotary embedding of x, times `scale`, in x's dtype.
 

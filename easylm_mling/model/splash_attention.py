@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Float, Int32
 
-from easylm_mling.model.attention import on_each_device
+from easylm_mling.model.attention import Keys, Queries, Segments, Window, on_each_device
 
 _LANES = 128  # of the kernel's tiles
 # Keys whose scores are computed at a time: 1024 overflow the vector memory of v4, v5p and v5e at head_dim 256.
@@ -27,16 +26,9 @@ def runs_on(positions: int, head_dim: int) -> bool:
 
 
 def splash_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int32[Array, "B T"],
-    window: Int32[Array, ""] | None,
-    soft_cap: float | None,
-    local_window: int | None,
-    block: int,
-    interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+    q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Window, soft_cap: float | None,
+    local_window: int | None, block: int, interpret: bool = False,
+) -> Queries:  # fmt: skip
     """Compute `attention.attention` in tiles of `block` queries by `block` keys.
 
     `local_window` is the value of `window` in local layers, which the compiler must know; any other means no limit.

@@ -17,11 +17,10 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
-    """A new directory beside `target` to write into; it takes the name `target` once the block ends without an error.
+    """Yield a new directory beside `target`, which is renamed to `target` when the block ends without an error.
 
-    Everything in it is on disk before the rename. After an error it is removed; a killed process leaves
-    `.NAME.PROCESS.partial`, which nothing reads and which the next writer of `target` removes. Raises ConfigError
-    unless `target` is new or an empty directory.
+    Its content is on disk before the rename. After an error it is removed. A killed process leaves `.NAME.PROCESS.partial`,
+    which nothing reads and the next writer of `target` removes. Raises ConfigError unless `target` is new or empty.
     """
     target = Path(target).absolute()
     _check_target(target)
@@ -29,34 +28,34 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     _remove_left_over(target)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     partial.mkdir()
-    # Says that its writer is alive; the system drops it when the process ends, however it ends.
-    held = os.open(partial, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    # The lock shows that the writer lives: the system drops it when the process ends, however it ends.
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield partial
         for folder, _, names in os.walk(partial):
             for path in (*(Path(folder, name) for name in names), Path(folder)):
-                _to_disk(path)
-        # Someone else may have filled the target meanwhile: a rename onto a directory with content fails.
+                _sync(path)
+        # A rename onto a directory with content fails, and another process may have filled the target meanwhile.
         _check_target(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        os.close(held)
-    _to_disk(target.parent)
+        os.close(lock)
+    _sync(target.parent)
 
 
 def write_atomically(path: str | Path, content: bytes):
-    """Replace the file `path`; a reader, or a kill, never sees half of it."""
+    """Replace the file `path` so that no reader, even after a kill, sees half of it."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write into that takes the place of `path` once the block ends without an error."""
+    """Yield a file to write into, which replaces `path` when the block ends without an error."""
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(draft, "wb") as file:
@@ -75,21 +74,21 @@ def _check_target(target: Path):
 
 
 def _remove_left_over(target: Path):
-    """Removes what killed writers of `target` left. One that still writes holds its lock, and is left alone."""
+    """Remove what killed writers of `target` left. A living writer holds its lock, and its directory stays."""
     for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        held = os.open(partial, os.O_RDONLY)
+        lock = os.open(partial, os.O_RDONLY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # also where the file system has no locks
             continue
         else:
             _log.warning("%s: removing %s, which a killed process left", target, partial.name)
             shutil.rmtree(partial)
         finally:
-            os.close(held)
+            os.close(lock)
 
 
-def _to_disk(path: Path):
+def _sync(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

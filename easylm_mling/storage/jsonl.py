@@ -10,37 +10,36 @@ from typing import BinaryIO
 
 import orjson
 
-# Bytes that may wait for room on a full disk.
-_WAITING = 64_000_000
+_MOST_WAITING = 64_000_000  # bytes that may wait for room on a full disk
 
 
 class JsonlWriter:
-    """Appends to the file `path`, from any thread. A line is written at once: after a kill at most the last one is cut short.
+    """Appends to the file `path`, from any thread. Each line is written at once, so a kill cuts at most the last one short.
 
-    On a full disk lines wait for room, which is tried at every further line; nobody waits for them. Letters beyond ASCII
-    are escaped, unless people are to read them (not `ascii_only`).
+    On a full disk lines wait in memory, without blocking, until a later line finds room. Letters beyond ASCII are escaped if
+    `ascii_only`.
     """
 
     def __init__(self, path: Path, ascii_only: bool = True):
         self._path, self._ascii_only, self._lock = path, ascii_only, threading.Lock()
         self._waiting = bytearray(b"\n" if _cut_short(path) else b"")
         self._file: BinaryIO | None = None
-        self._write_if_there_is_room()
+        self._try_to_write()
 
     def append(self, record: dict):
-        """Raises OSError if it cannot be written for another reason than a full disk, or too much waits already."""
+        """Append one line. Raises OSError for any problem but a full disk, or if too much waits already."""
         line = json.dumps(record, ensure_ascii=self._ascii_only).encode(errors="backslashreplace") + b"\n"
         with self._lock:
             self._waiting += line
-            self._write_if_there_is_room()
+            self._try_to_write()
 
     def flush(self):
-        """All lines are on disk when it returns. Raises OSError if there is no room for them."""
+        """Bring all lines to disk. Raises OSError if there is no room for them."""
         with self._lock:
             os.fsync(self._write().fileno())
 
     def close(self):
-        """Raises OSError if lines still wait."""
+        """Close the file. Raises OSError if lines still wait for room."""
         with self._lock:
             try:
                 self._write()
@@ -48,15 +47,15 @@ class JsonlWriter:
                 if self._file:
                     self._file.close()
 
-    def _write_if_there_is_room(self):
+    def _try_to_write(self):
         try:
             self._write()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(self._waiting) > _WAITING:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(self._waiting) > _MOST_WAITING:
                 raise
 
     def _write(self) -> BinaryIO:
-        # Where a new file needs room, too, it waits as its lines do.
+        # Creating the file needs room too, so it waits with its lines.
         self._file = self._file or open(self._path, "ab", buffering=0)
         while self._waiting:
             del self._waiting[: self._file.write(self._waiting)]
@@ -64,7 +63,7 @@ class JsonlWriter:
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """The objects in the order they were written, one at a time; nothing for lines that are none."""
+    """Yield the objects in the order they were written, without lines that are no object."""
     with open(path, "rb") as lines:
         for line in lines:
             try:

@@ -1,12 +1,11 @@
 """A run directory in a bucket, `gs://BUCKET/PATH`: its objects, and a local mirror of the run's small files.
 
-Checkpoints go from every process straight to the bucket (checkpoint/checkpoint.py). All else is written to a local folder, as in any
-run, and pushed from there: what has changed every half minute, at the end, and before each checkpoint is committed, so
-that a checkpoint that counts never knows more than the record of the run. The bucket is the truth: a process begins with
-an empty folder and what the bucket holds.
+Every process writes checkpoints straight to the bucket (checkpoint/checkpoint.py). All other files are written to a local
+folder and pushed from there: every half minute, at the end, and before each checkpoint is committed, so that no
+checkpoint is newer than the run's metrics and events. A process starts from an empty folder and what the bucket holds.
 
-Nothing in a bucket can be renamed, but an object appears whole or not at all, and can be written on condition that it is
-the one that was read before. config.yaml, which makes a directory a run's, is therefore the first push's last object.
+Objects cannot be renamed, but each appears whole or not at all, and a write can demand that the object is still the one
+that was read. The first push writes config.yaml last, since it is what makes a directory a run's.
 """
 
 import atexit
@@ -34,23 +33,21 @@ from easylm_mling.storage.files import filesystem_of
 CONFIG, FORMAT_FILE = "config.yaml", "format.json"
 # Of a run's directory: which files it has, and what they mean.
 RUN_FORMAT = 1
-# What is no small file of a run lies in the bucket only; the launcher's are not the run's, and wandb brings its own away.
+# Large objects lie in the bucket only, the launcher's files are no part of the run, and wandb uploads its own.
 _NOT_MIRRORED = ("checkpoints/", "set-aside/", "lease", "launch/", "logs/", "wandb/")
 _PUSH_SECONDS = 30.0
-# Seconds until a request without an answer is given up, its retries included.
-_PATIENCE = 120.0
-# A log of more bytes is not pushed whole but grows by what was added.
-_WHOLE = 4_000_000
-# Ends the name of what was added last, until it is.
-_ADDED = ".added"
+_ANSWER_SECONDS = 120.0  # of a request, with its retries
+_WHOLE = 4_000_000  # bytes of a log; to a larger one only the new part is appended
+_ADDED = ".added"  # suffix of a new part until it is appended
 
 
 def is_bucket(name: str | Path) -> bool:
+    """Return True for a `gs://` name."""
     return str(name).startswith("gs://")
 
 
 def store_spec(folder: str | Path) -> dict:
-    """tensorstore's key-value store of a folder, local or in a bucket."""
+    """Return the spec of tensorstore's key-value store for a folder, local or in a bucket."""
     if not is_bucket(folder):
         return {"driver": "file", "path": f"{folder}/"}
     url = urlsplit(str(folder))
@@ -58,15 +55,19 @@ def store_spec(folder: str | Path) -> dict:
 
 
 class Bucket:
-    """The objects below `url`, by their names there. Failures that may pass are tried again; then OSError is raised."""
+    """The objects below `url`, by their names relative to it.
+
+    Every method retries failures that may pass, and raises OSError in the end.
+    """
 
     def __init__(self, url: str):
+        """Raises ConfigError for a name without a folder, and without gcsfs."""
         parts = urlsplit(url)
         if not parts.netloc or not parts.path.strip("/"):
             raise ConfigError(f"{url}: name a bucket and a folder in it, gs://BUCKET/PATH")
         if find_spec("gcsfs") is None:
             raise ConfigError(f"{url}: gs:// needs another package: pip install 'easylm-mling[gcs]'")
-        # Others write beside gcsfs, whose listings would go stale; and Orbax makes its own.
+        # Other libraries write too, so listings that gcsfs caches would go stale. Orbax makes its own gcsfs.
         for scheme in ("gs", "gcs"):
             fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
         self.url = url.rstrip("/")
@@ -74,46 +75,47 @@ class Bucket:
         self.store: Any = self._result(ts.KvStore.open(store_spec(url) | {"context": {"gcs_request_retries": retries}}))
 
     def read(self, name: str) -> bytes | None:
-        found = self._result(self.store.read(name))
-        return found.value if found.state == "value" else None
+        """Return the object's bytes, or None if there is none."""
+        return self.read_all([name]).get(name)
 
     def read_all(self, names: list[str]) -> dict[str, bytes]:
-        under_way = {name: self.store.read(name) for name in names}
-        found = {name: self._result(future) for name, future in under_way.items()}
-        return {name: r.value for name, r in found.items() if r.state == "value"}
+        """Return name -> bytes of the objects that exist, read side by side."""
+        futures = {name: self.store.read(name) for name in names}
+        results = {name: self._result(future) for name, future in futures.items()}
+        return {name: r.value for name, r in results.items() if r.state == "value"}
 
     def write_all(self, contents: dict[str, bytes | None]):
-        """Each object is replaced whole, or removed (None)."""
+        """Replace each object as a whole, or remove it (None)."""
         for future in [self.store.write(name, content) for name, content in contents.items()]:
             self._result(future)
 
     def names(self) -> list[str]:
-        """Raises ConfigError for one that could not be a file's."""
-        found = [name.decode() for name in self._result(self.store.list())]
-        for name in found:
+        """List all names. Raises ConfigError for one that no file could have."""
+        names = [name.decode() for name in self._result(self.store.list())]
+        for name in names:
             if ".." in (parts := PurePosixPath(name).parts) or "/".join(parts) != name.rstrip("/"):
                 raise ConfigError(f"{self.url}: holds an object with the strange name {name!r}; remove it")
-        return found
+        return names
 
     def append(self, name: str, added: bytes, size: int) -> bool:
-        """Whether the object, of `size` bytes before, now has `added` at its end (the bucket joins the two)."""
+        """Append to an object of `size` bytes, inside the bucket. Returns False if it now has another size than it should."""
         files, path = filesystem_of(self.url)
         with _as_os_error(self.url):
             files.pipe_file(f"{path}/{name}{_ADDED}", added)
             files.merge(f"{path}/{name}", [f"{path}/{name}", f"{path}/{name}{_ADDED}"])
             files.rm_file(f"{path}/{name}{_ADDED}")
-            # A request whose answer was lost may have been done twice.
+            # A request whose answer was lost may have been carried out twice.
             return files.info(f"{path}/{name}")["size"] == size + len(added)
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
-        """Whether the object, that was `old`, is now `new`. Not while the run is trained: then only the trainer writes."""
-        found = self._result(self.store.read(name))
-        if found.value != old or self.read("lease") is not None:
+        """Replace the object if it is `old` and no process trains the run; returns True if it was replaced."""
+        stored = self._result(self.store.read(name))
+        if stored.value != old or self.read("lease") is not None:
             return False
-        return bool(self._result(self.store.write(name, new, if_equal=found.stamp.generation)).generation)
+        return bool(self._result(self.store.write(name, new, if_equal=stored.stamp.generation)).generation)
 
     def move(self, source: str, target: str, first: str):
-        """Copy every object below the folder `source`, in the bucket, then remove them: the one called `first` before others."""
+        """Copy every object below the folder `source`, inside the bucket, and then remove them, `first` before the others."""
         files, path = filesystem_of(self.url)
         names = [n for n in self.names() if n.startswith(f"{source}/") and not n.endswith("/")]
         with _as_os_error(self.url):
@@ -124,31 +126,34 @@ class Bucket:
 
     def _result(self, future) -> Any:
         with _as_os_error(self.url):
-            return future.result(timeout=_PATIENCE)
+            return future.result(timeout=_ANSWER_SECONDS)
 
 
 @contextmanager
 def _as_os_error(url: str) -> Iterator[None]:
-    """Within it, whatever the libraries raise when storage fails becomes an OSError."""
+    """Turn whatever the libraries raise when storage fails into an OSError."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:
+    except Exception as error:  # their classes are many, and not documented
         raise OSError(f"{url}: {one_line(error)}") from error
 
 
 class _Pushed(NamedTuple):
-    """A file as it was when the bucket got it: what tells that it has changed, and how much of it the bucket has."""
+    """A file as it was when it was pushed: a change shows in the first three fields."""
 
     inode: int
     changed: int
     size: int
-    sent: int
+    sent: int  # bytes of it in the bucket
 
 
 class Mirror:
-    """A local folder and the bucket it is pushed to. Use: `pull`, then `start`; `push` whenever it must be there; `close`."""
+    """A local folder and its copy in a bucket.
+
+    Call `pull`, then `start`, which pushes every half minute; `push` for what must be in the bucket at once; `close`.
+    """
 
     def __init__(self, bucket: Bucket, folder: Path):
         self.bucket, self.folder = bucket, folder
@@ -157,9 +162,9 @@ class Mirror:
         self._thread = threading.Thread(target=self._push_now_and_then, name="easylm-mirror", daemon=True)
 
     def pull(self, to_train: bool = False) -> list[str]:
-        """Make the folder what the bucket holds, and return all names there.
+        """Make the folder a copy of the bucket's small files; returns all names in the bucket.
 
-        Without a config.yaml it holds no run yet; what a first push that was killed has left is then nothing `to_train` with.
+        Without a config.yaml the bucket holds no run yet, but what a killed first push left. `to_train` leaves that out.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -175,10 +180,10 @@ class Mirror:
         return names
 
     def push(self):
-        """Bring to the bucket whatever has changed since the last time, config.yaml last, and then remove what is gone."""
+        """Push the files that changed since the last push, config.yaml last, and remove those that are gone."""
         with self._lock:
-            found = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
-            files = {name: f for name, f in found.items() if not name.startswith(_NOT_MIRRORED) and not _is_draft(f)}
+            present = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+            files = {name: f for name, f in present.items() if not name.startswith(_NOT_MIRRORED) and not _is_draft(f)}
             if CONFIG not in files:
                 raise OSError(f"{self.folder}: something has removed this run's files; leave them while it is trained")
             config = files.pop(CONFIG)
@@ -190,10 +195,11 @@ class Mirror:
                 del self._pushed[name]
 
     def start(self):
+        """Start to push in the background."""
         self._thread.start()
 
     def close(self):
-        """Push what is left, unless that was done or cannot be."""
+        """Stop pushing in the background, and push once more."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -204,28 +210,27 @@ class Mirror:
         for name, file in files.items():
             before, log = self._pushed.get(name), name.endswith(".jsonl")
             try:
-                now = _state_of(file, 0)
-                if before and before[:3] == now[:3]:
+                state = _state_of(file, 0)
+                if before and before[:3] == state[:3]:
                     continue
                 content = file.read_bytes()
             except FileNotFoundError:
                 continue  # replaced or removed just now
             if log:  # up to the last whole line
                 content = content[: content.rfind(b"\n") + 1]
-            states[name] = now._replace(sent=len(content))
-            # Both are only ever added to; TensorBoard's files have no lines.
-            grows = log or "tfevents" in name
-            grown = grows and before and before.inode == now.inode and before.sent >= _WHOLE
-            if not (grown and before and self._append(name, content, before.sent)):
-                whole[name] = content
+            states[name] = state._replace(sent=len(content))
+            # Logs only ever grow; those of TensorBoard have no lines.
+            is_log = log or "tfevents" in name
+            if is_log and before and before.inode == state.inode and before.sent >= _WHOLE:
+                sent, added = before.sent, content[before.sent :]
+                if len(content) == sent or self.bucket.append(name, added, sent):
+                    continue
+            whole[name] = content
         self.bucket.write_all(whole)
         self._pushed |= states
 
-    def _append(self, name: str, content: bytes, sent: int) -> bool:
-        return len(content) == sent or self.bucket.append(name, content[sent:], sent)
-
     def _push_now_and_then(self):
-        """The record is only late when this fails; what must not be late is pushed before a checkpoint is committed."""
+        """Push every half minute. A failure is no harm: before a checkpoint is committed everything is pushed anyway."""
         while not self._over.wait(_PUSH_SECONDS):
             try:
                 self.push()
@@ -234,7 +239,7 @@ class Mirror:
 
 
 def run_files(run_dir: str | Path) -> Path:
-    """`small_files` of what must be a run's directory; raises ConfigError if it is none."""
+    """Return `small_files` of a run's directory; raises ConfigError if it is none, or of another format."""
     files = small_files(run_dir)
     if not (files / CONFIG).is_file():
         raise ConfigError(f"{run_dir}: not a run's directory (no {CONFIG})")
@@ -243,7 +248,7 @@ def run_files(run_dir: str | Path) -> Path:
 
 
 def check_run_format(files: Path, run_dir: str | Path):
-    """Raise UnknownFormat unless this version can read the run in `run_dir`, whose small files lie in `files`."""
+    """Raise UnknownFormat unless this version can read the run in `run_dir`, whose small files are in `files`."""
     try:
         number = json.loads((files / FORMAT_FILE).read_bytes())["format"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -252,6 +257,7 @@ def check_run_format(files: Path, run_dir: str | Path):
 
 
 def write_run_format(files: Path):
+    """Write the format number of a new run's directory."""
     write_atomically(files / FORMAT_FILE, json.dumps({"format": RUN_FORMAT}).encode())
 
 
@@ -265,7 +271,7 @@ def write_run_file(run_dir: str | Path, name: str, content: bytes):
 
 
 def small_files(run_dir: str | Path) -> Path:
-    """The folder of a run's small files, to read them: itself, or for as long as this process lives a copy of the bucket's."""
+    """Return a folder with a run's small files, to read them: its own, or a copy of the bucket's while this process lives."""
     if not is_bucket(run_dir):
         return Path(run_dir)
     folder = Path(tempfile.mkdtemp(prefix="easylm_mling_"))
@@ -275,17 +281,17 @@ def small_files(run_dir: str | Path) -> Path:
 
 
 def local_folder(url: str, process: int) -> Path:
-    """Where process `process` of the run at `url` keeps its mirror; in the user's cache, and only for as long as it lives."""
+    """Return the folder, in the user's cache, in which this process of the run at `url` has its mirror."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easylm_mling"
     name = f"{blake2b(url.encode(), digest_size=8).hexdigest()}-process-{process}"
     return cache / "runs" / name
 
 
 def _is_draft(file: Path) -> bool:
-    """What storage/atomic.py has not renamed yet."""
+    """Return True for files that storage/atomic.py has not renamed yet."""
     return file.suffix == ".tmp" or any(p.startswith(".") and p.endswith(".partial") for p in file.parts)
 
 
 def _state_of(file: Path, sent: int) -> _Pushed:
-    found = file.stat()
-    return _Pushed(found.st_ino, found.st_mtime_ns, found.st_size, sent)
+    stat = file.stat()
+    return _Pushed(stat.st_ino, stat.st_mtime_ns, stat.st_size, sent)

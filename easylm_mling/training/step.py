@@ -22,7 +22,8 @@ from easylm_mling.config import RunConfig, TrainConfig
 from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
 from easylm_mling.model.attention import cudnn_attention
-from easylm_mling.model.decoder import ForwardOptions, Remat
+from easylm_mling.model.decoder import ForwardOptions
+from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import batch_sharding, parameter_shardings, replicated
 from easylm_mling.model.splash_attention import runs_on, splash_attention
 from easylm_mling.training.loss import cross_entropy
