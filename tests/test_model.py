@@ -128,8 +128,9 @@ def test_packed_loss_is_the_sum_of_each_document_alone(params):
 
     def loss(stream):
         row = row_arrays(np.append(stream, np.int32(2))[None], bos_id=2)
-        h = hidden(params, *(jnp.asarray(row[k]) for k in ("tokens", "positions", "segment_ids")))
-        _, entropy, _ = cross_entropy(h, params["embed_tokens"], row["targets"], jnp.asarray(row["loss_mask"]), 5)
+        on_device = {k: jnp.asarray(v) for k, v in row.items()}
+        h = hidden(params, *(on_device[k] for k in ("tokens", "positions", "segment_ids")))
+        _, entropy, _ = cross_entropy(h, params["embed_tokens"], on_device["targets"], on_device["loss_mask"], 5)
         return float(entropy[0]), row["loss_mask"].sum()
 
     alone = [loss(d) for d in documents]
