@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.config import ModelConfig
-from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER
+from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, tokenizer_file
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check
 from easylm_mling.hf.config import model_config_from_hf
@@ -132,12 +132,12 @@ def sample_text(
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer.model in `path` or in its tokenizer folder. Raises ConfigError if there is none."""
+    """The tokenizer's file in `path` or in its tokenizer folder. Raises ConfigError if there is none."""
     files = small_files(path)
     for folder in (files, files / TOKENIZER_FOLDER):
-        if (folder / "tokenizer.model").is_file():
-            return folder / "tokenizer.model"
-    raise ConfigError(f"{path}: no tokenizer.model here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            return tokenizer_file(folder)
+    raise ConfigError(f"{path}: no tokenizer.json or tokenizer.model here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):

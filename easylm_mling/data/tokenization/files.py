@@ -1,4 +1,4 @@
-"""Copy the tokenizer files that travel with a model."""
+"""The tokenizer files that travel with a model: which one counts, and how they are copied."""
 
 import shutil
 from pathlib import Path
@@ -16,14 +16,32 @@ TOKENIZER_FILES = (
 )
 
 
+def tokenizer_file(path: Path) -> Path:
+    """Return the file that `path` means: itself, or of a folder its tokenizer.json, else its tokenizer.model.
+
+    transformers decides so, too. Raises ConfigError if there is none.
+    """
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return path / name
+        raise ConfigError(f"{path}: holds no tokenizer.json and no tokenizer.model; copy the model's own into it")
+    if not path.exists() and (path.parent / "tokenizer.json").is_file():
+        raise ConfigError(f"{path}: does not exist; there is only a tokenizer.json in {path.parent}, so name that")
+    return path
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy a tokenizer's files into the folder `target`, byte for byte; returns their names.
 
-    `source` is their folder, or the SentencePiece model itself, which becomes tokenizer.model; the Hugging Face files
-    beside it are copied, too. None is parsed and saved again: that is how tokenizers come to add no BOS, or two.
+    `source` is their folder, or the SentencePiece model or tokenizer.json itself, which becomes tokenizer.model or
+    tokenizer.json; the Hugging Face files beside it are copied, too. None is parsed and saved again: that is how
+    tokenizers come to add no BOS, or two.
     """
-    model_file = source if source.is_file() else source / "tokenizer.model"
-    files = {name: model_file.parent / name for name in TOKENIZER_FILES} | {"tokenizer.model": model_file}
+    folder = source.parent if source.is_file() else source
+    files = {name: folder / name for name in TOKENIZER_FILES}
+    if source.is_file():
+        files["tokenizer.json" if source.suffix == ".json" else "tokenizer.model"] = source
     present = {name: file for name, file in files.items() if file.is_file()}
     if present:
         target.mkdir(parents=True, exist_ok=True)

@@ -1,59 +1,80 @@
-"""Text to token ids and back, by SentencePiece with the model's own tokenizer.model."""
+"""Text to token ids and back, with the model's own tokenizer: its tokenizer.json or its tokenizer.model."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
+import orjson
 
 from easylm_mling.config import ModelConfig
+from easylm_mling.data.tokenization.files import tokenizer_file
+from easylm_mling.data.tokenization.huggingface_backend import HuggingFaceBackend
+from easylm_mling.data.tokenization.sentencepiece_backend import SentencePieceBackend
+from easylm_mling.data.tokenization.special import read_special_tokens
 from easylm_mling.errors import ConfigError
 
 
 class Tokenizer:
-    """A SentencePiece model. Threads may share one: SentencePiece only reads while it encodes and decodes."""
+    """A model's tokenizer. Threads may share one."""
 
     def __init__(self, path: str):
-        """Read the file; raises ConfigError if it is missing or no SentencePiece model."""
+        """Read a tokenizer.json or a tokenizer.model, or the one that a folder means.
+
+        Raises ConfigError if it is missing, unreadable, or has no BOS or EOS.
+        """
         self.path = path
-        self._pieces = sentencepiece.SentencePieceProcessor()
+        file = tokenizer_file(Path(path))
+        special = read_special_tokens(file.parent)
         try:
-            model = Path(path).read_bytes()
-            self._pieces.LoadFromSerializedProto(model)
-        except (OSError, RuntimeError) as error:
-            detail = " ".join(str(error).split())
+            content = file.read_bytes()
+            if file.suffix == ".json":
+                self._backend = HuggingFaceBackend(content, special)
+            else:
+                self._backend = SentencePieceBackend(content, special.controls)
+        except ConfigError as error:
+            raise ConfigError(f"data.tokenizer={path}: {error}") from None
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+            detail = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"data.tokenizer={path}: is not a readable SentencePiece model ({detail}); name a tokenizer.model"
+                f"data.tokenizer={path}: is not a readable SentencePiece model or tokenizer.json ({detail}); name a "
+                "tokenizer.model, a tokenizer.json or the folder that holds one"
             ) from error
-        self.fingerprint = blake2b(model, digest_size=16).hexdigest()
-        self.vocab_size: int = self._pieces.vocab_size()
-        self.bos_id: int = self._pieces.bos_id()
-        self.eos_id: int = self._pieces.eos_id()
-        self.pad_id: int = self._pieces.pad_id()
+        self.kind = self._backend.kind
+        self.fingerprint = _fingerprint(content, self._backend.settings)
+        self.vocab_size: int = self._backend.vocab_size
+        self.bos_id: int = self._backend.bos_id
+        self.eos_id: int = self._backend.eos_id
+        self.pad_id: int = self._backend.pad_id
+        for name in ("bos", "eos"):
+            if getattr(self, f"{name}_id") < 0:
+                raise ConfigError(
+                    f"data.tokenizer={path}: names no {name} token, and every document needs one; put the model's "
+                    "tokenizer_config.json beside it, or use the tokenizer of the model"
+                )
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids that no text can write."""
+        return self._backend.control_ids
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the int32 ids of each text, without BOS or EOS. Control tokens written out in a text stay text."""
-        # One text at a time: SentencePiece's own batches start threads at every call, and are no faster.
-        return [self._pieces.encode_as_numpy(text) for text in texts]
+        return self._backend.encode(texts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`; control tokens have none."""
-        return self._pieces.decode([int(i) for i in ids])
+        return self._backend.decode([int(i) for i in ids])
+
+    def piece(self, i: int) -> str:
+        """Return the vocabulary's entry `i`, as its file writes it."""
+        return self._backend.piece(i)
 
     @cached_property
     def bytes_of_pieces(self) -> np.ndarray:
         """Bytes of text that each id stands for, float64 [vocabulary]: 0 for control pieces, NaN for the unknown one."""
-        pieces = self._pieces
-
-        def count(i: int) -> float:
-            if pieces.is_control(i) or pieces.is_byte(i):
-                return float(pieces.is_byte(i))
-            return math.nan if pieces.is_unknown(i) else len(pieces.id_to_piece(i).replace("▁", " ").encode())
-
-        return np.array([count(i) for i in range(self.vocab_size)])
+        return np.array([self._backend.text_bytes(i) for i in range(self.vocab_size)], np.float64)
 
     def check_model(self, model: ModelConfig):
         """Raise ConfigError unless the model has an embedding row for every id, and the same BOS, EOS and pad ids."""
@@ -84,3 +105,11 @@ def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     # The cursor counts documents by these two ids: no text may hold them.
     assert np.count_nonzero(joined == tokenizer.bos_id) == len(texts) == np.count_nonzero(joined == tokenizer.eos_id)
     return joined
+
+
+def _fingerprint(content: bytes, settings: list) -> str:
+    """Digest of all that decides a text's ids: the file, and what the files beside it add to it."""
+    digest = blake2b(content, digest_size=16)
+    if settings:
+        digest.update(orjson.dumps(settings))
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""A tokenizer.model, read by SentencePiece."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import sentencepiece
+
+SPACE = "\u2581"  # how a piece writes a space
+_USER_DEFINED, _CONTROL = 4, 3  # values of SentencePiece's `type`
+
+
+class SentencePieceBackend:
+    """A SentencePiece model. Threads may share one: SentencePiece only reads while it encodes and decodes."""
+
+    kind = "SentencePiece"
+
+    def __init__(self, model: bytes, controls: frozenset[str] = frozenset()):
+        """Parse a serialised model; raises RuntimeError or ValueError if it is none.
+
+        `controls` are pieces that mark turns and the like, though the model lists them as text of a user's own: Gemma does
+        so. They become control pieces, which no text can write.
+        """
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        self._pieces.LoadFromSerializedProto(model)
+        patched, names = _with_controls(model, controls)
+        if names:
+            self._pieces.LoadFromSerializedProto(patched)
+        self.vocab_size: int = self._pieces.vocab_size()
+        self.bos_id: int = self._pieces.bos_id()
+        self.eos_id: int = self._pieces.eos_id()
+        self.pad_id: int = self._pieces.pad_id()
+        # What decides the ids beside the file itself.
+        self.settings = sorted(names)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids that no text can write."""
+        return frozenset(i for i in range(self.vocab_size) if self._pieces.is_control(i) or self._pieces.is_unused(i))
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the int32 ids of each text."""
+        # One text at a time: SentencePiece's own batches start threads at every call, and are no faster.
+        return [self._pieces.encode_as_numpy(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; control pieces have none."""
+        return self._pieces.decode(list(ids))
+
+    def piece(self, i: int) -> str:
+        """Return the vocabulary's entry `i`, with spaces as the model writes them."""
+        return self._pieces.id_to_piece(i)
+
+    def text_bytes(self, i: int) -> float:
+        """Bytes of text that id `i` stands for: 0 for a control piece, NaN for the unknown one."""
+        pieces = self._pieces
+        if pieces.is_control(i) or pieces.is_byte(i):
+            return float(pieces.is_byte(i))
+        return math.nan if pieces.is_unknown(i) else len(pieces.id_to_piece(i).replace(SPACE, " ").encode())
+
+    def text(self, i: int) -> str:
+        """Text of piece `i`, alone."""
+        return self._pieces.id_to_piece(i).replace(SPACE, " ")
+
+
+def _with_controls(model: bytes, controls: frozenset[str]) -> tuple[bytes, set[str]]:
+    """Return the model with the user-defined pieces among `controls` made control pieces, and their names.
+
+    Only the one byte of each piece's type changes, so nothing is lost of what SentencePiece alone understands.
+    """
+    out, names = bytearray(model), set()
+    for number, start, end in _fields(model, 0, len(model)) if controls else ():
+        if number != 1:
+            continue
+        parts = {n: (first, last) for n, first, last in _fields(model, start, end)}
+        if 1 in parts and 3 in parts and model[slice(*parts[3])] == bytes([_USER_DEFINED]):
+            piece = model[slice(*parts[1])].decode(errors="replace")
+            if piece in controls:
+                out[parts[3][0]] = _CONTROL
+                names.add(piece)
+    return bytes(out), names
+
+
+def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield number, start and end of each protobuf field's value in `data[start:end]`."""
+    while start < end:
+        key, start = _varint(data, start)
+        if key & 7 == 2:
+            size, start = _varint(data, start)
+        elif key & 7 == 0:
+            size = _varint(data, start)[1] - start
+        else:
+            size = {1: 8, 5: 4}[key & 7]
+        yield key >> 3, start, start + size
+        start += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return the protobuf integer at `at`, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
