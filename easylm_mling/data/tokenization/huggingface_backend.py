@@ -113,7 +113,9 @@ class HuggingFaceBackend:
             return math.nan
         if i in self._added:
             token = self._added[i]
-            return math.nan if token.get("lstrip") or token.get("rstrip") else len(piece.encode())
+            if token.get("lstrip") or token.get("rstrip"):  # it takes the spaces around it, too
+                return math.nan
+            return len((piece if self._byte_level else piece.replace(_SPACE, " ")).encode())
         if self._byte_level:
             return len(piece)
         if self._byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):

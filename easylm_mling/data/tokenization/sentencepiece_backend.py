@@ -58,10 +58,6 @@ class SentencePieceBackend:
             return float(pieces.is_byte(i))
         return math.nan if pieces.is_unknown(i) else len(pieces.id_to_piece(i).replace(SPACE, " ").encode())
 
-    def text(self, i: int) -> str:
-        """Text of piece `i`, alone."""
-        return self._pieces.id_to_piece(i).replace(SPACE, " ")
-
 
 def _with_controls(model: bytes, controls: frozenset[str]) -> tuple[bytes, set[str]]:
     """Return the model with the user-defined pieces among `controls` made control pieces, and their names.

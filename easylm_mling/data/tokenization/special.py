@@ -10,7 +10,7 @@ from easylm_mling.errors import ConfigError
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 # Files without others beside them do not say that these mark turns and images. No text means them.
-_GEMMA = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
+_GEMMA = ("<mask>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class SpecialTokens:
 def read_special_tokens(folder: Path) -> SpecialTokens:
     """Read tokenizer_config.json and special_tokens_map.json of `folder`, either of which may be missing.
 
-    The first comes first where both name a token, as in transformers. Raises ConfigError for a damaged file.
+    As in transformers, the second counts only where the first has no `added_tokens_decoder`, and then it counts more. Raises
+    ConfigError for a damaged file.
     """
     config = _read(folder / "tokenizer_config.json")
     tokens = {name: _content(config.get(name)) for name in _NAMES}
     extra = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
-    more = _read(folder / "special_tokens_map.json")
-    tokens = {name: value or _content(more.get(name)) for name, value in tokens.items()}
+    more = {} if "added_tokens_decoder" in config else _read(folder / "special_tokens_map.json")
+    tokens = {name: _content(more.get(name)) or value for name, value in tokens.items()}
     extra += [more.get("additional_special_tokens"), more.get("extra_special_tokens")]
     decoder = config.get("added_tokens_decoder") or {}
     try:

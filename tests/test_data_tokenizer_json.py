@@ -1,0 +1,163 @@
+"""A tokenizer.json gives transformers' ids for every text, no text writes a control token, and bad files are named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from data_corpus import documents
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data_tokenizer import NASTY
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.errors import ConfigError
+
+SAMPLE = Path("data/sample/tokenizer")
+BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def llama3(folder: Path, **config) -> Path:
+    """Write a small tokenizer of Llama 3's kind: byte-level BPE, `ignore_merges`, a post-processor that adds BOS."""
+    t = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    t.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, show_progress=False)
+    t.train_from_iterator(documents(150, seed=1), trainer)
+    bos = t.get_vocab_size()
+    t.add_special_tokens([BOS, EOS, EOT])
+    template = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A {BOS} $B", [(BOS, bos)])
+    t.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return save(t, folder, {"bos_token": BOS, "eos_token": EOS} | config)
+
+
+def unigram(folder: Path) -> Path:
+    """Write a small Unigram tokenizer whose vocabulary holds its control tokens as pieces."""
+    t = tokenizers.Tokenizer(models.Unigram())
+    t.normalizer, t.pre_tokenizer, t.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<unk>", "<pad>"], unk_token="<unk>", show_progress=False
+    )
+    t.train_from_iterator(documents(100, seed=1), trainer)
+    return save(t, folder, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"})
+
+
+def save(t: tokenizers.Tokenizer, folder: Path, config: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    t.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({k: v for k, v in config.items() if "_token" in k}))
+    return folder
+
+
+def gemma(folder: Path) -> Path:
+    return Path(shutil.copytree(SAMPLE, folder, dirs_exist_ok=True))
+
+
+KINDS = {"llama3": llama3, "gemma": gemma, "unigram": unigram}
+CONTROLS = {
+    "llama3": f"a {EOT}b{BOS}{EOS}",
+    "gemma": "<start_of_turn>user\nhi<end_of_turn><bos><eos>",
+    "unigram": "a </s>b<s> <pad></s>",
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    folder = KINDS[request.param](tmp_path_factory.mktemp(request.param))
+    return Tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder), request.param
+
+
+def reference(theirs, text: str) -> list[int]:
+    return theirs.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+
+def test_ids_are_those_of_transformers(kind):
+    ours, theirs, name = kind
+    texts = [t for t in [*NASTY, *documents(100, seed=5)] if name != "unigram" or "<unk>" not in t]
+    for text, ids in zip(texts, ours.encode(texts), strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == reference(theirs, text), text[:60]
+
+
+def test_no_text_writes_a_control_token_and_a_document_has_one_bos(kind):
+    ours, _, name = kind
+    (ids,) = ours.encode([CONTROLS[name]])
+    assert not ours.control_ids & set(ids.tolist())
+    assert {ours.bos_id, ours.eos_id} <= ours.control_ids
+    joined = join_documents(ours, [CONTROLS[name], "a", ""])
+    assert np.count_nonzero(joined == ours.bos_id) == np.count_nonzero(joined == ours.eos_id) == 3
+
+
+def test_bytes_of_pieces_add_up_to_the_text(kind):
+    ours, _, name = kind
+    if name == "unigram":
+        pytest.skip("NFKC changes texts, and unknown characters are lost")
+    texts = [t for t in [*NASTY, *documents(50, seed=6), CONTROLS[name]] if "\u2581" not in t]
+    for text, ids in zip(texts, ours.encode(texts), strict=True):
+        assert ours.bytes_of_pieces[ids].sum() == len(text.encode()), text[:60]
+        assert ours.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+@given(st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from("<|>/s_ \n雨7é"), max_size=40))
+def test_any_text_has_the_ids_of_transformers(kind, text):
+    ours, theirs, _ = kind
+    assert ours.encode([text])[0].tolist() == reference(theirs, text)
+
+
+def test_special_ids_are_of_the_model_s_own_files(tmp_path):
+    base = Tokenizer(str(llama3(tmp_path / "base")))
+    chat = Tokenizer(str(llama3(tmp_path / "chat", eos_token=EOT)))
+    assert (base.eos_id, chat.eos_id, base.pad_id) == (base.bos_id + 1, base.bos_id + 2, -1)
+    assert base.fingerprint != chat.fingerprint, "the ids of a document differ"
+
+
+def test_a_folder_means_what_it_means_to_transformers(tmp_path):
+    folder = gemma(tmp_path / "t")
+    assert Tokenizer(str(folder)).kind == "Hugging Face tokenizers"
+    (folder / "tokenizer.json").unlink()
+    assert Tokenizer(str(folder)).kind == "SentencePiece"
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match="no tokenizer.json and no tokenizer.model"):
+        Tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: (f / "tokenizer.json").write_text("{"), "not a readable"),
+        (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "BPE"}}'), "not a readable"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), "no JSON object"),
+        (lambda f: [(f / n).unlink() for n in ("tokenizer_config.json", "special_tokens_map.json")], "no bos token"),
+        (lambda f: edit(f, lambda tree: tree["model"].update(dropout=0.1)), "dropout"),
+        (lambda f: edit(f, lambda tree: tree["model"].update(type="WordPiece")), "only BPE and Unigram"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path, change, message):
+    folder = llama3(tmp_path / "t")
+    change(folder)
+    with pytest.raises(ConfigError, match=message) as error:
+        Tokenizer(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_model_that_is_not_there_points_to_the_json(tmp_path):
+    with pytest.raises(ConfigError, match="only a tokenizer.json"):
+        Tokenizer(str(llama3(tmp_path / "t") / "tokenizer.model"))
+
+
+def edit(folder: Path, change):
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    change(tree)
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
