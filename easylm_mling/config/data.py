@@ -138,7 +138,7 @@ class StageConfig:
 class DataConfig:
     """What is read, and in which order."""
 
-    tokenizer: str = setting(help="path of a SentencePiece model, such as tokenizer.model", data=True)
+    tokenizer: str = setting(help="the model's tokenizer: a tokenizer.json, a tokenizer.model, or their folder", data=True)
     sources: dict[str, SourceConfig] = setting(help="corpora of the mixture, by name", data=True)
     weighting: WeightingConfig = setting(WeightingConfig(), "where the sources' shares come from", data=True)
     stages: tuple[StageConfig, ...] = setting(
