@@ -52,7 +52,7 @@ class StepConfig:
     def forward(self) -> ForwardOptions:
         t = self.train
         remat = Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
-        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention)
+        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention, t.float32_reduction)
 
 
 def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
