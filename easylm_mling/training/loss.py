@@ -28,8 +28,9 @@ def cross_entropy(
 ) -> tuple[Float32[Array, ""], Float32[Array, " B"], Float32[Array, " B"]]:
     """Returns (total, cross entropy, z-loss): sums over positions, which the caller divides by counts.
 
-    Logits are float32, soft-capped as the model's, and computed for `chunk` positions of each row at a time. `z_loss` times the squared log-normaliser (PaLM, section 5) keeps logits from drifting; the two losses stay apart so that
-    cross entropies can be compared.
+    Logits are float32, soft-capped as the model's, and computed for `chunk` positions of each row at a time. `z_loss`
+    times the squared log-normaliser (PaLM, section 5) keeps logits from drifting; the two losses stay apart so that cross
+    entropies can be compared.
 
     Only the total can be differentiated, with respect to `hidden` and `head`. The forward pass computes the gradient up to
     the cotangent while it holds a chunk's logits, so no logits are computed twice (as in Liger Kernel, Hsu 2024). All sums
