@@ -259,8 +259,9 @@ class Cloud:
             ) as process:  # fmt: skip
                 # As ssh does, it ends when nobody holds its output any more.
                 out, err = process.communicate()
-            sys.stdout.write(out.decode(errors="replace"))
-            sys.stderr.write(err.decode(errors="replace"))
+            # Each as it comes: another one may never end.
+            print(out.decode(errors="replace"), end="", flush=True)
+            print(err.decode(errors="replace"), end="", file=sys.stderr, flush=True)
             codes[worker] = process.returncode
 
         threads = [threading.Thread(target=one, args=(w,)) for w in _workers(flags.get("worker", "0"), found["type"])]
@@ -296,7 +297,7 @@ class Cloud:
         environment = {
             "HOME": str(home), "USER": "user", "LANG": "C.UTF-8", "PATH": f"{self.folder}/bin:/usr/bin:/bin",
             "FAKE_CLOUD": str(self.folder), "FAKE_MACHINE": found["machine"], "FAKE_WORKER": str(worker),
-            "EASYLM_LIBTPU_LOCKFILE": f"{home}/libtpu_lockfile", "EASYLM_PUSH_SECONDS": "0.5",
+            "EASYLM_ROOT": f"{home}/easylm", "EASYLM_LIBTPU_LOCKFILE": f"{home}/libtpu_lockfile", "EASYLM_PUSH_SECONDS": "0.5",
             # What a slice's hosts know of each other.
             "JAX_COORDINATOR_ADDRESS": f"localhost:{found['port']}", "JAX_PROCESS_ID": str(worker),
             "JAX_NUM_PROCESSES": str(_hosts(found["type"])),
@@ -473,7 +474,11 @@ def _hosts(accelerator: str) -> int:
 
 
 def _workers(flag: str, accelerator: str) -> list[int]:
-    return list(range(_hosts(accelerator))) if flag == "all" else [int(flag)]
+    """Of `all`, a number, a list of numbers or a range."""
+    if flag == "all":
+        return list(range(_hosts(accelerator)))
+    ends = [part.partition("-") for part in flag.split(",")]
+    return [n for first, _, last in ends for n in range(int(first), int(last or first) + 1)]
 
 
 def main() -> int:
