@@ -17,7 +17,7 @@ from launcher.bucket import Bucket, NoAnswer
 from launcher.drive import FINISHED_RUN, STARTED, UP, Driver
 from launcher.driving import Turn
 from launcher.gcloud import Gcloud
-from launcher.logs import merged
+from launcher.logs import Follower, merged
 from launcher.rehearse import rehearsal
 from launcher.run_file import RunFile, WrongInput, read_run_file
 from launcher.status import status
@@ -31,6 +31,9 @@ takes up where it was. To have a run watched while the laptop is away for days, 
       --image-project=debian-cloud --scopes=cloud-platform
 copy this folder of the project there, and run the same command in tmux. Its price is the VM's.
 """
+
+# Workers send their logs every minute.
+_FOLLOW_SECONDS = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("status", _status, "one screen: machine, step, tokens, speed, checkpoint, attempts, last error")
     logs = add("logs", _logs, "what all workers printed, by time, from the bucket")
     logs.add_argument("-n", type=int, default=200, metavar="LINES", help="the last LINES (default: 200)")
+    logs.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     logs.add_argument("--worker", type=int, help="of one only")
     logs.add_argument("--attempt", type=int, help="default: the newest")
     ssh = add("ssh", _ssh, "a shell on a worker; after -- a command, whose words arrive as they are, on one or all")
@@ -132,9 +136,31 @@ def _status(a, run: RunFile) -> int:
 
 
 def _logs(a, run: RunFile) -> int:
-    lines = merged(Bucket(_gcloud(a, run), run.url), a.attempt, a.worker, a.n)
+    bucket = Bucket(_gcloud(a, run), run.url)
+    if a.follow:
+        return _follow(a, bucket)
+    lines = merged(bucket, a.attempt, a.worker, a.n)
     print("\n".join(lines) or f"no logs in {run.url}/logs yet: workers send theirs every minute")
     return 0
+
+
+def _follow(a, bucket: Bucket) -> int:
+    """Until Ctrl-C. A bucket that gives no answer is asked again."""
+    follower, first = Follower(bucket, a.attempt, a.worker), True
+    try:
+        while True:
+            try:
+                lines = follower.more()
+                if first and lines:
+                    lines, first = lines[max(0, len(lines) - a.n) :], False
+                print("".join(f"{line}\n" for line in lines), end="", flush=True)
+            except NoAnswer as error:
+                _say(f"the bucket gives no answer: {error}")
+            if a.dry_run:
+                return 0
+            time.sleep(_FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        return 0
 
 
 def _ssh(a, run: RunFile) -> int:

@@ -51,6 +51,9 @@ class Answer(NamedTuple):
         """Its error in gcloud's own words, on one line."""
         lines = [line.strip() for line in self.err.splitlines() if line.strip()]
         at = next((i for i, x in enumerate(lines) if x.startswith("ERROR")), len(lines) - 1)
+        # What gcloud says of a program that it called is only that it failed; that one's last words stand before.
+        if at > 0 and "exited with return code" in lines[at]:
+            at -= 1
         words = " ".join(lines[max(0, at) :])
         return words[:_SHOWN_CHARACTERS] or f"exit code {self.code}"
 
@@ -97,6 +100,9 @@ def _killed(process: subprocess.Popen) -> tuple[bytes, bytes]:
     try:
         return process.communicate(timeout=_AFTER_KILL_SECONDS)
     except subprocess.TimeoutExpired as late:
+        for pipe in (process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
         return late.stdout or b"", late.stderr or b""
 
 

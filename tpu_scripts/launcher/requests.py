@@ -11,7 +11,7 @@ import time
 from typing import Callable
 
 from . import machine as m
-from .gcloud import for_a_person
+from .gcloud import for_a_person, may_pass
 from .run_file import RunFile, WrongInput
 from .state import State
 
@@ -102,7 +102,8 @@ def remove(gcloud, run: RunFile, say: Callable[[str], None], sleep: Callable[[fl
         pause = min(run.poll_seconds, 10)
         if machine.kind == m.UNKNOWN:
             unseen += 1
-            if not patient and (for_a_person(machine.said) or unseen > _TRIES):
+            most = _TRIES if may_pass(machine.said) else _TRIES // 4
+            if not patient and (for_a_person(machine.said) or unseen > most):
                 raise _still_there(run, f"it cannot be seen: {machine.said}")
             say(f"{where(run)} cannot be seen: {machine.said}")
             pause *= min(2**unseen, _SLOWEST)
