@@ -30,6 +30,7 @@ sys.path.insert(0, str(TPU.parent))
 
 from launcher import machine as m  # noqa: E402
 from launcher import requests  # noqa: E402
+from launcher.drive import FINISHED_RUN, Driver  # noqa: E402
 from launcher.gcloud import Answer, Gcloud  # noqa: E402
 from launcher.logs import Follower  # noqa: E402
 from launcher.run_file import RunFile, WrongInput, read_run_file  # noqa: E402
@@ -131,6 +132,8 @@ def test_a_state_that_is_lost_or_damaged_loses_no_machine_and_no_log(cloud, tmp_
     wait_for(lambda: (run_directory(cloud) / "logs/attempt-0001/worker-1.log").exists())
     state = run_directory(cloud) / "launch/state.json"
     state.unlink()
+    status = end(tpu(cloud, "status", run_file))
+    assert "holds no state); but in us-central2-b of a-project: ACTIVE, READY" in status
     before, made = max(steps(cloud)), cloud.state["made"]
     assert "running" in end(tpu(cloud, "run", run_file))  # it is this run's, and goes on
     wait_for(lambda: max(steps(cloud)) > before)
@@ -304,6 +307,33 @@ def test_a_deletion_that_never_comes_to_pass_ends_with_googles_words(run, patien
     with pytest.raises(requests.StillThere, match="DELETING for"):
         looks = lambda *arguments, **_: Answer(0, described("DELETING", run), "")  # noqa: E731
         requests.remove(looks, run, lambda text: None, lambda seconds: None, patient)
+
+
+def test_a_launcher_that_slept_while_down_was_said_leaves_nothing(run):
+    """It had decided to ask for a machine, and asks when it wakes: another turn has begun and ended meanwhile."""
+    objects, there = {}, []
+
+    def gcloud(*arguments, stdin="", **_):
+        if arguments[:2] == ("storage", "cp"):
+            objects[arguments[3]] = stdin
+        elif arguments[0] == "storage":
+            text = objects.get(arguments[2])
+            return Answer(0, text, "") if text is not None else Answer(1, "", "matched no objects")
+        elif "create" in arguments:
+            there.append(1)
+            objects[f"{run.url}/launch/term-2"], objects[f"{run.url}/launch/wanted"] = "{}", "down"
+        elif "delete" in arguments:
+            there.clear()
+        elif not there:
+            return Answer(1, "", f"NOT_FOUND: queuedResources/{run.name}")
+        else:
+            return Answer(0, described("ACCEPTED", run), "")
+        return Answer(0, "", "")
+
+    driver = Driver(run, gcloud, FINISHED_RUN, lambda text: None, lambda seconds: None)
+    with pytest.raises(WrongInput, match="has taken this one's place"):
+        driver.drive(False, False)
+    assert there == []
 
 
 def test_all_that_is_left_is_named_and_the_others_are_deleted(run):

@@ -24,6 +24,7 @@ class Asking:
         self.known = False  # whether gcloud has given any good answer yet
         self.errors = self.refused = 0
         self.failures = 0  # machines that came to nothing, one after the other
+        self.told_later = False
         self.counted = False  # whether the one that is there is among them
 
     def withdrew_elsewhere(self, state: State) -> bool:
@@ -75,6 +76,11 @@ class Asking:
                 f"the machine that is there was asked for with {' '.join(request['flags'][:2])}, and the run file now says "
                 f"{' '.join(wanted[:2])}: `down` deletes it, then `run` again; or put the file back"
             )
+        elif machine.kind == m.READY and request["flags"] != wanted and not self.told_later:
+            self.told_later = True
+            self.note(
+                f"the machine was asked for with {' '.join(request['flags'])}; what the run file says now is for the next one"
+            )
         elif machine.kind == m.COMING and request["flags"] != wanted:
             self.note("the run file asks for another machine now: what was asked for is withdrawn")
             requests.remove(self.gcloud, self.run, self.wait, self.rest)
@@ -92,10 +98,21 @@ class Asking:
         answer = m.create(self.gcloud, self.run)
         if answer.ok:
             self.refused, self.counted = 0, False
-            self.note(f"asked for a {self.run.type} ({self.run.capacity}) in {self.run.zone}")
+            self._note_created()
         elif "ALREADY_EXISTS" not in answer.err:
             return self._not_created(state, answer)
         return ""
+
+    def _note_created(self):
+        try:
+            self.note(f"asked for a {self.run.type} ({self.run.capacity}) in {self.run.zone}")
+        except WrongInput:
+            # This launcher slept, and its turn was over when it asked: `down` is not to be outlived.
+            if self.turn.bucket.read("launch/wanted") == "down":
+                answer = m.delete(self.gcloud, self.run)
+                if not answer.ok:
+                    raise requests.still_there(self.run, answer.why) from None
+            raise
 
     def _not_created(self, state: State, answer: Answer) -> str:
         state.machines -= 1

@@ -104,20 +104,20 @@ def remove(gcloud, run: RunFile, say: Callable[[str], None], sleep: Callable[[fl
             unseen += 1
             most = _TRIES if may_pass(machine.said) else _TRIES // 4
             if not patient and (for_a_person(machine.said) or unseen > most):
-                raise _still_there(run, f"it cannot be seen: {machine.said}")
+                raise still_there(run, f"it cannot be seen: {machine.said}")
             say(f"{where(run)} cannot be seen: {machine.said}")
             pause *= min(2**unseen, _SLOWEST)
         elif machine.kind == m.GOING:
             going += pause
             if going > _GOING_SECONDS:
-                raise _still_there(run, f"it is {machine.said} for {going / 60:.0f} minutes")
+                raise still_there(run, f"it is {machine.said} for {going / 60:.0f} minutes")
             say(f"the machine is {machine.said}")
         else:
             tries += 1
             say(f"deleting the machine ({machine.said}) in {run.zone}")
             answer = m.delete(gcloud, run)
             if for_a_person(answer.err) or tries > _TRIES:
-                raise _still_there(run, answer.why if not answer.ok else f"it is still {machine.said}")
+                raise still_there(run, answer.why if not answer.ok else f"it is still {machine.said}")
             if not answer.ok:
                 say(f"not deleted yet: {answer.why}")
             if tries > 1:
@@ -125,7 +125,7 @@ def remove(gcloud, run: RunFile, say: Callable[[str], None], sleep: Callable[[fl
         sleep(pause)
 
 
-def _still_there(run: RunFile, why: str) -> StillThere:
+def still_there(run: RunFile, why: str) -> StillThere:
     return StillThere(
         f"{where(run)} was not deleted, and may be billed: {why}; mend that and say `down` again, or delete it yourself: "
         f"gcloud compute tpus queued-resources delete {run.name} --zone={run.zone} --project={run.project} --force"

@@ -21,7 +21,9 @@ def status(gcloud, run: RunFile) -> str:
     bucket, now = Bucket(gcloud, run.url), time.time()
     state = bucket.state()
     if state is None:
-        return f"{run.name}: nothing has been started yet ({run.url} holds no state)"
+        machine = m.look(gcloud, run)
+        there = "" if machine.kind == m.ABSENT else f"; but in {run.zone} of {run.project}: {machine.said}"
+        return f"{run.name}: nothing has been started yet ({run.url} holds no state){there}"
     metrics, events = tail(bucket, "metrics.jsonl"), tail(bucket, "events.jsonl")
     rows = [
         ("machine", _machine(gcloud, run, state)),
