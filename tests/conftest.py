@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from unittest.mock import patch
 
 import pytest
 from jaxtyping import install_import_hook
@@ -19,6 +20,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # Every call in these rooms is checked against its annotations: in tests only, and before a test imports them.
 install_import_hook(["easylm_mling.model", "easylm_mling.training"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Restores the process's environment after each test: a compilation for a slice, for one, changes it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")

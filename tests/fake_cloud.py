@@ -58,10 +58,17 @@ class Cloud:
     # For tests.
 
     def make(self, **worker_environment: str) -> "Cloud":
-        """`creations`, one for each machine asked for: {"refuse": text} or {"states": [...]}; then all goes well."""
+        """`creations`, one for each machine asked for: {"refuse": text} or {"states": [...]}; then all goes well.
+
+        A state may have a reason: "FAILED: why". `zones_refused` (zone -> text), `delete_refused` (text) and `ssh_hangs` (numbers
+        of workers) last until they are changed.
+        """
         (self.folder / "buckets").mkdir(parents=True)
         (self.folder / "bin").mkdir()
-        empty = {"resources": {}, "creations": [], "made": 0, "ssh_refused": 0, "describe_fails": 0, "storage_fails": 0}
+        empty = {
+            "resources": {}, "creations": [], "made": 0, "ssh_refused": 0, "describe_fails": 0, "storage_fails": 0,
+            "zones_refused": {}, "delete_refused": "", "ssh_hangs": [],
+        }  # fmt: skip
         (self.folder / "cloud.json").write_text(json.dumps(empty))
         (self.folder / "worker-environment.json").write_text(json.dumps(worker_environment))
         python, here = sys.executable, Path(__file__).parent.resolve()
@@ -165,6 +172,8 @@ class Cloud:
                 names, flags = _parse(verb, arguments[len(verb.split()) :])
                 if verb.startswith("compute") and ("zone" not in flags or "project" not in flags):
                     raise Refused(f"ERROR: (gcloud.{verb}) one of the arguments [--zone, --project] is missing", 2)
+                if why := self.state["zones_refused"].get(flags.get("zone")):
+                    raise Refused(f"ERROR: (gcloud.{verb.replace(' ', '.')}) {why}")
                 return getattr(self, "_" + verb.replace(" ", "_").replace("-", "_"))(names, flags)
         raise Refused(f"ERROR: (gcloud) Invalid choice: {arguments}", 2)
 
@@ -173,27 +182,30 @@ class Cloud:
         if flags.get("node-id") != name or not {"accelerator-type", "runtime-version"} <= set(flags):
             raise Refused("ERROR: (gcloud.compute.tpus.queued-resources.create) argument missing", 2)
         with self.changing() as state:
-            if name in state["resources"]:
+            if _key(state, name, flags):
                 raise Refused(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name}")
             creation = state["creations"].pop(0) if state["creations"] else {}
             if "refuse" not in creation:
                 state["made"] += 1
                 port = _free_port()
                 labels = dict(x.split("=") for x in flags.get("labels", "").split(",") if x)
-                state["resources"][name] = {
-                    "labels": labels, "machine": f"{name}-{state['made']}", "port": port, "type": flags["accelerator-type"],
+                # One name may be asked for in several zones.
+                key = f"{name}@{flags['zone']}" if name in state["resources"] else name
+                state["resources"][key] = {
+                    "zone": flags["zone"], "project": flags["project"], "labels": labels, "machine": f"{name}-{state['made']}", "port": port, "type": flags["accelerator-type"],
                     "states": creation.get("states", ["WAITING_FOR_RESOURCES", "ACTIVE"]),
                 }  # fmt: skip
         if "refuse" in creation:
             raise Refused(f"ERROR: (gcloud.compute.tpus.queued-resources.create) {creation['refuse']}")
         return 0
 
-    def _resource(self, name: str, verb: str) -> dict:
-        found = self.state["resources"].get(name)
-        if found is None:
-            where = f"'projects/p/locations/z/queuedResources/{name}'"
+    def _resource(self, name: str, verb: str, flags: dict[str, str]) -> dict:
+        state = self.state
+        key = _key(state, name, flags)
+        if key is None:
+            where = f"'projects/{flags['project']}/locations/{flags['zone']}/queuedResources/{name}'"
             raise Refused(f"ERROR: (gcloud.compute.tpus.{verb}) NOT_FOUND: Resource {where} was not found")
-        return found
+        return {**state["resources"][key], "key": key}
 
     def _compute_tpus_queued_resources_describe(self, names, flags) -> int:
         with self.changing() as state:
@@ -201,26 +213,25 @@ class Cloud:
             state["describe_fails"] = max(0, fails - 1)
         if fails:
             raise Refused("ERROR: (gcloud.compute.tpus.queued-resources.describe) INTERNAL: Internal error encountered")
-        found = self._resource(names[0], "queued-resources.describe")
-        current = found["states"][0]
+        resource = self._resource(names[0], "queued-resources.describe", flags)
+        current = resource["states"][0]
         with self.changing() as state:
-            states = state["resources"][names[0]]["states"]
+            states = state["resources"][resource["key"]]["states"]
             if len(states) > 1:
                 states.pop(0)
             if current == "GONE":
-                del state["resources"][names[0]]
+                del state["resources"][resource["key"]]
         if current == "GONE":
-            self._resource(names[0], "queued-resources.describe")
-        node = {"acceleratorType": found["type"], "labels": found["labels"]}
-        print(
-            json.dumps(
-                {"name": names[0], "state": {"state": current.partition("/")[0]}, "tpu": {"nodeSpec": [{"node": node}]}}
-            )
-        )
+            self._resource(names[0], "queued-resources.describe", flags)
+        node = {"acceleratorType": resource["type"], "labels": resource["labels"]}
+        name, _, why = current.partition("/")[0].partition(": ")
+        reason = {f"{name.lower()}Data": {"error": {"code": 3, "message": why}}} if why else {}
+        answer = {"name": names[0], "state": {"state": name, **reason}, "tpu": {"nodeSpec": [{"node": node}]}}
+        print(json.dumps(answer))
         return 0
 
     def _compute_tpus_tpu_vm_describe(self, names, flags) -> int:
-        found = self._resource(names[0], "tpu-vm.describe")
+        found = self._resource(names[0], "tpu-vm.describe", flags)
         queued, _, node = found["states"][0].partition("/")
         endpoints = [{"ipAddress": f"10.0.0.{i}"} for i in range(_hosts(found["type"]))]
         state = node or ("READY" if queued == "ACTIVE" else "PREEMPTED")
@@ -228,10 +239,12 @@ class Cloud:
         return 0
 
     def _compute_tpus_queued_resources_delete(self, names, flags) -> int:
-        found = self._resource(names[0], "queued-resources.delete")
-        if found["states"][0] not in ("SUSPENDED", "FAILED") and "force" not in flags:
+        resource = self._resource(names[0], "queued-resources.delete", flags)
+        if why := self.state["delete_refused"]:
+            raise Refused(f"ERROR: (gcloud.compute.tpus.queued-resources.delete) {why}")
+        if resource["states"][0] not in ("SUSPENDED", "FAILED") and "force" not in flags:
             raise Refused("ERROR: (gcloud.compute.tpus.queued-resources.delete) FAILED_PRECONDITION: use --force")
-        self.preempt(names[0], ["DELETING", "GONE"])
+        self.preempt(resource["key"], ["DELETING", "GONE"])
         return 0
 
     def _compute_tpus_tpu_vm_ssh(self, names, flags) -> int:
@@ -243,7 +256,7 @@ class Cloud:
         with self.changing() as state:
             refused = state["ssh_refused"]
             state["ssh_refused"] = max(0, refused - 1)
-        found = self._ready(names[0], "ssh")
+        found, hangs = self._ready(names[0], "ssh", flags), self.state["ssh_hangs"]
         if refused:
             print("ssh: connect to host 10.0.0.0 port 22: Connection refused", file=sys.stderr)
             raise Refused("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].", 255)
@@ -252,6 +265,8 @@ class Cloud:
         command = " ".join(flags["command"].split(" "))
 
         def one(worker: int):
+            while worker in hangs:
+                time.sleep(1)
             home, environment = self._worker(found, worker)
             shell = ["/bin/bash", "-c", command]
             with subprocess.Popen(
@@ -259,8 +274,9 @@ class Cloud:
             ) as process:  # fmt: skip
                 # As ssh does, it ends when nobody holds its output any more.
                 out, err = process.communicate()
-            sys.stdout.write(out.decode(errors="replace"))
-            sys.stderr.write(err.decode(errors="replace"))
+            # Each as it comes: another one may never end.
+            print(out.decode(errors="replace"), end="", flush=True)
+            print(err.decode(errors="replace"), end="", file=sys.stderr, flush=True)
             codes[worker] = process.returncode
 
         threads = [threading.Thread(target=one, args=(w,)) for w in _workers(flags.get("worker", "0"), found["type"])]
@@ -275,7 +291,7 @@ class Cloud:
 
         *sources, destination = names
         remote = [n for n in names if ":" in n]
-        found = self._ready(remote[0].partition(":")[0], "scp")
+        found = self._ready(remote[0].partition(":")[0], "scp", flags)
         for worker in _workers(flags.get("worker", "0"), found["type"]):
             home, _ = self._worker(found, worker)
             at = [str(home / n.partition(":")[2]) if n in remote else n for n in [*sources, destination]]
@@ -284,8 +300,8 @@ class Cloud:
                 raise Refused("ERROR: (gcloud.compute.tpus.tpu-vm.scp) [/usr/bin/scp] exited with return code [1].")
         return 0
 
-    def _ready(self, name: str, verb: str) -> dict:
-        found = self._resource(name, f"tpu-vm.{verb}")
+    def _ready(self, name: str, verb: str, flags: dict[str, str]) -> dict:
+        found = self._resource(name, f"tpu-vm.{verb}", flags)
         if found["states"][0] != "ACTIVE":
             raise Refused(f"ERROR: (gcloud.compute.tpus.tpu-vm.{verb}) the TPU is in state {found['states'][0]}")
         return found
@@ -296,7 +312,7 @@ class Cloud:
         environment = {
             "HOME": str(home), "USER": "user", "LANG": "C.UTF-8", "PATH": f"{self.folder}/bin:/usr/bin:/bin",
             "FAKE_CLOUD": str(self.folder), "FAKE_MACHINE": found["machine"], "FAKE_WORKER": str(worker),
-            "EASYLM_LIBTPU_LOCKFILE": f"{home}/libtpu_lockfile", "EASYLM_PUSH_SECONDS": "0.5",
+            "EASYLM_ROOT": f"{home}/easylm", "EASYLM_LIBTPU_LOCKFILE": f"{home}/libtpu_lockfile", "EASYLM_PUSH_SECONDS": "0.5",
             # What a slice's hosts know of each other.
             "JAX_COORDINATOR_ADDRESS": f"localhost:{found['port']}", "JAX_PROCESS_ID": str(worker),
             "JAX_NUM_PROCESSES": str(_hosts(found["type"])),
@@ -458,6 +474,15 @@ def _parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return names, flags
 
 
+def _key(state: dict, name: str, flags: dict[str, str]) -> str | None:
+    """Of the resource of a name in a zone of a project. One that a test put there without them is everywhere."""
+    for key, resource in state["resources"].items():
+        place = [resource.get(x, flags[x]) == flags[x] for x in ("zone", "project")]
+        if key.partition("@")[0] == name and all(place):
+            return key
+    return None
+
+
 def _free_port() -> int:
     import socket
 
@@ -473,7 +498,11 @@ def _hosts(accelerator: str) -> int:
 
 
 def _workers(flag: str, accelerator: str) -> list[int]:
-    return list(range(_hosts(accelerator))) if flag == "all" else [int(flag)]
+    """Of `all`, a number, a list of numbers or a range."""
+    if flag == "all":
+        return list(range(_hosts(accelerator)))
+    ends = [part.partition("-") for part in flag.split(",")]
+    return [n for first, _, last in ends for n in range(int(first), int(last or first) + 1)]
 
 
 def main() -> int:

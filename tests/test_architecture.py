@@ -70,16 +70,20 @@ def test_only_the_checkpoint_module_knows_orbax():
 LAUNCHER_MAY_IMPORT = {
     "run_file": set(),
     "gcloud": set(),
-    "bucket": {"gcloud", "run_file"},
+    "state": {"run_file"},
+    "bucket": {"gcloud", "state"},
+    "driving": {"bucket", "run_file", "state"},
     "pack": {"run_file"},
-    "machine": {"bucket", "gcloud", "run_file"},
+    "machine": {"gcloud", "run_file"},
+    "requests": {"gcloud", "machine", "run_file", "state"},
+    "asking": {"driving", "gcloud", "machine", "requests", "run_file", "state"},
     "workers": {"gcloud", "run_file"},
     "decide": {"machine", "workers"},
     "records": {"bucket"},
     "logs": {"bucket"},
-    "rehearse": {"bucket", "gcloud", "run_file"},
-    "status": {"bucket", "logs", "machine", "records", "run_file"},
-    "drive": {"bucket", "decide", "machine", "pack", "records", "run_file", "workers"},
+    "rehearse": {"gcloud", "machine", "run_file", "state"},
+    "status": {"bucket", "driving", "logs", "machine", "records", "requests", "run_file", "state"},
+    "drive": {"asking", "bucket", "decide", "driving", "machine", "pack", "records", "run_file", "state", "workers"},
 }
 
 

@@ -217,8 +217,8 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
 
 def test_an_error_of_the_reading_thread_reaches_the_trainer(tmp_path):
     path = write(tmp_path / "a", "jsonl.gz", documents(3000))
-    config, catalog = one_source(path)
     path.write_bytes(path.read_bytes()[:-2000])
+    config, catalog = one_source(path)
     with Loader(config.mixer, catalog, tokenizer()) as loader:
         with pytest.raises(ConfigError, match="a.jsonl.gz: damaged or cut off"):
             for _ in range(5000):

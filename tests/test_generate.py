@@ -182,6 +182,20 @@ def test_every_kind_of_directory_gives_the_same_model(directory, loaded, tmp_pat
     assert generate(graph, params, model, PROMPTS, 8, dtype="float32") == generate(*loaded, PROMPTS, 8, dtype="float32")
 
 
+def test_text_in_float32_is_of_float32_products(loaded, monkeypatch):
+    """A TPU would round their operands to bfloat16."""
+    seen = []
+
+    def traced(params, tokens, *_, **__):
+        seen.append(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
+        return np.zeros((len(tokens), 1), np.int32), np.zeros(len(tokens), np.int32)
+
+    monkeypatch.setattr(module, "_generate", traced)
+    for dtype in ("float32", "bfloat16"):
+        generate(*loaded, [[2, 5]], 1, dtype=dtype)
+    assert seen == ["highest", None]
+
+
 def test_bfloat16_generates(loaded):
     for new in generate(*loaded, PROMPTS, 5):
         assert len(new) == 5 or new[-1] == 1

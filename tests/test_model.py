@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import TypeCheckError
 
 from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig
@@ -18,6 +19,7 @@ from easylm_mling.model.decoder import ForwardOptions, logits, rms_norm, rotary,
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import activated, gated_down
 from easylm_mling.model.params import parameter_table, to_flat, to_nested
+from easylm_mling.model.projection import project
 from easylm_mling.model.remat import REMAT_POLICIES, Remat
 from easylm_mling.model.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.model.splash_attention import splash_attention
@@ -349,6 +351,32 @@ def test_the_gated_product_has_the_gradients_of_its_plain_form(activation, plain
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(back(by_out), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec, shapes", [("btd,nhd->btnh", ((8, 64, 16), (4, 8, 16))), ("btnh,dnh->btd", ((8, 64, 4, 8), (16, 4, 8)))]
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_wide_weight_s_gradient_is_summed_over_devices_in_its_own_dtype(spec, shapes, wide):
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    x, narrow = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    assert project(spec, x, w).dtype == project(spec, x, narrow).dtype == jnp.bfloat16
+    out = jax.eval_shape(partial(project, spec), x, w)
+    grad_out = jax.random.normal(jax.random.key(2), out.shape).astype(out.dtype)
+
+    def gradients(x, w, grad_out):
+        return jax.vjp(partial(project, spec), x, w)[1](grad_out)
+
+    with jax.set_mesh(make_mesh(MeshConfig(1, 8, 1))):
+        rows = jax.NamedSharding(jax.sharding.get_mesh(), PartitionSpec("fsdp"))
+        placed = (jax.device_put(x, rows), w if wide else narrow, jax.device_put(grad_out, rows))
+        by_x, by_w = jax.tree.map(np.asarray, jax.jit(gradients)(*placed))
+    plain = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), *(a.astype(jnp.float32) for a in (x, narrow)))[1]
+    exact_x, exact_w = plain(grad_out.astype(jnp.float32))
+    np.testing.assert_allclose(by_x.astype(np.float32), exact_x, rtol=2**-7, atol=1e-3)
+    assert by_w.dtype == (jnp.float32 if wide else jnp.bfloat16)
+    error = np.linalg.norm(by_w.astype(np.float32) - exact_w) / np.linalg.norm(exact_w)
+    assert (error < 1e-6) == wide, error
 
 
 @pytest.mark.parametrize(

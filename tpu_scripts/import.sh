@@ -6,7 +6,7 @@
 # and in [secrets]: names = HF_TOKEN, of someone who has accepted the model's licence. Worker 0 does it, the others wait.
 set -euo pipefail
 if [ "$WORKER" = 0 ] && ! gcloud storage ls "$IMPORT_TO/complete" > /dev/null 2>&1; then
-  new=$(mktemp -d "$HOME/easylm/import.XXXXXX")
+  new=$(mktemp -d "$EASYLM_BASE/import.XXXXXX")
   trap 'rm -rf "$new"' EXIT
   JAX_PLATFORMS=cpu python -m easylm_mling import-hf "$IMPORT_MODEL" "$new/checkpoint"
   # What a try before this one left would be mixed with it.

@@ -12,14 +12,16 @@ import sys
 import time
 
 from launcher import machine as m
+from launcher import requests
 from launcher.bucket import Bucket, NoAnswer
-from launcher.drive import FINISHED_RUN, STARTED, UP, Driver, remove
+from launcher.drive import FINISHED_RUN, STARTED, UP, Driver
+from launcher.driving import Turn
 from launcher.gcloud import Gcloud
-from launcher.logs import merged
+from launcher.logs import Follower, merged
 from launcher.rehearse import rehearsal
 from launcher.run_file import RunFile, WrongInput, read_run_file
 from launcher.status import status
-from launcher.workers import Workers, place
+from launcher.workers import Worker, Workers, place
 
 KEEP_ALIVE_HELP = """
 --keep-alive watches until the run is done: a machine that is lost is asked for again, a trainer that crashed is started
@@ -29,6 +31,9 @@ takes up where it was. To have a run watched while the laptop is away for days, 
       --image-project=debian-cloud --scopes=cloud-platform
 copy this folder of the project there, and run the same command in tmux. Its price is the VM's.
 """
+
+# Workers send their logs every minute.
+_FOLLOW_SECONDS = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "\nthe launcher ends here; what runs goes on, and a machine that is there is billed until `down`",
+            "\nthe launcher ends here; what runs goes on, and what was asked for stays asked for: it is billed as soon as it is "
+            "there, until `down`",
             file=sys.stderr,
         )
         return 130
@@ -86,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("status", _status, "one screen: machine, step, tokens, speed, checkpoint, attempts, last error")
     logs = add("logs", _logs, "what all workers printed, by time, from the bucket")
     logs.add_argument("-n", type=int, default=200, metavar="LINES", help="the last LINES (default: 200)")
+    logs.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     logs.add_argument("--worker", type=int, help="of one only")
     logs.add_argument("--attempt", type=int, help="default: the newest")
     ssh = add("ssh", _ssh, "a shell on a worker; after -- a command, whose words arrive as they are, on one or all")
@@ -129,9 +136,31 @@ def _status(a, run: RunFile) -> int:
 
 
 def _logs(a, run: RunFile) -> int:
-    lines = merged(Bucket(_gcloud(a, run), run.url), a.attempt, a.worker, a.n)
+    bucket = Bucket(_gcloud(a, run), run.url)
+    if a.follow:
+        return _follow(a, bucket)
+    lines = merged(bucket, a.attempt, a.worker, a.n)
     print("\n".join(lines) or f"no logs in {run.url}/logs yet: workers send theirs every minute")
     return 0
+
+
+def _follow(a, bucket: Bucket) -> int:
+    """Until Ctrl-C. A bucket that gives no answer is asked again."""
+    follower, first = Follower(bucket, a.attempt, a.worker), True
+    try:
+        while True:
+            try:
+                lines = follower.more()
+                if first and lines:
+                    lines, first = lines[max(0, len(lines) - a.n) :], False
+                print("".join(f"{line}\n" for line in lines), end="", flush=True)
+            except NoAnswer as error:
+                _say(f"the bucket gives no answer: {error}")
+            if a.dry_run:
+                return 0
+            time.sleep(_FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        return 0
 
 
 def _ssh(a, run: RunFile) -> int:
@@ -156,9 +185,10 @@ def _cp(a, run: RunFile) -> int:
 
 def _stop(a, run: RunFile) -> int:
     gcloud = _gcloud(a, run)
-    Bucket(gcloud, run.url).want("stop")
-    workers = Workers(gcloud, run).stop(run.stop_minutes * 60)
-    for worker in sorted(workers):
+    bucket = Bucket(gcloud, run.url)
+    bucket.want("stop")
+    workers = _stop_trainers(gcloud, requests.all_places(bucket.state(), run))
+    for worker in workers:
         ended = f"ended with {worker.code}" if worker.code is not None else worker.state
         _say(f"worker {worker.number}: {ended}")
     if not workers:
@@ -170,23 +200,56 @@ def _stop(a, run: RunFile) -> int:
     return 0
 
 
+def _stop_trainers(gcloud, places: list[RunFile]) -> list[Worker]:
+    """Wherever the run has a machine that is ready."""
+    workers = []
+    for at in places:
+        machine = m.look(gcloud, at)
+        if machine.kind == m.READY:
+            _say(f"letting the trainer save and end, for up to {at.stop_minutes:g} minutes")
+            workers += Workers(gcloud, at).stop(at.stop_minutes * 60, machine.hosts)
+    return workers
+
+
 def _down(a, run: RunFile) -> int:
     gcloud = _gcloud(a, run)
     bucket = Bucket(gcloud, run.url)
     bucket.want("down")
-    state = bucket.state()
-    if state is None:
-        raise WrongInput(f"{run.url} knows of no machine of this run, so there is none to delete")
-    if not a.now and m.look(gcloud, run, state.owner).kind == m.READY:
-        _say(f"letting the trainer save and end, for up to {run.stop_minutes:g} minutes (--now does not wait)")
-        Workers(gcloud, run).stop(run.stop_minutes * 60)
+    try:
+        state = bucket.state()
+    except WrongInput as error:
+        _say(f"{error}; meanwhile {run.zone} of {run.project} is looked at")
+        state = None
+    places = requests.all_places(state, run)
+    if state is None and m.look(gcloud, run).kind == m.ABSENT:
+        raise WrongInput(
+            f"{run.url} knows of no machine of this run, and there is none in {run.zone} of {run.project}, so there is none "
+            "to delete (if it was asked for in another zone, put that one into the run file)"
+        )
+    if not a.now:
+        _stop_trainers(gcloud, places)
     sleep = (lambda seconds: None) if a.dry_run else time.sleep
-    remove(gcloud, run, state.owner, _say, sleep)
-    if bucket.wait_for_driver(sleep):
-        # It may just have asked for a machine when it was told to end.
-        remove(gcloud, run, state.owner, _say, sleep)
+    requests.remove_all(gcloud, places, _say, sleep)
+    _after_down(gcloud, run, bucket, sleep)
     _say("no machine is left, and nothing is billed but the bucket")
     return 0
+
+
+def _after_down(gcloud, run: RunFile, bucket: Bucket, sleep):
+    """A launcher may just have asked for a machine when it was told to end; and all that was asked for is gone now."""
+    turn = Turn(bucket)
+    try:
+        if turn.wait_for_driver(_say, sleep):
+            requests.remove_all(gcloud, requests.all_places(bucket.state(), run), _say, sleep)
+        if bucket.state() is None:
+            return
+        state = turn.take(take_over=False)
+    except requests.StillThere:
+        raise
+    except WrongInput:
+        return  # a state that cannot be used, or a launcher that has begun since: there is nothing to write down
+    state.requests = []
+    turn.let_go(state)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 #   number         which worker of the slice this is
 #   with-environment COMMAND...  run it as the trainer is run: in code/, with the run's environment and secrets
 #
-# BASE is ~/easylm/NAME, and this file lies in BASE/code-PACK/tpu_scripts. In BASE:
+# BASE is /var/tmp/easylm/NAME, the same for every account that logs in, and is its account's that came first (workers.py).
+# This file lies in BASE/code-PACK/tpu_scripts. In BASE:
 #   code, venv     what worker_setup.sh made; code/launch/{command,environment} are NUL-separated, so nothing needs quoting
 #   secrets        NUL-separated NAME=VALUE, readable by this user only; never on a command line
 #   lock           locked while anything of an attempt lives; the kernel sees to it
@@ -99,7 +100,7 @@ start() { # N
 
 load_environment() {
   local entry
-  export RUN_DIR RUN_URL WORKER PYTHONPATH="$code" PATH="$base/venv/bin:$PATH" VIRTUAL_ENV="$base/venv"
+  export RUN_DIR RUN_URL WORKER EASYLM_BASE="$base" PYTHONPATH="$code" PATH="$base/venv/bin:$PATH" VIRTUAL_ENV="$base/venv"
   RUN_DIR=$(cat "$code/launch/run_dir") RUN_URL=$(cat "$code/launch/url") WORKER=$(number)
   for file in "$code/launch/environment" "$base/secrets"; do
     [ -e "$file" ] || continue
@@ -132,6 +133,9 @@ push() { # FILE NAME
 supervise() { # N
   local attempt=$1 log=$base/log/attempt-$1.log name argv=() exit_code interrupted='' logger trainer pusher
   export TZ=UTC
+  # systemd-tmpfiles leaves what is old below /var/tmp where the folder is locked.
+  exec 8< "$base"
+  flock --shared 8
   load_environment
   mapfile -d '' -t argv < "$code/launch/command"
   name=$(printf 'attempt-%04d/worker-%s' "$attempt" "$WORKER")

@@ -18,13 +18,13 @@ install() {
   local uv lock venv
   uv=$(command -v uv || true)
   if [ -z "$uv" ] || [[ "$("$uv" --version)" != "uv $uv_version"* ]]; then
-    uv=$HOME/easylm/uv-$uv_version/bin/uv
+    uv=$base/uv-$uv_version/bin/uv
   fi
   if [ ! -x "$uv" ]; then
     echo "installing uv $uv_version"
-    rm -rf "$HOME/easylm/uv-new"
-    python3 -m pip install --quiet --target "$HOME/easylm/uv-new" "uv==$uv_version"
-    mv -T "$HOME/easylm/uv-new" "$HOME/easylm/uv-$uv_version"
+    rm -rf "$base/uv-new"
+    python3 -m pip install --quiet --target "$base/uv-new" "uv==$uv_version"
+    mv -T "$base/uv-new" "$base/uv-$uv_version"
   fi
   lock=$code/tpu_scripts/requirements-tpu.lock
   # Another lock makes another environment: one that is in use never changes.

@@ -173,6 +173,18 @@ class RunConfig:
         """The mixer's part of this run."""
         return MixerConfig(self.data, self.train.batch_size, self.train.budget_tokens)
 
+    # A whole run's config may stand where the mixer's part is asked for.
+
+    @property
+    def batch_size(self) -> int:
+        """As MixerConfig's."""
+        return self.train.batch_size
+
+    @property
+    def budget_tokens(self) -> int:
+        """As MixerConfig's."""
+        return self.train.budget_tokens
+
     @property
     def lanes(self) -> int:
         """As MixerConfig's."""

@@ -14,12 +14,12 @@ import numpy as np
 import orjson
 
 from easylm_mling.config import DataConfig, to_tree
-from easylm_mling.data.sources.listing import Info, find_files, size_and_fingerprint
+from easylm_mling.data.sources.listing import Info, find_files, has_changed, left_out_text, size_and_fingerprint
 from easylm_mling.data.sources.readers import DAMAGE, damaged
 from easylm_mling.data.sources.splitting import Cut, cut, layout_of
 from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
-from easylm_mling.storage.files import DEFAULT_RETRY, Retry
+from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, stamp
 
 UNITS_PER_BLOCK = 4
 _FORMAT = 1
@@ -56,8 +56,9 @@ class Source:
     """The files and units of one source.
 
     `units` is int64 [units, 4]: index into `files`, first position, position after the last, estimated bytes of text.
-    `settings` are those of the source's config that decide the order and content of its documents. `retry` is not saved:
-    it may differ from process to process.
+    `settings` are those of the source's config that decide the order and content of its documents. Not saved is what
+    may differ from process to process: `retry`, `stamps`, each local file's size and time as it was listed, and
+    `left_out`, the names of files beside the source's own that are not read.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Source:
     units: np.ndarray
     settings: dict
     retry: Retry = field(default=DEFAULT_RETRY, compare=False)
+    stamps: tuple[str, ...] = field(default=(), compare=False)
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -76,6 +79,19 @@ class Source:
         """Each unit's index into `languages`, int64 [units]."""
         of_file = np.array([self.languages.index(f.language) for f in self.files], np.int64)
         return of_file[self.units[:, 0]]
+
+    def check_file(self, index: int):
+        """Raise ConfigError if the file is not the one that was listed when this process began."""
+        file = self.files[index]
+        if is_remote(file.name):
+            changed = has_changed(file.name, file.size, file.fingerprint, self.retry)
+        else:
+            now = stamp(file.name)  # none if it is gone, which reading says better
+            changed = bool(now and self.stamps) and now != self.stamps[index]
+        if changed:
+            raise ConfigError(
+                f"{file.name}: was changed while the run read it; restore it and run again, or start a new run_dir"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,11 @@ class Catalog:
     def fingerprint(self) -> str:
         """Hex digest (128 bits) of everything that decides which document comes when."""
         return blake2b(orjson.dumps(self._tree()), digest_size=16).hexdigest()
+
+    def remarks(self) -> list[str]:
+        """Return a line about each source whose folders hold files that are not read."""
+        sources = [s for s in self.sources.values() if s.left_out]
+        return [f"data.sources.{s.name}.paths: {left_out_text(s.left_out)}" for s in sources]
 
     def save(self, path: str | Path):
         """Write the catalog as JSON, atomically."""
@@ -149,9 +170,9 @@ def reopen_catalog(stored: Catalog, data: DataConfig) -> Catalog:
 
     Raises ConfigError as Catalog.check does, and for files that cannot be listed.
     """
-    stored.check(Catalog(_list_sources(data, stored.sources), _settings(data)))
-    retry = Retry(data.retries, data.retry_seconds)
-    return replace(stored, sources={name: replace(s, retry=retry) for name, s in stored.sources.items()})
+    now = Catalog(_list_sources(data, stored.sources), _settings(data))
+    stored.check(now)
+    return replace(now, sources={name: replace(s, units=stored.sources[name].units) for name, s in now.sources.items()})
 
 
 def _settings(data: DataConfig) -> dict:
@@ -164,12 +185,13 @@ def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Sour
     listed = {}
     for name, source in data.sources.items():
         stored_names = tuple(f.name for f in stored[name].files) if name in stored else ()
-        matches = find_files(f"data.sources.{name}", source, retry, stored_names)
+        matches, left_out = find_files(f"data.sources.{name}", source, retry, stored_names)
+        stamps = tuple(stamp(path) for path in sorted(matches))
         arguments = [(path, *matches[path], retry) for path in sorted(matches)]
         files = tuple(_in_parallel(lambda of_file: _list_file(*of_file), arguments))
-        listed[name] = Source(
-            name, files, np.zeros((0, 4), np.int64), {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS}, retry
-        )
+        settings = {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS}
+        no_units = np.zeros((0, 4), np.int64)
+        listed[name] = Source(name, files, no_units, settings, retry, stamps, tuple(left_out))
     return listed
 
 

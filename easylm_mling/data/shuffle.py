@@ -173,9 +173,13 @@ def epoch_windows(order: EpochOrder, epoch: int, split: str) -> Iterator[Window]
 
 
 def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
-    """Yield the documents (UTF-8) of one unit in the file's order, and the bad records between them."""
+    """Yield the documents (UTF-8) of one unit in the file's order, and the bad records between them.
+
+    Raises ConfigError for a file that is damaged, unreadable, or another than the one that was listed.
+    """
     index, start, end, _ = source.units[unit].tolist()
     file, column, row = source.files[index], source.settings["text_column"], source.settings["row"]
+    source.check_file(index)
     yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
 
 

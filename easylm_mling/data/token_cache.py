@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from easylm_mling.data.shuffle import EpochOrder, Window, windows
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
-from easylm_mling.errors import check_format
+from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
 
 _FORMAT = 1
@@ -56,8 +56,10 @@ class TokenCache:
                 check_format(path, "token cache", about.get("format"), _FORMAT, remove)
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
                 tokens = file.get_slice("tokens")
-        except (OSError, SafetensorError, orjson.JSONDecodeError, KeyError, TypeError):
-            return None
+        except ConfigError:
+            raise
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError):
+            return None  # damaged, or cut off by a machine that went down
         if about.pop("checksum", None) != _checksum(arrays, about):
             return None
         bad = [BadRecord(b["reason"], b["file"], b["offset"], bytes.fromhex(b["head"])) for b in about["bad"]]

@@ -27,6 +27,7 @@ from easylm_mling.hf.exporting import stored_model
 from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
 from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
 from easylm_mling.model.decoder import ForwardOptions, Gemma, logits
+from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
 from easylm_mling.storage.object_store import small_files
 from easylm_mling.training.state import abstract_params, model_graph
@@ -82,18 +83,19 @@ def generate(
     tokens = np.full((len(prompts), -(-lengths.max() // unit) * unit), max(0, model.pad_token_id), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    new, count = _generate(
-        params,
-        tokens,
-        lengths,
-        jax.random.key(seed),
-        np.int32(max_new_tokens),
-        (np.float32(temperature or 1.0), np.int32(top_k or model.vocab_size), np.float32(top_p)),
-        graph=graph,
-        room=-(-max_new_tokens // _SLOTS) * _SLOTS,
-        greedy=temperature == 0,
-        dtype=jnp.dtype(dtype),
-    )
+    with products_in(dtype):
+        new, count = _generate(
+            params,
+            tokens,
+            lengths,
+            jax.random.key(seed),
+            np.int32(max_new_tokens),
+            (np.float32(temperature or 1.0), np.int32(top_k or model.vocab_size), np.float32(top_p)),
+            graph=graph,
+            room=-(-max_new_tokens // _SLOTS) * _SLOTS,
+            greedy=temperature == 0,
+            dtype=jnp.dtype(dtype),
+        )
     return [row[:n].tolist() for row, n in zip(np.asarray(new), np.asarray(count), strict=True)]
 
 

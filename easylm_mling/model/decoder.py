@@ -25,6 +25,7 @@ from easylm_mling.config import ModelConfig, RopeScaling
 from easylm_mling.model.attention import attention, capped
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import gated_down
+from easylm_mling.model.projection import project
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import constrain
 
@@ -36,6 +37,7 @@ class ForwardOptions:
     dtype: DTypeLike  # of activations, and of kernels while they are used
     remat: Remat = Remat()
     attention: Callable = attention  # one with the signature of model/attention.py's
+    float32_reduction: bool = False  # of the kernels' gradients over devices; else they are summed in `dtype`
 
 
 Hidden = Float[Array, "B T D"]
@@ -82,10 +84,10 @@ class Attention(nnx.Module):
         self, x: Hidden, positions: Ids, frequencies: Float32[Array, "_"], attend: LayerAttend
     ) -> tuple[Hidden, Any]:
         """Return the output, in x's dtype, and what `attend(q, k, v)` made of the cache. `frequencies` are [H / 2]."""
-        m, dtype = self.config, x.dtype
-        q = jnp.einsum("btd,nhd->btnh", x, self.q_proj[...].astype(dtype))
-        k = jnp.einsum("btd,khd->btkh", x, self.k_proj[...].astype(dtype))
-        v = jnp.einsum("btd,khd->btkh", x, self.v_proj[...].astype(dtype))
+        m = self.config
+        q = project("btd,nhd->btnh", x, self.q_proj[...])
+        k = project("btd,khd->btkh", x, self.k_proj[...])
+        v = project("btd,khd->btkh", x, self.v_proj[...])
         if m.family.qk_norm:
             q, k = _norm(q, self.q_norm, m), _norm(k, self.k_norm, m)
         q = checkpoint_name(rotary(q, positions, frequencies, scale=m.query_scale), "q")
@@ -96,7 +98,7 @@ class Attention(nnx.Module):
         v = constrain(v, "batch", "position", "kv_heads", "head_dim")
         context, cache = attend(q, k, v)
         context = constrain(context, "batch", "position", "heads", "head_dim")
-        return checkpoint_name(jnp.einsum("btnh,dnh->btd", context, self.o_proj[...].astype(dtype)), "o"), cache
+        return checkpoint_name(project("btnh,dnh->btd", context, self.o_proj[...]), "o"), cache
 
 
 class MLP(nnx.Module):
@@ -111,10 +113,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Return the output, in x's dtype."""
-        gate = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.gate_proj[...].astype(x.dtype)), "gate")
-        up = checkpoint_name(jnp.einsum("btd,fd->btf", x, self.up_proj[...].astype(x.dtype)), "up")
+        gate = checkpoint_name(project("btd,fd->btf", x, self.gate_proj[...]), "gate")
+        up = checkpoint_name(project("btd,fd->btf", x, self.up_proj[...]), "up")
         gate, up = (constrain(part, "batch", "position", "mlp") for part in (gate, up))
-        return gated_down(gate, up, self.down_proj[...].astype(x.dtype), self.activation)
+        return gated_down(gate, up, self.down_proj[...], self.activation)
 
 
 class Layer(nnx.Module):
@@ -190,7 +192,9 @@ class Gemma(nnx.Module):
             return layer(x, positions, traits.frequencies, lambda q, k, v: attend(q, k, v, traits.window, cache))
 
         # Cast before the scan, so that stacked gradients are held in `dtype` too. Norms' weights (ndim 2) stay float32.
-        layers = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, self.layers)
+        layers = self.layers
+        if not options.float32_reduction:
+            layers = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, layers)
         stack = (layers, layer_traits(self.config), caches)
         parts = []
         for policy, begin, end in remat.portions(self.config.num_hidden_layers):

@@ -21,9 +21,12 @@ _barrier = jax.lax.optimization_barrier
 def gated_down(
     gate: Float[Array, "B T F"], up: Float[Array, "B T F"], down: Float[Array, "D F"], activation: str
 ) -> Float[Array, "B T D"]:
-    """Compute activation(gate) * up, projected by `down`, all in one dtype; `activation` is Hugging Face's name."""
+    """Compute activation(gate) * up, projected by `down`, in gate's dtype; `activation` is Hugging Face's name.
+
+    The gradient of `down` is summed over devices in the dtype of `down` (model/projection.py).
+    """
     hidden = _barrier(activated(gate, activation) * up)
-    return jnp.einsum("btf,df->btd", hidden, down)
+    return jnp.einsum("btf,df->btd", hidden, down.astype(hidden.dtype))
 
 
 def _forward(gate, up, down, activation):
@@ -32,7 +35,7 @@ def _forward(gate, up, down, activation):
 
 def _backward(activation, residuals, grad_out):
     gate, up, down = residuals
-    grad_hidden = jnp.einsum("btd,df->btf", grad_out, down)
+    grad_hidden = jnp.einsum("btd,df->btf", grad_out, down.astype(gate.dtype))
     wide, wide_up, wide_grad = (x.astype(jnp.float32) for x in (gate, up, grad_hidden))
     share, slope = _sigmoid(wide, activation)
     value = wide * share
@@ -40,7 +43,8 @@ def _backward(activation, residuals, grad_out):
     pair = grad_gate.astype(gate.dtype), (wide_grad * value).astype(up.dtype)
     # In row-major order: v6e's compiler would transpose them and first copy a saved gate and up, 7 of 41 ms a layer of 7B.
     grad_gate, grad_up = _barrier(tuple(with_layout_constraint(x, Layout((0, 1, 2))) for x in pair))
-    grad_down = jnp.einsum("btd,btf->df", grad_out, value.astype(gate.dtype) * up)
+    hidden = value.astype(gate.dtype) * up
+    grad_down = jnp.einsum("btd,btf->df", grad_out, hidden, preferred_element_type=down.dtype)
     return grad_gate, grad_up, grad_down
 
 

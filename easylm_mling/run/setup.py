@@ -46,6 +46,8 @@ def open_run(
     """
     run = RunDirectory(config, accept_data_change, process_index())
     catalog = open_catalog(run, config, accept_data_change)
+    for remark in catalog.remarks():
+        warn(console, remark)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     own_lanes(config, mesh)

@@ -49,6 +49,15 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
+def stamp(name: str) -> str:
+    """Return a local file's size and time of modification; empty if it is remote, or gone."""
+    try:
+        status = os.stat(name) if not is_remote(name) else None
+    except OSError:
+        status = None
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}" if status else ""
+
+
 def attempt(name: str, retry: Retry, call: Callable[[], Result]) -> Result:
     """Return `call()`, which is tried again after each failure that may pass.
 

@@ -23,6 +23,7 @@ from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
 from easylm_mling.model.attention import cudnn_attention
 from easylm_mling.model.decoder import ForwardOptions
+from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import batch_sharding, parameter_shardings, replicated
 from easylm_mling.model.splash_attention import runs_on, splash_attention
@@ -51,7 +52,7 @@ class StepConfig:
     def forward(self) -> ForwardOptions:
         t = self.train
         remat = Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
-        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention)
+        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention, t.float32_reduction)
 
 
 def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
@@ -94,7 +95,8 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
     nothing = (jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros((c.sources,)), jnp.zeros((c.sources,))))
-    (gradient, (loss_sum, loss_count)), _ = jax.lax.scan(accumulate, nothing, microbatches)
+    with products_in(c.train.compute_dtype):
+        (gradient, (loss_sum, loss_count)), _ = jax.lax.scan(accumulate, nothing, microbatches)
 
     total = jnp.maximum(jnp.sum(loss_count), 1.0)
     gradient, norm = clip_by_global_norm(jax.tree.map(lambda g: g / total, gradient), c.clip_norm)
@@ -129,7 +131,8 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
 
 def eval_step(params: dict, batch: dict, *, c: StepConfig) -> SourceSums:
     """(cross entropy, target count) summed for each source."""
-    return batch_loss(params, batch, c)[1]
+    with products_in(c.train.compute_dtype):
+        return batch_loss(params, batch, c)[1]
 
 
 def attention_on(config: RunConfig, mesh: Mesh) -> Callable:

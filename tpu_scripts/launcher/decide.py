@@ -6,22 +6,24 @@
                                               ^                                                  |
                                               +---- 42: at once; 1, 85, ...: within the budget --+-- 0: done
                                                                                                  +-- 3, or 2 at first: given up
-What is not understood, or did not answer, is waited for: nothing is ever deleted on a guess.
+What is not understood, or did not answer, is waited for: nothing is ever deleted on a guess. A worker that says nothing for
+long, while no step is made, has an end too.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from . import machine as m
 from .machine import Machine
 from .workers import EXITED, LOST, RUNNING, Worker
 
-WAIT, CREATE, DELETE, SET_UP, START, END_OTHERS, ENDED, REFUSE = (
-    "wait create delete set-up start end-others ended refuse".split()
+WAIT, CREATE, DELETE, SET_UP, START, END_OTHERS, ENDED, SILENT, REFUSE = (
+    "wait create delete set-up start end-others ended silent refuse".split()
 )
 
-# Exit codes of the trainer, as easylm_mling/exits.py has them; it is not imported, for a laptop need not have what it needs.
+# Exit codes of the trainer, as easylm_mling/errors.py has them; it is not imported, for a laptop need not have what it needs.
 DONE, WRONG_INPUT, NO_CHECKPOINT, PREEMPTED, STUCK = 0, 2, 3, 42, 85
 FINISHED, RESTART, CRASH, WRONG, STOP = "finished restart crash wrong stop".split()
 
@@ -39,9 +41,10 @@ class Seen(NamedTuple):
     pack: str
     attempt: int
     ended_for_seconds: float  # since the first worker was seen to have ended badly
+    silent_for_seconds: float = 0.0  # since a worker did not answer, and no new step was made
 
 
-def decide(seen: Seen, settle_seconds: float) -> Action:
+def decide(seen: Seen, settle_seconds: float, silence_seconds: float = math.inf) -> Action:
     """The next action; its `why` is for people."""
     machine, workers = seen.machine, seen.workers
     if machine.kind == m.FOREIGN:
@@ -53,7 +56,7 @@ def decide(seen: Seen, settle_seconds: float) -> Action:
     if machine.kind != m.READY:
         return Action(WAIT, machine.said)
     if workers is None or len(workers) < machine.hosts:
-        return Action(WAIT, f"{len(workers or ())} of {machine.hosts} workers answer")
+        return _silence(machine, workers or [], seen.silent_for_seconds, silence_seconds)
     if any(w.attempt > seen.attempt for w in workers):
         return Action(
             REFUSE, f"a worker is at attempt {max(w.attempt for w in workers)}, which this launcher did not begin"
@@ -71,6 +74,16 @@ def decide(seen: Seen, settle_seconds: float) -> Action:
     if seen.ended_for_seconds < settle_seconds:
         return Action(WAIT, f"{names} ended; the others should end soon")
     return Action(END_OTHERS, f"{names} ended {seen.ended_for_seconds:.0f} seconds ago, and the others did not")
+
+
+def _silence(machine: Machine, workers: list[Worker], lasted: float, most: float) -> Action:
+    silent = sorted(set(range(machine.hosts)) - {w.number for w in workers})
+    why = f"{len(workers)} of {machine.hosts} workers answer"
+    if workers:
+        why += f", not {', '.join(map(str, silent[:5]))}{', ...' if len(silent) > 5 else ''}"
+    if lasted <= most:
+        return Action(WAIT, why)
+    return Action(SILENT, f"{why}, for {lasted / 60:.0f} minutes, in which no step was made")
 
 
 def _before_start(workers: list[Worker], pack: str) -> Action:

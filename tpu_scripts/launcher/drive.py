@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
 from typing import Callable
 
 from . import machine as m
-from .bucket import Bucket, NoAnswer, State
+from .asking import Asking
+from .bucket import Bucket, NoAnswer
 from .decide import (
     CRASH,
     CREATE,
@@ -19,6 +21,7 @@ from .decide import (
     REFUSE,
     RESTART,
     SET_UP,
+    SILENT,
     START,
     STOP,
     WAIT,
@@ -28,9 +31,11 @@ from .decide import (
     decide,
     verdict,
 )
+from .driving import Turn
 from .pack import make_pack
 from .records import newest_step, newest_train_line
 from .run_file import RunFile, WrongInput, secret_values
+from .state import State
 from .workers import EXITED, LOST, Worker, Workers
 
 # What is to be reached: a machine on which all workers are ready; a run that was started; a run that is done.
@@ -45,12 +50,16 @@ class Driver:
     def __init__(self, run: RunFile, gcloud, goal: str, say: Callable[[str], None], sleep: Callable[[float], None]):
         self.run, self.gcloud, self.goal, self.say, self.sleep = run, gcloud, goal, say, sleep
         self.bucket, self.workers = Bucket(gcloud, run.url), Workers(gcloud, run)
+        self.turn = Turn(self.bucket)
+        self.asking = Asking(run, gcloud, self.turn, self._note, self._wait, self._rest)
         self.state = State()
         self.seen: list[Worker] = []
-        self.ended_since = 0.0
-        self.refused = self.setups_failed = 0
+        self.ended_since = self.silent_since = 0.0
+        self.step_at_silence = 0
+        self.setups_failed = 0
+        self.kept_until = 0.0  # of a run that was given up, the time when its machine is deleted
         self.told, self.told_at = "", 0.0
-        self.known = False  # whether gcloud has given any good answer yet
+        self.adopts = False  # whether the state was lost, so that the workers know more
 
     def drive(self, take_over: bool, again: bool) -> int:
         """Returns 0 when the goal is reached, or somebody asked for a stop; 1 when the run was given up.
@@ -59,11 +68,12 @@ class Driver:
         """
         secret_values(self.run)
         try:
-            self.state = self.bucket.take(take_over)
+            self.state = self.turn.take(take_over)
+            self.adopts = not self.state.history
             try:
                 return self._prepared(again)
             finally:
-                self.bucket.let_go(self.state)
+                self.turn.let_go(self.state)
         except NoAnswer as error:
             raise WrongInput(f"the bucket of {self.run.url} gives no answer: {error}") from None
 
@@ -89,24 +99,57 @@ class Driver:
         """Look and act once; an exit code if that was the last time."""
         if self._stopped():
             self.say("a stop was asked for; this launcher ends")
-            return 0
-        self.bucket.beat(self.state)
-        action = decide(self._look(), self.run.settle_seconds)
+            return 0 if self.state.ended in ("", "done") else 1
+        self.turn.beat(self.state)
+        if self.state.ended:
+            return self._over()
+        if self.asking.withdrew_elsewhere(self.state):
+            return None
+        action = decide(self._look(), self.run.settle_seconds, self.run.silence_minutes * 60)
         if action.what == WAIT:
             return self._waiting(action.why)
         return self._do(action)
 
     def _look(self) -> Seen:
-        machine = m.look(self.gcloud, self.run, self.state.owner)
-        if machine.kind == m.UNKNOWN and not self.known and any(x in machine.said for x in m.FOR_A_PERSON):
-            raise WrongInput(machine.said)
-        self.known |= machine.kind != m.UNKNOWN
-        workers = self.workers.status() if machine.kind == m.READY else None
+        machine = self.asking.look(self.state)
+        workers = self.workers.status(machine.hosts) if machine.kind == m.READY else None
         self.seen = workers or []
+        if self.workers.others:
+            raise WrongInput(
+                f"the workers are set up by the account {self.workers.others}, for which this one may not act there (no sudo): "
+                "drive the run from that account. Nothing was changed"
+            )
+        if workers is not None and len(workers) == machine.hosts:
+            self._adopt(workers)
         over = any(w.attempt == self.state.attempt and w.state in (EXITED, LOST) for w in self.seen)
         self.ended_since = (self.ended_since or time.time()) if over else 0.0
         lasted = time.time() - self.ended_since if over else 0.0
-        return Seen(machine, workers, self.state.pack, self.state.attempt, lasted)
+        silent = self._silent_for(workers is not None and len(workers) < machine.hosts)
+        return Seen(machine, workers, self.state.pack, self.state.attempt, lasted, silent)
+
+    def _adopt(self, workers: list[Worker]):
+        """Where the state was lost, an attempt that runs is this run's, and no number is given twice."""
+        if not self.adopts:
+            return
+        self.adopts = False
+        newest = max(w.attempt for w in workers)
+        if newest and newest >= self.state.started:
+            self.state.attempt = self.state.started = newest
+        else:
+            self._next_attempt()
+
+    def _silent_for(self, silent: bool) -> float:
+        """Seconds for which a worker did not answer and training did not go on."""
+        if not silent:
+            self.silent_since = 0.0
+            return 0.0
+        if not self.silent_since:
+            self.silent_since, self.step_at_silence = time.time(), newest_step(self.bucket)
+        lasted = time.time() - self.silent_since
+        if lasted > self.run.silence_minutes * 60 and (step := newest_step(self.bucket)) > self.step_at_silence:
+            self.silent_since, self.step_at_silence = time.time(), step
+            return 0.0
+        return lasted
 
     def _stopped(self) -> bool:
         return self.bucket.read("launch/wanted") in ("stop", "down")
@@ -121,13 +164,14 @@ class Driver:
             return self._create()
         if action.what == DELETE:
             self._next_attempt()
-            self._note(f"the machine is {action.why}: it is deleted, and asked for again")
-            m.delete(self.gcloud, self.run)
-        elif action.what == SET_UP:
+            return self._end(self.asking.lost(self.state, action.why))
+        if action.what == SET_UP:
             return self._set_up()
-        elif action.what == START:
+        if action.what == START:
             return self._start()
-        elif action.what == END_OTHERS:
+        if action.what == SILENT:
+            return self._silent(action.why)
+        if action.what == END_OTHERS:
             self._note(f"{action.why}: they are ended")
             self.workers.stop(30)
         elif action.what == ENDED:
@@ -137,19 +181,28 @@ class Driver:
     def _create(self) -> int | None:
         if self._stopped():
             return None
-        self.state.machines += 1
-        self.bucket.keep(self.state)
-        answer = m.create(self.gcloud, self.run, self.state)
-        if answer.ok:
-            self.refused = 0
-            self._note(f"asked for a {self.run.type} ({self.run.capacity}) in {self.run.zone}")
-        elif m.for_a_person(answer):
-            raise WrongInput(answer.why)
-        elif "ALREADY_EXISTS" not in answer.err:
-            self.state.machines -= 1
-            self.refused += 1
-            self._wait(f"no machine to be had: {answer.why}")
-            self.sleep(self._backoff(self.refused))
+        # What ran on a machine before this one is over, however that went: no attempt's log is written over.
+        self._next_attempt()
+        return self._end(self.asking.create(self.state))
+
+    def _end(self, why: str) -> int | None:
+        """Ask no more, and leave nothing, if there is a reason."""
+        if why:
+            self.state.ended = why
+            self._note(f"given up: {why}")
+        return None
+
+    def _silent(self, why: str) -> int | None:
+        """Workers that hang are replaced with their machine; where none answers, the fault may be this computer's."""
+        self.silent_since = 0.0
+        why = f"{why}{f' ({self.workers.why})' if self.workers.why else ''}"
+        self._count_crash()
+        if not self.seen or self.goal != FINISHED_RUN or self.state.crashes > self.run.max_crashes:
+            return self._give_up(why)
+        self._next_attempt()
+        self._note(f"{why}: the machine is deleted, and asked for again")
+        self.workers.stop(self.run.stop_minutes * 60)
+        self.asking.replace()
         return None
 
     def _set_up(self) -> int | None:
@@ -162,7 +215,7 @@ class Driver:
                 self.say(line)
             if self.setups_failed > self.run.max_crashes:
                 return self._give_up(f"setting up failed {self.setups_failed} times: {failed[-1]}")
-            self.sleep(self._backoff(self.setups_failed))
+            self.sleep(self.asking.backoff(self.setups_failed))
         elif not answer.ok:
             self._wait(f"setting up did not reach all workers: {answer.why}")
         return None
@@ -219,7 +272,7 @@ class Driver:
                 return self._give_up(f"{why}; {self.state.crashes} crashes in a row without a new step")
             self._next_attempt()
             self._note(f"{why} (crash {self.state.crashes} of {self.run.max_crashes} that are borne); going on")
-            self.sleep(self._backoff(self.state.crashes))
+            self.sleep(self.asking.backoff(self.state.crashes))
         else:
             return self._give_up(why)
         return None
@@ -245,28 +298,34 @@ class Driver:
         self._note("done")
         return self._remove()
 
-    def _give_up(self, why: str) -> int:
+    def _give_up(self, why: str) -> int | None:
         self.state.ended = why
+        stays = self.goal == FINISHED_RUN
+        self.kept_until = time.time() + self.run.keep_minutes * 60 if stays else math.inf
         self._note(f"given up: {why}")
         self.say("`logs` has the last words of every worker. After a repair, `run` goes on from the newest checkpoint")
-        if self.goal != FINISHED_RUN:
+        if not stays:
             self.say("the machine is kept, and billed until `down`")
             return 1
         self.say(
             f"the machine is kept for {self.run.keep_minutes:g} minutes, for a look ([policy] keep_minutes), then deleted"
         )
-        until = time.time() + self.run.keep_minutes * 60
-        while time.time() < until:
-            self.sleep(min(self.run.poll_seconds, max(0.0, until - time.time())))
-            if self._stopped():
-                return 1
-            self.bucket.beat(self.state)
+        return None
+
+    def _over(self) -> int | None:
+        """What is left of a run that is done, or was given up; an exit code if that is all."""
+        if self.kept_until == math.inf:
+            return 1
+        if time.time() < self.kept_until:
+            return None
+        done = self.state.ended == "done"
         self._remove()
-        return 1
+        return 0 if done else 1
 
     def _remove(self) -> int:
-        """Delete the machine, if it is ours, and see that it is gone."""
-        remove(self.gcloud, self.run, self.state.owner, self._wait, self.sleep)
+        """Delete all that was asked for, and see that it is gone."""
+        self.asking.remove_all(self.state)
+        self.turn.keep(self.state)
         self.say("no machine is left, and nothing is billed but the bucket")
         return 0
 
@@ -291,34 +350,20 @@ class Driver:
     def _workers(self) -> str:
         return f"{len(self.seen)} worker{'s' if len(self.seen) > 1 else ''}"
 
-    def _backoff(self, times: int) -> float:
-        return min(300.0, self.run.backoff_seconds * 2 ** min(times - 1, 10))
+    def _rest(self, seconds: float):
+        """Sleep, and go on saying that this launcher lives."""
+        self.sleep(seconds)
+        self.turn.beat(self.state)
 
     def _note(self, text: str):
         """Say it, and keep it with the state."""
         self.told = text
         self.say(text)
         self.state.history.append([round(time.time()), text])
-        self.bucket.keep(self.state)
+        self.turn.keep(self.state)
 
     def _wait(self, why: str):
         """Said when it is new, and again now and then: waiting may cost money."""
         if why != self.told or time.time() - self.told_at > _SAY_AGAIN_SECONDS:
             self.told, self.told_at = why, time.time()
             self.say(f"waiting: {why}" if why != "running" else why)
-
-
-def remove(gcloud, run: RunFile, owner: str, wait: Callable[[str], None], sleep: Callable[[float], None]):
-    """Delete the run's machine and return when there is none. Raises WrongInput if what is there is not the run's."""
-    while True:
-        machine = m.look(gcloud, run, owner)
-        if machine.kind == m.ABSENT:
-            return
-        if machine.kind == m.FOREIGN:
-            raise WrongInput(f"{machine.said}; it is left as it is")
-        if machine.kind in (m.UNKNOWN, m.GOING):
-            wait(machine.said)
-        else:
-            wait(f"deleting the machine ({machine.said})")
-            m.delete(gcloud, run)
-        sleep(min(run.poll_seconds, 10))

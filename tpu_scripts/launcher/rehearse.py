@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 
-from .bucket import State
 from .gcloud import Answer, Rehearsal
+from .machine import owner_of
 from .run_file import RunFile
+from .state import State
 
 # Chips on a host; the number in a type counts cores of v4 and v5p, two to a chip, and chips of the others.
 _CHIPS_A_HOST = 4
@@ -23,25 +23,23 @@ def hosts(accelerator: str) -> int:
 
 def rehearsal(run: RunFile, exists: bool) -> Rehearsal:
     """`exists`: the run was started before, as stop and down suppose."""
-    owner = "OWNER"
-    there = State(owner=owner, started=1)
-    seen = {"machine": exists, "owner": owner, "pack": "", "attempt": 1 if exists else 0, "polls": 0}
+    there = State(started=1)
+    seen = {"machine": exists, "pack": "", "attempt": 1 if exists else 0, "polls": 0}
 
     def answer(arguments: tuple[str, ...]) -> Answer:
         verb = " ".join(arguments[: 4 if arguments[0] == "compute" else 2])
         if verb == "storage cat":
             if exists and arguments[2].endswith("state.json"):
-                return Answer(0, json.dumps(asdict(there)), "")
+                return Answer(0, there.text(), "")
             return Answer(1, "", "matched no objects")
         if verb.endswith("queued-resources create"):
-            label = next(x for x in arguments if x.startswith("--labels="))
-            seen.update(machine=True, owner=label.rpartition("=")[2])
+            seen["machine"] = True
         elif verb.endswith("queued-resources delete"):
             seen["machine"] = False
         elif not seen["machine"] and verb.endswith("describe"):
             return Answer(1, "", f"NOT_FOUND: {run.name}")
         elif verb.endswith("queued-resources describe"):
-            node = {"node": {"labels": {"easylm-owner": seen["owner"]}}}
+            node = {"node": {"labels": {"easylm-owner": owner_of(run)}}}
             return Answer(0, json.dumps({"state": {"state": "ACTIVE"}, "tpu": {"nodeSpec": [node]}}), "")
         elif verb.endswith("tpu-vm describe"):
             return Answer(0, json.dumps({"state": "READY", "networkEndpoints": [{}] * hosts(run.type)}), "")

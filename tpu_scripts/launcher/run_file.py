@@ -29,7 +29,16 @@ KEYS = {
     "setup": ("script",),
     "after": ("script",),
     "secrets": ("names",),
-    "policy": ("max_crashes", "keep_minutes", "poll_seconds", "backoff_seconds", "settle_seconds", "stop_minutes"),
+    "policy": (
+        "max_crashes",
+        "keep_minutes",
+        "poll_seconds",
+        "backoff_seconds",
+        "settle_seconds",
+        "stop_minutes",
+        "answer_seconds",
+        "silence_minutes",
+    ),
 }
 # Flags of `create` that the run file has a key for, or that make the machine this run's.
 OWN_FLAGS = (
@@ -70,6 +79,8 @@ class RunFile:
     backoff_seconds: float
     settle_seconds: float
     stop_minutes: float
+    answer_seconds: float
+    silence_minutes: float
 
 
 def read_run_file(path: str) -> RunFile:
@@ -125,6 +136,7 @@ def read_run_file(path: str) -> RunFile:
         poll_seconds=number("poll_seconds", 30, 0.01), backoff_seconds=number("backoff_seconds", 10, 0),
         # JAX's own heartbeat ends the others 100 seconds after one died.
         settle_seconds=number("settle_seconds", 150, 0), stop_minutes=number("stop_minutes", 10, 0),
+        answer_seconds=number("answer_seconds", 60, 1), silence_minutes=number("silence_minutes", 30, 0.01),
     )  # fmt: skip
 
 

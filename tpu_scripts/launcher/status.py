@@ -7,10 +7,13 @@ import time
 from datetime import datetime, timezone
 
 from . import machine as m
-from .bucket import STALE_SECONDS, Bucket, State
+from .bucket import Bucket
+from .driving import STALE_SECONDS
 from .logs import last_errors
 from .records import speed, tail
+from .requests import all_places
 from .run_file import RunFile
+from .state import State
 
 
 def status(gcloud, run: RunFile) -> str:
@@ -18,7 +21,9 @@ def status(gcloud, run: RunFile) -> str:
     bucket, now = Bucket(gcloud, run.url), time.time()
     state = bucket.state()
     if state is None:
-        return f"{run.name}: nothing has been started yet ({run.url} holds no state)"
+        machine = m.look(gcloud, run)
+        there = "" if machine.kind == m.ABSENT else f"; but in {run.zone} of {run.project}: {machine.said}"
+        return f"{run.name}: nothing has been started yet ({run.url} holds no state){there}"
     metrics, events = tail(bucket, "metrics.jsonl"), tail(bucket, "events.jsonl")
     rows = [
         ("machine", _machine(gcloud, run, state)),
@@ -39,10 +44,15 @@ def status(gcloud, run: RunFile) -> str:
 
 
 def _machine(gcloud, run: RunFile, state: State) -> str:
-    machine = m.look(gcloud, run, state.owner)
-    if machine.kind == m.READY:
-        return f"{machine.said}, {machine.hosts} workers (billed)"
-    return f"unknown: {machine.said}" if machine.kind == m.UNKNOWN else machine.said
+    """A line for each place where a machine of the run may be."""
+    lines = []
+    for place in all_places(state, run):
+        machine = m.look(gcloud, place)
+        text = f"unknown: {machine.said}" if machine.kind == m.UNKNOWN else machine.said
+        if machine.kind == m.READY:
+            text = f"{machine.said}, {machine.hosts} workers (billed)"
+        lines.append(text if (place.zone, place.project) == (run.zone, run.project) else f"{text}, in {place.zone}")
+    return "\n".join(lines)
 
 
 def _launcher(state: State, wanted: str, now: float) -> str:
@@ -50,9 +60,9 @@ def _launcher(state: State, wanted: str, now: float) -> str:
         return f"ended: {state.ended}"
     if not state.launcher:
         return f"nobody drives it; asked for last: {wanted}"
-    age = now - state.launcher["beat"]
+    age = now - state.launcher.get("beat", 0)
     lives = "drives it" if age < STALE_SECONDS else "is gone: `run --keep-alive` takes its place"
-    return f"{state.launcher['host']} {lives}, last heard of {span(age)} ago; asked for last: {wanted}"
+    return f"{state.launcher.get('host')} {lives}, last heard of {span(age)} ago; asked for last: {wanted}"
 
 
 def _training(metrics: list[dict], events: list[dict], bucket: Bucket, now: float) -> list[tuple[str, str]]:
@@ -78,22 +88,22 @@ def _training(metrics: list[dict], events: list[dict], bucket: Bucket, now: floa
 
 
 def _share(metrics: list[dict], name: str) -> str:
-    found = [x[name] for x in metrics if isinstance(x.get(name), float)]
-    return f"{found[-1]:.1%}" if found else "-"
+    shares = [x[name] for x in metrics if isinstance(x.get(name), float)]
+    return f"{shares[-1]:.1%}" if shares else "-"
 
 
 def _budget(bucket: Bucket) -> int:
     """Tokens, from the resolved config that the run wrote; 0 if it did not yet."""
-    found = re.search(r"^ +budget_tokens: *(\d+) *$", bucket.read("config.yaml") or "", re.MULTILINE)
-    return int(found[1]) if found else 0
+    match = re.search(r"^ +budget_tokens: *(\d+) *$", bucket.read("config.yaml") or "", re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _last_event(state: State, events: list[dict], now: float) -> str:
-    found = [f"{text} ({span(now - when)} ago)" for when, text in state.history[-1:]]
-    found += [
+    lines = [f"{text} ({span(now - when)} ago)" for when, text in state.history[-1:]]
+    lines += [
         f"trainer: {x['event']} at step {x.get('step')} ({span(now - _seconds(x['time']))} ago)" for x in events[-1:]
     ]
-    return "\n".join(found) or "-"
+    return "\n".join(lines) or "-"
 
 
 def _seconds(time_: object) -> float:

@@ -10,8 +10,10 @@ from easylm_mling.storage.files import LOCAL_CHUNK, Retry, open_arrow, open_bina
 
 # Rows turned into Python objects at a time: web pages are a few KB each, so this is about a megabyte.
 ROWS = 256
+# Fewer where rows are long.
+_PORTION_BYTES = 1 << 26
 # Read of a remote file at a time where only heads are wanted, which are shorter than this.
-_HEADER_CHUNK = 1 << 13
+HEADER_CHUNK = 1 << 13
 _RECORD_BATCH = 3
 
 # (position, texts, a function from the number of a text to its offset in a BadRecord). Positions: see data/sources/readers.py.
@@ -35,12 +37,20 @@ def open_parquet(file) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=LOCAL_CHUNK, pre_buffer=False)
 
 
+def text_chunk(file: pq.ParquetFile, group: int, column: str) -> int:
+    """Return the bytes of a top-level column in a row group, decompressed."""
+    leaf = [c.path for c in file.metadata.schema].index(column)
+    return file.metadata.row_group(group).column(leaf).total_uncompressed_size
+
+
 def _parquet_portions(path, start, column, retry):
     with open_binary(path, retry) as binary, open_parquet(binary) as file:
         groups = range(file.num_row_groups)
         offset = sum(file.metadata.row_group(g).num_rows for g in groups[:start])
         for group in groups[start:]:
-            for batch in file.iter_batches(ROWS, row_groups=[group], columns=[column], use_threads=False):
+            row = text_chunk(file, group, column) // max(1, file.metadata.row_group(group).num_rows)
+            rows = max(1, min(ROWS, _PORTION_BYTES // max(1, row)))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
                 yield group, batch.column(0), offset.__add__
                 offset += len(batch)
 
@@ -78,18 +88,12 @@ class _RowsBefore:
 
     def __call__(self, row: int) -> int:
         if self._rows < 0:
-            with open_arrow(self._path, self._retry, _HEADER_CHUNK) as source:
+            with open_arrow(self._path, self._retry, HEADER_CHUNK) as source:
                 source.seek(8)  # behind its magic bytes an Arrow file is a stream
                 pa.ipc.read_message(source)
                 heads = arrow_heads(source)
                 self._rows = sum(next(heads)[2] for _ in range(self._index))
         return self._rows + row
-
-
-def stream_heads(path: str, retry: Retry) -> tuple[pa.Schema, list[tuple[int, int, int, int]]]:
-    """Return an Arrow stream's schema, and its `arrow_heads`."""
-    with open_arrow(path, retry, _HEADER_CHUNK) as source:
-        return pa.ipc.read_schema(source), list(arrow_heads(source))
 
 
 def arrow_heads(source: pa.NativeFile) -> Iterator[tuple[int, int, int, int]]:

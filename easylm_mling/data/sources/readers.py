@@ -5,9 +5,10 @@ parquet file, byte offsets of an Arrow stream's messages, or record batches of a
 is one unit. A document belongs to the unit in which it starts.
 """
 
-import codecs
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,13 +21,12 @@ from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
 
 HEAD_BYTES = 200
-BYTE_ORDER_MARK = codecs.BOM_UTF8
-_TOO_LONG = f"line longer than {MAX_LINE_BYTES >> 20} MiB"
+_TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB"
 # Lines that are joined wait in memory. Where no blank one ends them, they are cut into documents of this size.
 _MAX_JOINED_BYTES = 1 << 26
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # What the libraries raise for a file that is not what its suffix says.
-DAMAGE = (pa.ArrowException, OSError, EOFError)
+DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class BadRecord(NamedTuple):
@@ -67,6 +67,11 @@ def read_unit(
 
 def damaged(path: str, error: Exception) -> ConfigError:
     """Return the error, of one line, for a file whose bytes are not what its suffix says."""
+    if "too much memory" in str(error):
+        return ConfigError(
+            f"{path}: was compressed with a window of more than 128 MiB (zstd --long), which every lane would hold in memory; "
+            "compress it without that option"
+        )
     return ConfigError(
         f"{path}: damaged or cut off ({one_line(error)}); replace the file, or take it out of the source's paths"
     )
@@ -159,13 +164,11 @@ def _rows(
 
 
 def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | BadRecord:
-    if offset == 0:
-        line = line.removeprefix(BYTE_ORDER_MARK)
     if not line or line.isspace():
         return b""
     try:
         if len(line) > MAX_LINE_BYTES:
-            raise ValueError(_TOO_LONG)
+            raise ValueError(f"line {_TOO_LONG}")
         value = parse_json(line)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
@@ -179,11 +182,9 @@ def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | Ba
 
 
 def _text_record(path: str, offset: int, line: bytes, _column: str) -> bytes | BadRecord:
-    if offset == 0:
-        line = line.removeprefix(BYTE_ORDER_MARK)
     line = line.rstrip(b"\r\n")
     if len(line) > MAX_LINE_BYTES:
-        return BadRecord(_TOO_LONG, path, offset, line[:HEAD_BYTES])
+        return BadRecord(f"line {_TOO_LONG}", path, offset, line[:HEAD_BYTES])
     try:
         return clean(line.decode())
     except UnicodeDecodeError:
@@ -195,6 +196,8 @@ def _table_record(
 ) -> bytes | BadRecord:
     if value is None:
         return BadRecord(f"column {column!r} is null", path, offset_of(i), b"")
+    if len(value) > MAX_LINE_BYTES:
+        return BadRecord(f"text {_TOO_LONG}", path, offset_of(i), value[:HEAD_BYTES])
     try:
         text = value.decode()
     except UnicodeDecodeError:

@@ -4,29 +4,31 @@ No file's body is read: parquet and Arrow have footers or message headers, and l
 """
 
 from itertools import islice
+from pathlib import Path
 
 import pyarrow as pa
 
-from easylm_mling.data.sources.columnar import open_parquet, stream_heads
+from easylm_mling.data.sources.columnar import HEADER_CHUNK, arrow_heads, open_parquet, text_chunk
 from easylm_mling.data.sources.lines import file_lines
-from easylm_mling.data.sources.readers import BYTE_ORDER_MARK, parse_json
+from easylm_mling.data.sources.readers import parse_json
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, open_arrow, open_binary
 
 # The first part of a layout's name is its format, the second how it is compressed.
+_PACKED = {"": "", ".gz": ".gz", ".zst": ".zst", ".zstd": ".zst", ".xz": ".xz", ".bz2": ".bz2"}
+_LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
 _SUFFIXES = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    **{f"{suffix}{packed}": f"jsonl{packed}" for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")},
-    **{f".txt{packed}": f"text{packed}" for packed in ("", ".gz", ".zst")},
-}  # fmt: skip
+    **{".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"},
+    **{suffix + packed: kind + how for suffix, kind in _LINES.items() for packed, how in _PACKED.items()},
+}
+KNOWN_SUFFIXES = f".parquet, .arrow, .feather, and {', '.join(_LINES)}, each also with {', '.join([*_PACKED][1:])}"
 # Web text is compressed to about a third. Only the sizes of blocks depend on this guess.
 _COMPRESSION = 3
 # The text field is looked for in so many rows that parse, among so many lines.
 _HEAD_ROWS = 100
 _HEAD_LINES = 10_000
-_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+# Columns of no type come from tables in which every value is null: their rows are bad records, as nulls elsewhere.
+_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 # A local file is mapped, but of a remote one a record batch is held in memory.
 _MAX_REMOTE_BATCH_BYTES = 1 << 28
 
@@ -35,16 +37,17 @@ Cut = tuple[int, int, int]
 
 
 def format_of(path: str) -> str | None:
-    """Return jsonl, text, parquet or arrow, by suffix; None for an unknown suffix."""
-    return next((layout.split(".")[0] for suffix, layout in _SUFFIXES.items() if path.endswith(suffix)), None)
+    """Return jsonl, text, parquet or arrow, by suffix in any case; None for an unknown suffix."""
+    layout = _by_suffix(path)
+    return layout and layout.split(".")[0]
 
 
 def layout_of(path: str, retry: Retry = DEFAULT_RETRY) -> str:
     """Return the layout's name, by suffix and, for Arrow, magic bytes; raises ConfigError for an unknown suffix."""
-    for suffix, layout in _SUFFIXES.items():
-        if path.endswith(suffix):
-            return "arrow-file" if layout == "arrow" and _is_arrow_file(path, retry) else layout
-    raise ConfigError(f"{path}: unknown file format; known suffixes are {', '.join(_SUFFIXES)}")
+    layout = _by_suffix(path)
+    if layout is None:
+        raise ConfigError(f"{path}: unknown file format; known are {KNOWN_SUFFIXES}")
+    return "arrow-file" if layout == "arrow" and _is_arrow_file(path, retry) else layout
 
 
 def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: Retry = DEFAULT_RETRY) -> list[Cut]:
@@ -69,6 +72,10 @@ def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: 
     return _merge(pieces, unit_bytes)
 
 
+def _by_suffix(path: str) -> str | None:
+    return next((layout for suffix, layout in _SUFFIXES.items() if path.lower().endswith(suffix)), None)
+
+
 def _merge(pieces: list[Cut], unit_bytes: int) -> list[Cut]:
     """Join neighbours until they reach `unit_bytes`. The first unit starts at 0, which marks a file's start."""
     units, begin, total = [], 0, 0
@@ -84,16 +91,20 @@ def _parquet_pieces(path, column, retry):
     with open_binary(path, retry) as binary, open_parquet(binary) as file:
         _check_column(path, file.schema_arrow, column)
         groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
-        leaf = [c.path for c in file.metadata.schema].index(column)
-        return [(i, i + 1, g.column(leaf).total_uncompressed_size) for i, g in enumerate(groups) if g.num_rows]
+        # A column that is null throughout takes no bytes, and its rows are bad records.
+        return [(i, i + 1, max(1, text_chunk(file, i, column))) for i, g in enumerate(groups) if g.num_rows]
 
 
 def _arrow_pieces(path, column, retry):
-    schema, heads = stream_heads(path, retry)
-    _check_column(path, schema, column)
-    encoded = [field.name for field in schema if pa.types.is_dictionary(field.type)]
-    if encoded:
-        raise ConfigError(f"{path}: column {encoded[0]!r} is dictionary-encoded; write the file with plain columns")
+    with open_arrow(path, retry, HEADER_CHUNK) as source:
+        schema = pa.ipc.read_schema(source)
+        _check_column(path, schema, column)
+        encoded = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+        if encoded:
+            raise ConfigError(f"{path}: column {encoded[0]!r} is dictionary-encoded; write the file with plain columns")
+        heads = list(arrow_heads(source))
+        if source.read(HEADER_CHUNK).strip(b"\0"):
+            raise ConfigError(f"{path}: another Arrow stream follows the first in it; make each a file of its own")
     _check_batch(path, max((body for *_, body in heads), default=0))
     return [(begin, end, body) for begin, end, _, body in heads]
 
@@ -123,6 +134,10 @@ def _check_column(path: str, schema: pa.Schema, column: str):
     names = ", ".join(schema.names)
     if column not in schema.names:
         raise ConfigError(f"{path}: no column {column!r}; set text_column to one of: {names}")
+    if schema.names.count(column) > 1:
+        raise ConfigError(
+            f"{path}: it has {schema.names.count(column)} columns {column!r}; give each a name of its own"
+        )
     kind = schema.field(column).type
     if kind not in _TEXT_TYPES:
         raise ConfigError(f"{path}: column {column!r} is {kind}, not text; set text_column to another of: {names}")
@@ -132,8 +147,7 @@ def _check_json_field(path: str, layout: str, column: str, retry: Retry):
     """Raise ConfigError if none of the first rows that parse has the field: then its name is wrong, not the rows."""
     seen: dict[str, None] = {}
     parsed, lines = 0, 0
-    for offset, line in islice(file_lines(path, layout, 0, 0, retry), _HEAD_LINES):
-        line = line if offset else line.removeprefix(BYTE_ORDER_MARK)
+    for _, line in islice(file_lines(path, layout, 0, 0, retry), _HEAD_LINES):
         lines += bool(line.strip())
         try:
             value = parse_json(line)
@@ -149,5 +163,5 @@ def _check_json_field(path: str, layout: str, column: str, retry: Retry):
     if parsed:
         names = ", ".join(list(seen)[:20])
         raise ConfigError(f"{path}: no field {column!r} in its first {parsed} rows; set text_column to one of: {names}")
-    if lines and path.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
+    if lines and ".json" in Path(path).suffixes:
         raise ConfigError(f"{path}: no line of it is a JSON object; write one object a line (jq -c '.[]' does it)")

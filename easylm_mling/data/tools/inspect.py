@@ -1,5 +1,6 @@
 """`easylm-mling data inspect`: what a run will read, and how often, before it begins. Uses no device."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from easylm_mling.charts import Line, draw_lines, draw_png
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.forecast import forecast
 from easylm_mling.data.weights import language_bytes, language_tokens, make_plan
@@ -52,6 +54,8 @@ def inspect_data(config: MixerConfig) -> dict:
         }
         sources[name] = {
             "files": len(source.files),
+            "layouts": dict(Counter(f.layout for f in source.files)),
+            "left_out": list(source.left_out),
             "file_bytes": sum(f.size for f in source.files),
             "bytes": sum(x["bytes"] for x in languages.values()),
             "tokens": round(e.size),
@@ -70,6 +74,13 @@ def print_inspection(inspection: dict, console: Console):
     console.print(_source_table(inspection))
     for name, source in inspection["sources"].items():
         console.print(f"  {name}: {source['note']}", highlight=False, soft_wrap=True)
+        if len(source["layouts"]) > 1:
+            kinds = ", ".join(f"{count} {layout}" for layout, count in sorted(source["layouts"].items()))
+            console.print(f"  {name}: its files are {kinds}", highlight=False, soft_wrap=True)
+        if source["left_out"]:
+            console.print(
+                f"  {name}: {left_out_text(source['left_out'])}", highlight=False, soft_wrap=True, markup=False
+            )
     if inspection["tokens"] < inspection["budget"]:
         console.print(
             f"  the data ends after {tokens_text(inspection['tokens'])} tokens, before the budget", highlight=False
