@@ -57,7 +57,6 @@ class HuggingFaceBackend:
         )
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = bool(tree["model"].get("byte_fallback"))
-        self.settings = [special.bos, special.eos, special.pad, sorted(names)]
 
     def _add_missing(self, special: SpecialTokens, added: dict[str, Any]):
         """Add the tokens that only the files beside it name, as transformers does."""

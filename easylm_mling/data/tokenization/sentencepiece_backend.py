@@ -7,7 +7,8 @@ import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # how a piece writes a space
-_USER_DEFINED, _CONTROL = 4, 3  # values of SentencePiece's `type`
+_PIECES = 1  # number of the field `pieces` in a SentencePiece model; in a piece 1 is its text, and 3 its type
+_USER_DEFINED, _CONTROL = 4, 3  # types of a piece
 
 
 class SentencePieceBackend:
@@ -15,23 +16,14 @@ class SentencePieceBackend:
 
     kind = "SentencePiece"
 
-    def __init__(self, model: bytes, controls: frozenset[str] = frozenset()):
-        """Parse a serialised model; raises RuntimeError or ValueError if it is none.
-
-        `controls` are pieces that mark turns and the like, though the model lists them as text of a user's own: Gemma does
-        so. They become control pieces, which no text can write.
-        """
+    def __init__(self, model: bytes):
+        """Parse a serialised model; raises RuntimeError if it is none."""
         self._pieces = sentencepiece.SentencePieceProcessor()
         self._pieces.LoadFromSerializedProto(model)
-        patched, names = _with_controls(model, controls)
-        if names:
-            self._pieces.LoadFromSerializedProto(patched)
         self.vocab_size: int = self._pieces.vocab_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.pad_id: int = self._pieces.pad_id()
-        # What decides the ids beside the file itself.
-        self.settings = sorted(names)
 
     @property
     def control_ids(self) -> frozenset[int]:
@@ -59,22 +51,25 @@ class SentencePieceBackend:
         return math.nan if pieces.is_unknown(i) else len(pieces.id_to_piece(i).replace(SPACE, " ").encode())
 
 
-def _with_controls(model: bytes, controls: frozenset[str]) -> tuple[bytes, set[str]]:
-    """Return the model with the user-defined pieces among `controls` made control pieces, and their names.
+def with_controls(model: bytes, controls: frozenset[str]) -> bytes:
+    """Return the model with the user-defined pieces among `controls` made control pieces, which no text can write.
 
-    Only the one byte of each piece's type changes, so nothing is lost of what SentencePiece alone understands.
+    Gemma lists the marks of turns as text of a user's own.
+    Only the one byte of each piece's type changes, so nothing is lost of what SentencePiece alone understands. Bytes that
+    are no model are returned as they are.
     """
-    out, names = bytearray(model), set()
-    for number, start, end in _fields(model, 0, len(model)) if controls else ():
-        if number != 1:
-            continue
-        parts = {n: (first, last) for n, first, last in _fields(model, start, end)}
-        if 1 in parts and 3 in parts and model[slice(*parts[3])] == bytes([_USER_DEFINED]):
-            piece = model[slice(*parts[1])].decode(errors="replace")
-            if piece in controls:
-                out[parts[3][0]] = _CONTROL
-                names.add(piece)
-    return bytes(out), names
+    out = bytearray(model)
+    if not any(name.encode() in model for name in controls):
+        return model
+    try:
+        for number, start, end in _fields(model, 0, len(model)):
+            parts = {n: (first, last) for n, first, last in _fields(model, start, end)} if number == _PIECES else {}
+            if 1 in parts and 3 in parts and model[slice(*parts[3])] == bytes([_USER_DEFINED]):
+                if model[slice(*parts[1])].decode(errors="replace") in controls:
+                    out[parts[3][0]] = _CONTROL
+    except (LookupError, ValueError):
+        return model
+    return bytes(out)
 
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -87,6 +82,8 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]
             size = _varint(data, start)[1] - start
         else:
             size = {1: 8, 5: 4}[key & 7]
+        if start + size > end:
+            raise ValueError("a field is longer than what it lies in")
         yield key >> 3, start, start + size
         start += size
 

@@ -23,6 +23,10 @@ class SpecialTokens:
     controls: frozenset[str] = frozenset(_GEMMA)  # written in a text, these are text
     added: dict[int, dict[str, Any]] = field(default_factory=dict)  # `added_tokens_decoder` of tokenizer_config.json
 
+    def digestible(self) -> bytes:
+        """Bytes that differ for other special tokens."""
+        return orjson.dumps([self.bos, self.eos, self.pad, sorted(self.controls), sorted(self.added.items())])
+
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
     """Read tokenizer_config.json and special_tokens_map.json of `folder`, either of which may be missing.

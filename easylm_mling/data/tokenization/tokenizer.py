@@ -6,13 +6,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import tokenizer_file
 from easylm_mling.data.tokenization.huggingface_backend import HuggingFaceBackend
-from easylm_mling.data.tokenization.sentencepiece_backend import SentencePieceBackend
-from easylm_mling.data.tokenization.special import read_special_tokens
+from easylm_mling.data.tokenization.sentencepiece_backend import SentencePieceBackend, with_controls
+from easylm_mling.data.tokenization.special import SpecialTokens, read_special_tokens
 from easylm_mling.errors import ConfigError
 
 
@@ -32,7 +31,8 @@ class Tokenizer:
             if file.suffix == ".json":
                 self._backend = HuggingFaceBackend(content, special)
             else:
-                self._backend = SentencePieceBackend(content, special.controls)
+                content = with_controls(content, special.controls)
+                self._backend = SentencePieceBackend(content)
         except ConfigError as error:
             raise ConfigError(f"data.tokenizer={path}: {error}") from None
         except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -42,7 +42,7 @@ class Tokenizer:
                 "tokenizer.model, a tokenizer.json or the folder that holds one"
             ) from error
         self.kind = self._backend.kind
-        self.fingerprint = _fingerprint(content, self._backend.settings)
+        self.fingerprint = _digest(file, content, special)
         self.vocab_size: int = self._backend.vocab_size
         self.bos_id: int = self._backend.bos_id
         self.eos_id: int = self._backend.eos_id
@@ -107,9 +107,16 @@ def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     return joined
 
 
-def _fingerprint(content: bytes, settings: list) -> str:
-    """Digest of all that decides a text's ids: the file, and what the files beside it add to it."""
-    digest = blake2b(content, digest_size=16)
-    if settings:
-        digest.update(orjson.dumps(settings))
-    return digest.hexdigest()
+def fingerprint(file: Path) -> str:
+    """Digest of all that decides a text's ids: the tokenizer's file, and what the files beside it add to it.
+
+    The file is not parsed as a tokenizer, so it may be damaged. Raises OSError if it cannot be read, and ConfigError for
+    damaged files beside it.
+    """
+    content, special = file.read_bytes(), read_special_tokens(file.parent)
+    return _digest(file, content if file.suffix == ".json" else with_controls(content, special.controls), special)
+
+
+def _digest(file: Path, content: bytes, special: SpecialTokens) -> str:
+    """`content` is the file's; of a tokenizer.model, with the controls of `special`."""
+    return blake2b(content + (special.digestible() if file.suffix == ".json" else b""), digest_size=16).hexdigest()
