@@ -1,6 +1,7 @@
 """A grown vocabulary: old rows keep their bits, new ones are means of their text's, and everything else agrees."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,9 +13,11 @@ from hf_models import raw_tensors, save, transformers_model
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from test_data_tokenizer_json import llama3
 
 from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.config import MeshConfig
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
@@ -100,7 +103,7 @@ def test_a_tokenizer_that_does_not_continue_the_old_one_is_refused(source, tmp_p
         assert "\n" not in str(caught.value) and not (tmp_path / "checkpoint").exists()
 
     refused("400 pieces are no more than the 400", source / "tokenizer.model")
-    refused("is not a readable SentencePiece model", tmp_path)
+    refused("holds no tokenizer.json and no tokenizer.model", tmp_path)
     (tmp_path / "broken.model").write_bytes(b"no model")
     refused("broken.model: is not a readable SentencePiece model", tmp_path / "broken.model")
     proto = ModelProto()
@@ -112,13 +115,71 @@ def test_a_tokenizer_that_does_not_continue_the_old_one_is_refused(source, tmp_p
     spaced.mkdir()
     for name in ("config.json", "model.safetensors"):
         (spaced / name).write_bytes((source / name).read_bytes())
-    refused(
-        "spaced/tokenizer.model: is not a readable",
-        extended(source / "tokenizer.model", tmp_path / "n.model", NEW),
-        spaced,
-    )
+    new = extended(source / "tokenizer.model", tmp_path / "n.model", NEW)
+    refused("spaced: holds no tokenizer.json and no tokenizer.model", new, spaced)
+
+
+def test_pieces_are_spelled_alone_where_a_space_is_put_before_texts(source, tmp_path):
+    """Llama 2's tokenizer does so: the row of `hello` must not hold that of a space, nor `\u2581hello` that of two."""
+    spaced = tmp_path / "spaced"
+    shutil.copytree(source, spaced)
     train_tokenizer(spaced / "tokenizer.model", vocab_size=400, add_dummy_prefix=True)
-    refused("space before every text", extended(spaced / "tokenizer.model", tmp_path / "n.model", NEW), spaced)
+    import_hf(spaced, tmp_path / "ck", tokenizer=extended(spaced / "tokenizer.model", tmp_path / "n.model", NEW))
+    export_hf(tmp_path / "ck", tmp_path / "out", dtype="float32")
+    old, grown = (
+        load_file(d / "model.safetensors")["lm_head.weight"].float().numpy() for d in (spaced, tmp_path / "out")
+    )
+    pieces = SentencePieceProcessor(model_file=str(spaced / "tokenizer.model"))
+    assert pieces.encode("a", out_type=str)[0].startswith("\u2581")
+    for row, piece in enumerate(NEW, 400):
+        # A newline in front takes the space that is put before the text.
+        ids = pieces.encode("\n" + piece.replace("\u2581", " "))
+        ids = ids[1 + ids.index(pieces.encode("\n")[-1]) :]
+        np.testing.assert_array_equal(grown[row], old[ids].astype(np.float64).mean(axis=0).astype(np.float32))
+
+
+def grown_json(folder: Path, target: Path, pieces: list[str]) -> Path:
+    """Append pieces and one control token to a byte-level tokenizer.json."""
+    shutil.copytree(folder, target)
+    tree = json.loads((target / "tokenizer.json").read_text())
+    first = 1 + max(t["id"] for t in tree["added_tokens"])
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    for i, piece in enumerate(pieces, first):
+        tree["added_tokens"].append({"id": i, "content": piece, "special": piece.startswith("<"), **flags})
+    (target / "tokenizer.json").write_text(json.dumps(tree))
+    return target
+
+
+def test_a_tokenizer_json_grows_too(tmp_path):
+    hf, pieces = tmp_path / "hf", ["새벽에", " river stone", "<|turn|>"]
+    old_tokenizer = Tokenizer(str(llama3(tmp_path / "t")))
+    rows = old_tokenizer.vocab_size
+    model = transformers_model(family="llama")
+    model.config.bos_token_id, model.config.eos_token_id = old_tokenizer.bos_id, old_tokenizer.eos_id
+    model.config.pad_token_id = None
+    model.resize_token_embeddings(rows)
+    save(model, hf)
+    (hf / "tokenizer.model").unlink()
+    shutil.copytree(tmp_path / "t", hf, dirs_exist_ok=True)
+    new = grown_json(hf, tmp_path / "new", pieces)
+    assert import_hf(hf, tmp_path / "ck", tokenizer=new).vocab_size == rows + 3
+    export_hf(tmp_path / "ck", tmp_path / "out", dtype="float32")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (new / name).read_bytes()
+    before, after = (load_file(d / "model.safetensors")["lm_head.weight"].numpy() for d in (hf, tmp_path / "out"))
+    np.testing.assert_array_equal(after[:rows], before)
+    for row, piece in enumerate(pieces, rows):
+        (ids,) = old_tokenizer.encode([piece])
+        np.testing.assert_allclose(
+            after[row], before[ids].astype(np.float64).mean(axis=0).astype(np.float32), rtol=1e-6
+        )
+    grown = Tokenizer(str(tmp_path / "ck" / "tokenizer"))
+    assert [ids.tolist() for ids in grown.encode(pieces[:1])] == [[rows]] and rows + 2 in grown.control_ids
+    proto = extended(Path(train_tokenizer(tmp_path / "s.model", vocab_size=400)), tmp_path / "n.model", NEW)
+    with pytest.raises(
+        ConfigError, match="can continue no other kind; append the pieces to the model's tokenizer.json"
+    ):
+        import_hf(hf, tmp_path / "other", tokenizer=proto)
 
 
 def test_a_tokenizer_with_more_pieces_than_rows_is_refused(source, tmp_path):

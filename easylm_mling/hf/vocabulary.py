@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from easylm_mling.config import ModelConfig
+from easylm_mling.data.tokenization.files import tokenizer_file
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 
-_SPACE = "\u2581"  # SentencePiece's form of a space inside a piece
 # The tensors with a row for each piece.
 _WITH_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -24,36 +24,37 @@ def extend_vocabulary(
 ) -> tuple[dict[str, Any], ModelConfig]:
     """Return the weights and the config with a row for each new piece, behind those of the old pieces.
 
-    The tokenizers are SentencePiece models, files or their folders. Raises ConfigError unless the new one has every old piece
-    under its old id, and more pieces, and the model has a row for each old piece.
+    The tokenizers are a tokenizer.json or a tokenizer.model, or a folder. Both are of one kind: of a folder with both files
+    the one counts that `new_tokenizer` is. Raises ConfigError unless the new one has every old piece under its old id, and
+    more pieces, and the model has a row for each old piece.
     """
-    old, new = _load(old_tokenizer), _load(new_tokenizer)
-    count = old.vocab_size()
-    if new.vocab_size() <= count:
+    old, new = _open_both(old_tokenizer, new_tokenizer)
+    count = old.vocab_size
+    if new.vocab_size <= count:
         raise ConfigError(
-            f"{new_tokenizer}: {new.vocab_size()} pieces are no more than the {count} of {old_tokenizer}; "
+            f"{new_tokenizer}: {new.vocab_size} pieces are no more than the {count} of {old_tokenizer}; "
             "leave out --tokenizer, or name the one with the new pieces"
         )
     for i in range(count):
-        if new.id_to_piece(i) != old.id_to_piece(i):
+        if new.piece(i) != old.piece(i):
             raise ConfigError(
-                f"{new_tokenizer}: piece {i} is {new.id_to_piece(i)!r}, but {old.id_to_piece(i)!r} in {old_tokenizer}; "
+                f"{new_tokenizer}: piece {i} is {new.piece(i)!r}, but {old.piece(i)!r} in {old_tokenizer}; "
                 "append new pieces behind the old ones"
             )
-    if old.encode("a", out_type=str)[0].startswith(_SPACE):
-        raise ConfigError(
-            f"{old_tokenizer}: it puts a space before every text, so a piece cannot be spelled alone; only tokenizers "
-            "without a dummy prefix can be extended"
-        )
     if count > model.vocab_size:
         raise ConfigError(
-            f"the model has {model.vocab_size} rows, but its tokenizer.model {count} pieces; use the tokenizer that came "
-            "with the weights"
+            f"the model has {model.vocab_size} rows, but its {Path(old.path).name} {count} pieces; use the tokenizer that "
+            "came with the weights"
         )
-    texts = [new.id_to_piece(i).replace(_SPACE, " ") for i in range(count, new.vocab_size())]
-    extended = {name: _ExtendedRows(weights[name], count, old.encode(texts)) for name in _WITH_ROWS if name in weights}
+    spellings = [old.spell(new.text_of_piece(i)) for i in range(count, new.vocab_size)]
+    if [] in spellings:
+        i = count + spellings.index([])
+        raise ConfigError(
+            f"{new_tokenizer}: {old_tokenizer} has no pieces for the text of piece {i}, {new.piece(i)!r}; leave it out"
+        )
+    extended = {name: _ExtendedRows(weights[name], count, spellings) for name in _WITH_ROWS if name in weights}
     # The model may have had unused rows behind those of the old pieces.
-    size = max(model.vocab_size, new.vocab_size())
+    size = max(model.vocab_size, new.vocab_size)
     return weights | extended, dataclasses.replace(model, vocab_size=size)
 
 
@@ -81,14 +82,14 @@ class _ExtendedRows:
         return out
 
 
-def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
-    file = path / "tokenizer.model" if path.is_dir() else path
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(file.read_bytes())
-    except (OSError, RuntimeError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(
-            f"{file}: is not a readable SentencePiece model ({detail}); name a tokenizer.model or the folder that has it"
-        ) from None
-    return processor
+def _open_both(old: Path, new: Path) -> tuple[Tokenizer, Tokenizer]:
+    file = tokenizer_file(new, "--tokenizer ")
+    kind = "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
+    if old.is_dir():
+        if not (old / kind).is_file():
+            raise ConfigError(
+                f"{old / kind}: does not exist, and {file} can continue no other kind; append the pieces to the model's "
+                f"{tokenizer_file(old).name}"
+            )
+        old = old / kind
+    return Tokenizer(str(old), key=""), Tokenizer(str(file), key="--tokenizer ")

@@ -16,18 +16,18 @@ TOKENIZER_FILES = (
 )
 
 
-def tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: Path, key: str = "") -> Path:
     """Return the file that `path` means: itself, or of a folder its tokenizer.json, else its tokenizer.model.
 
-    transformers decides so, too. Raises ConfigError if there is none.
+    transformers decides so, too. Raises ConfigError if there is none; the message begins with `key`.
     """
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
                 return path / name
-        raise ConfigError(f"{path}: holds no tokenizer.json and no tokenizer.model; copy the model's own into it")
+        raise ConfigError(f"{key}{path}: holds no tokenizer.json and no tokenizer.model; copy the model's own into it")
     if not path.exists() and (path.parent / "tokenizer.json").is_file():
-        raise ConfigError(f"{path}: does not exist; there is only a tokenizer.json in {path.parent}, so name that")
+        raise ConfigError(f"{key}{path}: does not exist; there is only a tokenizer.json in {path.parent}, so name that")
     return path
 
 

@@ -22,6 +22,16 @@ _SPACE = "\u2581"  # how a piece of SentencePiece's kind writes a space
 _BATCH = 64  # texts in one call
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letter for each byte, which byte-level pieces are written in: itself if it can be seen, else one from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    rest = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+_BYTES = _byte_alphabet()
+
+
 class HuggingFaceBackend:
     """A BPE or Unigram model of a tokenizer.json. Threads may share one."""
 
@@ -102,6 +112,24 @@ class HuggingFaceBackend:
     def piece(self, i: int) -> str:
         """Return the vocabulary's entry `i`, as the file writes it; an id without an entry has none."""
         return self._pieces.get(i, "")
+
+    def text(self, i: int) -> str:
+        """Return the text of entry `i`; of bytes that are no text alone, the entry as the file writes it."""
+        piece = self.piece(i)
+        if i in self._added:
+            return piece if self._byte_level else piece.replace(_SPACE, " ")
+        if not self._byte_level:
+            return piece.replace(_SPACE, " ")
+        try:
+            return bytes(_BYTES[c] for c in piece).decode()
+        except (KeyError, UnicodeDecodeError):
+            return piece
+
+    def spell(self, text: str) -> list[int]:
+        """Return the ids of `text` as the model alone spells it: nothing is put before it."""
+        letters = {byte: letter for letter, byte in _BYTES.items()}
+        piece = "".join(letters[b] for b in text.encode()) if self._byte_level else text.replace(" ", _SPACE)
+        return [token.id for token in self._tokenizer.model.tokenize(piece)]
 
     def text_bytes(self, i: int) -> float:
         """Bytes of text that id `i` stands for: 0 for a control token, NaN where it is unknown."""

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # how a piece writes a space
 _PIECES = 1  # number of the field `pieces` in a SentencePiece model; in a piece 1 is its text, and 3 its type
+# Behind a model, the field `normalizer_spec` once more: with neither add_dummy_prefix nor remove_extra_whitespaces.
+_AS_IT_STANDS = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
 _USER_DEFINED, _CONTROL = 4, 3  # types of a piece
 
 
@@ -20,6 +23,7 @@ class SentencePieceBackend:
         """Parse a serialised model; raises RuntimeError if it is none."""
         self._pieces = sentencepiece.SentencePieceProcessor()
         self._pieces.LoadFromSerializedProto(model)
+        self._model = model
         self.vocab_size: int = self._pieces.vocab_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
@@ -42,6 +46,20 @@ class SentencePieceBackend:
     def piece(self, i: int) -> str:
         """Return the vocabulary's entry `i`, with spaces as the model writes them."""
         return self._pieces.id_to_piece(i)
+
+    def text(self, i: int) -> str:
+        """Return the text of piece `i`."""
+        return self.piece(i).replace(SPACE, " ")
+
+    def spell(self, text: str) -> list[int]:
+        """Return the ids of `text` as it stands, without a space before it."""
+        return self._speller.encode(text)
+
+    @cached_property
+    def _speller(self) -> sentencepiece.SentencePieceProcessor:
+        speller = sentencepiece.SentencePieceProcessor()
+        speller.LoadFromSerializedProto(self._model + _AS_IT_STANDS)
+        return speller
 
     def text_bytes(self, i: int) -> float:
         """Bytes of text that id `i` stands for: 0 for a control piece, NaN for the unknown one."""

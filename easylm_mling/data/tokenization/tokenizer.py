@@ -18,13 +18,13 @@ from easylm_mling.errors import ConfigError
 class Tokenizer:
     """A model's tokenizer. Threads may share one."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, key: str = "data.tokenizer="):
         """Read a tokenizer.json or a tokenizer.model, or the one that a folder means.
 
-        Raises ConfigError if it is missing, unreadable, or has no BOS or EOS.
+        Raises ConfigError if it is missing, unreadable, or has no BOS or EOS; the message begins with `key`.
         """
-        self.path = path
-        file = tokenizer_file(Path(path))
+        self.path, self._shown = path, f"{key}{path}"
+        file = tokenizer_file(Path(path), key)
         special = read_special_tokens(file.parent)
         try:
             content = file.read_bytes()
@@ -34,11 +34,11 @@ class Tokenizer:
                 content = with_controls(content, special.controls)
                 self._backend = SentencePieceBackend(content)
         except ConfigError as error:
-            raise ConfigError(f"data.tokenizer={path}: {error}") from None
+            raise ConfigError(f"{self._shown}: {error}") from None
         except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
             detail = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"data.tokenizer={path}: is not a readable SentencePiece model or tokenizer.json ({detail}); name a "
+                f"{self._shown}: is not a readable SentencePiece model or tokenizer.json ({detail}); name a "
                 "tokenizer.model, a tokenizer.json or the folder that holds one"
             ) from error
         self.kind = self._backend.kind
@@ -50,7 +50,7 @@ class Tokenizer:
         for name in ("bos", "eos"):
             if getattr(self, f"{name}_id") < 0:
                 raise ConfigError(
-                    f"data.tokenizer={path}: names no {name} token, and every document needs one; put the model's "
+                    f"{self._shown}: names no {name} token, and every document needs one; put the model's "
                     "tokenizer_config.json beside it, or use the tokenizer of the model"
                 )
 
@@ -71,6 +71,14 @@ class Tokenizer:
         """Return the vocabulary's entry `i`, as its file writes it."""
         return self._backend.piece(i)
 
+    def text_of_piece(self, i: int) -> str:
+        """Return the text that id `i` stands for; of a piece of bytes that are no text alone, the piece."""
+        return self._backend.text(i)
+
+    def spell(self, text: str) -> list[int]:
+        """Return the ids that spell `text` within a word: no space is put before it, as some tokenizers do with texts."""
+        return self._backend.spell(text)
+
     @cached_property
     def bytes_of_pieces(self) -> np.ndarray:
         """Bytes of text that each id stands for, float64 [vocabulary]: 0 for control pieces, NaN for the unknown one."""
@@ -81,13 +89,13 @@ class Tokenizer:
         if self.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size={model.vocab_size} is less than the {self.vocab_size} pieces of "
-                f"data.tokenizer={self.path}; set it to at least {self.vocab_size}, or use the tokenizer of the model"
+                f"{self._shown}; set it to at least {self.vocab_size}, or use the tokenizer of the model"
             )
         for name in ("bos", "eos", "pad"):
             ours, theirs = getattr(self, f"{name}_id"), getattr(model, f"{name}_token_id")
             if ours != theirs:
                 raise ConfigError(
-                    f"model.{name}_token_id={theirs}, but {name} is {ours} in data.tokenizer={self.path}; "
+                    f"model.{name}_token_id={theirs}, but {name} is {ours} in {self._shown}; "
                     "set the model's id to the tokenizer's, or use the tokenizer of the model"
                 )
 
