@@ -140,7 +140,7 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
 
     def close(last: bool) -> Window:
         key = (order.seed, source.name, epoch, block, number)
-        chosen = _choose(texts, split, source.settings)
+        chosen = choose(texts, split, source.settings)
         shuffled = [chosen[i] for i in seeded_order(len(chosen), *key).tolist()]
         origin = np.array([provenance[i] for i in shuffled], np.int64).reshape(-1, 2)
         return Window([texts[i] for i in shuffled], origin, bad, bad_units, len(texts), last)
@@ -179,7 +179,7 @@ def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
     yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
 
 
-def _choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
+def choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
     """Return which of the texts are of one split. A hash of the text decides, so all copies of it are in the same."""
     assert split in ("train", "holdout"), split
     held_out, sampled = (int(settings[k] * 2**64) for k in ("holdout_fraction", "sample_fraction"))
