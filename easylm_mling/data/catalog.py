@@ -22,7 +22,7 @@ from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
 
 UNITS_PER_BLOCK = 4
-_FORMAT = 1
+_FORMAT = 2
 # Requests in flight at a time: a bucket's thousand files are listed and cut in a minute.
 _THREADS = 16
 # The settings that decide the order of the data. Weights are not among them: they may change during a run.
@@ -38,6 +38,8 @@ _SOURCE_KEYS = (
     "language_max_repeats",
     "dataset",
 )
+# Among a source's settings: the largest holdout_fraction of all sources, which decides what none of them is trained on.
+RUN_HOLDOUT = "run_holdout_fraction"
 
 
 @dataclass(frozen=True)
@@ -161,15 +163,15 @@ def _settings(data: DataConfig) -> dict:
 def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Source]:
     """Return every source with its files as they are now, and no units."""
     retry = Retry(data.retries, data.retry_seconds)
+    strictest = max((source.holdout_fraction for source in data.sources.values()), default=0.0)
     listed = {}
     for name, source in data.sources.items():
         stored_names = tuple(f.name for f in stored[name].files) if name in stored else ()
         matches = find_files(f"data.sources.{name}", source, retry, stored_names)
         arguments = [(path, *matches[path], retry) for path in sorted(matches)]
         files = tuple(_in_parallel(lambda of_file: _list_file(*of_file), arguments))
-        listed[name] = Source(
-            name, files, np.zeros((0, 4), np.int64), {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS}, retry
-        )
+        settings = {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS} | {RUN_HOLDOUT: strictest}
+        listed[name] = Source(name, files, np.zeros((0, 4), np.int64), settings, retry)
     return listed
 
 
@@ -211,7 +213,8 @@ def _check_source(key: str, old: Source, new: Source):
 
 def _check_settings(key: str, old: dict, new: dict):
     for name in old:
-        if old[name] != new[name]:
+        # What follows from other settings is not named: one of those differs, too.
+        if name != RUN_HOLDOUT and old[name] != new[name]:
             raise ConfigError(
                 f"{key}.{name} was {old[name]!r} when this run began and is {new[name]!r}; "
                 "set it back, or start a new run_dir"

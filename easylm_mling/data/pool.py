@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from easylm_mling.data.catalog import Source
-from easylm_mling.data.mixture import BAD, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, PADDING, TOKENS, WINDOW
+from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, PADDING, TOKENS, WINDOW
 from easylm_mling.data.shuffle import EpochOrder, choose, seeded_order, unit_records
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
@@ -43,7 +43,7 @@ class Pool:
 
     `counters`, int64 [V, C] (mixture.COUNTERS), says where the lanes are. EPOCH and WINDOW, alike in all lanes: the
     epoch that is dealt, and how many of its documents are. DOCUMENT: one more than the number of the document that the
-    lane is in, or 0; OFFSET: the tokens of it that are consumed. Totals are kept for the host's `own` lanes only.
+    lane is in, or 0; OFFSET: the tokens of it that are consumed; BLOCK: the epoch it was dealt in. Totals are kept for the host's `own` lanes only.
     `languages`, int64 [source's languages, 3], counts what own lanes have consumed since the pool was opened.
     """
 
@@ -82,12 +82,12 @@ class Pool:
         pieces, state, left = [], self.counters[lane], count
         while left and not self.is_used_up(lane):
             if not state[DOCUMENT]:
-                state[DOCUMENT] = int(self._documents(self._epoch)[self._dealt]) + 1
+                state[[BLOCK, DOCUMENT]] = self._epoch, int(self._documents(self._epoch)[self._dealt]) + 1
                 self._dealt += 1
             document, first = int(state[DOCUMENT]) - 1, int(state[OFFSET])
             length = self.length(document)
             part = min(left, length - first)
-            pieces.append(Piece(document, self._epoch, first, part))
+            pieces.append(Piece(document, int(state[BLOCK]), first, part))
             left -= part
             state[OFFSET] = first + part
             if first + part == length:
@@ -132,7 +132,7 @@ class Pool:
     def write_to(self, counters: np.ndarray):
         """Write cursors and totals into `counters`, int64 [V, C]; those of the loader (rows, extra) are left alone."""
         self.counters[:, EPOCH], self.counters[:, WINDOW] = self._epoch, self._dealt
-        columns = [EPOCH, WINDOW, DOCUMENT, OFFSET]
+        columns = [EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET]
         counters[:, columns] = self.counters[:, columns]
         totals = [TOKENS, DOCUMENTS, BAD, PADDING]
         own = slice(self._own.start, self._own.stop)

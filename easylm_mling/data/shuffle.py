@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import orjson
 
 from easylm_mling.config import MixerConfig
-from easylm_mling.data.catalog import Catalog, Source
+from easylm_mling.data.catalog import RUN_HOLDOUT, Catalog, Source
 from easylm_mling.data.sources.readers import BadRecord, read_unit
 from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
 
@@ -180,15 +181,32 @@ def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
 
 
 def choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
-    """Return which of the texts are of one split. A hash of the text decides, so all copies of it are in the same."""
+    """Return which of the texts are of one split: `holdout`, what the source validates on, or `train`.
+
+    A hash of the normalised text decides, by the largest holdout_fraction of the run's sources. So a text that one
+    source holds out is trained on through no other one, either, and neither is a copy with other white space.
+    """
     assert split in ("train", "holdout"), split
-    held_out, sampled = (int(settings[k] * 2**64) for k in ("holdout_fraction", "sample_fraction"))
-    chosen = range(len(texts))
+    held_out = settings["holdout_fraction"]
+    if split == "train":
+        held_out = max(held_out, settings.get(RUN_HOLDOUT, 0))
+    chosen = list(range(len(texts)))
     if held_out or split == "holdout":
-        chosen = [i for i in chosen if (_hash(texts[i]) < held_out) == (split == "holdout")]
+        limit = int(held_out * 2**64)
+        chosen = [i for i in chosen if (_hash(normalised(texts[i])) < limit) == (split == "holdout")]
     if split == "train" and settings["sample_fraction"] < 1:
+        sampled = int(settings["sample_fraction"] * 2**64)
         chosen = [i for i in chosen if _hash(texts[i], _SAMPLE_SALT) < sampled]
-    return list(chosen)
+    return chosen
+
+
+def normalised(text: bytes) -> bytes:
+    """Return UTF-8 text in Unicode's form NFKC, each run of white space a space, none at either end."""
+    characters = text.decode()
+    # Nearly all text is normalised, and finding that out is cheap.
+    if not is_normalized("NFKC", characters):
+        characters = normalize("NFKC", characters)
+    return " ".join(characters.split()).encode()
 
 
 def _hash(text: bytes, salt: bytes = b"") -> int:
