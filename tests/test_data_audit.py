@@ -314,7 +314,7 @@ def test_a_source_that_did_not_change_goes_on_where_it_was(corpora, undisturbed,
     run(
         corpora,
         tmp_path / "run",
-        "data.sources.many.holdout_fraction=0.2",
+        "data.sources.many.sample_fraction=0.8",
         "train.stop_at_step=11",
         accept_data_change=True,
     )

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jax.experimental import multihost_utils
 
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
+from easylm_mling.data import pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
 from easylm_mling.data.loader import Loader
@@ -296,14 +297,16 @@ def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
         assert (next_on_all_hosts(loader) is None) == (mine or theirs)
 
 
-def test_a_source_too_small_to_stop_by_is_refused(root):
+def test_a_source_too_small_to_stop_by_is_refused(root, monkeypatch):
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
     config, catalog = mixture(root, web={}, many={"max_epochs": 1, "when_used_up": "stop"})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_bytes=10**6))
     with pytest.raises(ConfigError, match="data.sources.many.when_used_up=stop: .* only 1 blocks.* 4 lanes"):
         Loader(config.mixer, build_catalog(config.data), tokenizer())
 
 
-def test_a_source_with_fewer_blocks_than_lanes_is_dealt_to_the_lanes_that_hold_it(root):
+def test_a_source_with_fewer_blocks_than_lanes_is_dealt_to_the_lanes_that_hold_it(root, monkeypatch):
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
     config, catalog = mixture(root, web={"weight": 9.0}, many={"max_epochs": 2, "when_used_up": "redistribute"})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_bytes=10**6))
     catalog = build_catalog(config.data)

@@ -23,6 +23,9 @@ from easylm_mling.storage.files import DEFAULT_RETRY, Retry
 
 UNITS_PER_BLOCK = 4
 _FORMAT = 2
+# A source of at least so many bytes has units for hundreds of lanes, but none so small that reading it is slow. A smaller
+# one is pooled (data/pool.py).
+_SMALL_BYTES, _FINE_UNITS, _FINEST_UNIT = 16_000_000, 8192, 16_384
 # Requests in flight at a time: a bucket's thousand files are listed and cut in a minute.
 _THREADS = 16
 # The settings that decide the order of the data. Weights are not among them: they may change during a run.
@@ -141,9 +144,15 @@ def build_catalog(data: DataConfig) -> Catalog:
     Raises ConfigError for a path without a match, a source without text, a missing text column, and a file that is
     damaged, unreadable or of an unknown kind.
     """
-    unit_bytes = max(1, data.block_bytes // UNITS_PER_BLOCK)
-    sources = {name: _cut_source(source, unit_bytes) for name, source in _list_sources(data, {}).items()}
+    sources = {name: _cut_source(source, _unit_bytes(source, data.block_bytes)) for name, source in _list_sources(data, {}).items()}
     return Catalog(sources, _settings(data))
+
+
+def _unit_bytes(source: Source, block_bytes: int) -> int:
+    """Return the size of the source's units: a part of a block, and less where the lanes would have too few of them."""
+    size = sum(f.size for f in source.files)
+    fine = max(_FINEST_UNIT, size // _FINE_UNITS) if size > _SMALL_BYTES else block_bytes
+    return max(1, min(block_bytes // UNITS_PER_BLOCK, fine))
 
 
 def reopen_catalog(stored: Catalog, data: DataConfig) -> Catalog:

@@ -21,6 +21,8 @@ from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, langua
 
 # Makes the hash that samples a source independent of the one that holds documents out.
 _SAMPLE_SALT = b"sample"
+# Least blocks a lane and epoch.
+_BLOCKS_A_LANE = 4
 
 
 class Window(NamedTuple):
@@ -55,9 +57,14 @@ def seeded_order(count: int, *key: int | str) -> np.ndarray:
 class EpochOrder:
     """The order in which the units of one source are read, epoch by epoch. `epochs` is how many there are, or None."""
 
-    def __init__(self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None):
-        """Take the languages' `rates`, int64 [languages] (weights.language_rates); by default those by bytes."""
-        self.source, self.seed, self.block_bytes = source, seed, block_bytes
+    def __init__(
+        self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None, lanes: int | None = None
+    ):
+        """Take the languages' `rates`, int64 [languages] (weights.language_rates); by default those by bytes.
+
+        With `lanes`, every epoch is cut into as many blocks for each of them, alike in bytes, if it has that many units.
+        """
+        self.source, self.seed, self.block_bytes, self.lanes = source, seed, block_bytes, lanes
         rates = language_rates(source, [], 0.0) if rates is None else rates
         self._rates = rates[source.unit_languages]
         self._phases = (seeded_bits(len(source.units), seed, source.name, "phase") >> 32).astype(np.int64)
@@ -79,6 +86,7 @@ class EpochOrder:
             [(f.name, f.fingerprint) for f in source.files],
             self.seed,
             self.block_bytes,
+            self.lanes,
         ]
         digest = blake2b(orjson.dumps(parts), digest_size=16)
         digest.update(source.units.tobytes())
@@ -118,15 +126,35 @@ class EpochOrder:
         units = np.repeat(np.arange(len(copies)), copies)
         units = units[seeded_order(len(units), self.seed, self.source.name, epoch)]
         sizes = self.source.units[units, 3]
+        if self.lanes and len(units) >= self.lanes:
+            return units, _even_blocks(sizes, self.lanes, self.block_bytes)
         # Renumbered, for behind a unit larger than a block there would be empty ones. A lane takes every V-th block, and
         # might get nothing but those.
         return units, np.unique((np.cumsum(sizes) - sizes) // self.block_bytes, return_inverse=True)[1]
 
 
+def _even_blocks(sizes: np.ndarray, lanes: int, block_bytes: int) -> np.ndarray:
+    """Return the block of each unit of an epoch, int64 [units]: `lanes` times k blocks, none of them empty.
+
+    Lane l takes the blocks l, l + lanes ..., so k of every epoch. They are as even in bytes as whole units allow, and of
+    about `block_bytes` at most; k is at least 4 if there are units for it.
+    """
+    total, count = int(sizes.sum()), len(sizes)
+    per_lane = min(max(_BLOCKS_A_LANE, -(-total // (lanes * block_bytes))), count // lanes)
+    blocks = lanes * per_lane
+    even = (np.cumsum(sizes) - sizes // 2) * blocks // max(1, total)
+    # Moved by as little as leaves none empty: numbers rise by at most one a unit, and reach the last block.
+    index = np.arange(count)
+    even = np.clip(np.minimum(even, index), index - count + blocks, blocks - 1)
+    return np.minimum.accumulate((even - index)) + index
+
+
 def open_orders(config: MixerConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
     """Return the order of every source, the same for the loader and for `data tokenize`."""
     rates, data = plan.language_rates, config.data
-    return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
+    return [
+        EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name), config.lanes) for s in catalog.sources.values()
+    ]
 
 
 def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", skip: int = 0) -> Iterator[Window]:
