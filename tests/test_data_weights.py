@@ -55,6 +55,11 @@ def test_spread_keeps_the_cap_and_the_total_and_shares_the_rest_by_temperature(s
         assert all(r / s**temperature <= free[0] * (1 + 1e-6) for r, s in zip(read, sizes, strict=True))
 
 
+def test_weights_whose_sum_overflows_are_shares_all_the_same():
+    assert integer_weights([1e308, 1e308]) == [ONE // 2, ONE // 2]
+    assert integer_weights([1.7e308, 0.0, 1.7e308, 1.7e308, 1.7e308])[1] == 0
+
+
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), min_size=1, max_size=4), st.data())
 def test_a_target_is_the_sum_of_the_stages_shares(weights, data):
     gaps = data.draw(st.lists(st.integers(1, 9), min_size=len(weights) - 1, max_size=len(weights) - 1))
