@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from jax.experimental import multihost_utils
 
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
-from easylm_mling.data import pool
+from easylm_mling.data import estimates, pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
 from easylm_mling.data.shuffle import EpochOrder
+from easylm_mling.data.sources import lines
 from easylm_mling.data.weights import (
     ONE,
     MixingPlan,
@@ -346,3 +347,20 @@ def test_weights_change_at_their_token_count_and_not_before(root):
     # 80 steps and a token: the round of step 81 has begun before it, the next one is the first of the new stage.
     assert counts[80, 1] == 1 and (drawn[80][0]["source"].reshape(LANES, 2)[:, 0] == 1).any()
     assert (counts[81:, 1] == 0).all() and counts[81:].sum(axis=0)[[0, 2]] == pytest.approx([156, 156], abs=3)
+
+
+@pytest.mark.parametrize("layout", ["jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("texts", [documents(3000), ["the same " * 60] * 6000], ids=["of words", "densely packed"])
+def test_a_packed_file_is_as_large_as_its_text(tmp_path, monkeypatch, layout, texts):
+    monkeypatch.setattr(lines, "_SAMPLED_PACKED", 30_000)
+    monkeypatch.setattr(lines, "_SAMPLED_TEXT", 2_000_000)
+    monkeypatch.setattr(estimates, "_READ_BYTES", 100_000)
+    sources = {}
+    for name, kind in (("plain", "jsonl"), ("packed", layout)):
+        sources[name] = SourceConfig((str(write(tmp_path / name, kind, texts)),), None, holdout_fraction=0.0)
+    data = {"weighting": WeightingConfig(by="bytes")}
+    config = run_config(data_config(sources, tokenizer=tokenizer_path(), block_bytes=4_000_000, data=data), 4)
+    share, tokens = shares(config, build_catalog(config.data))
+    assert share[0] == pytest.approx(0.5, abs=0.05)
+    truth = sum(len(ids) + 2 for ids in tokenizer().encode(texts))
+    np.testing.assert_allclose(tokens / truth, 1, atol=0.25)

@@ -144,7 +144,10 @@ def build_catalog(data: DataConfig) -> Catalog:
     Raises ConfigError for a path without a match, a source without text, a missing text column, and a file that is
     damaged, unreadable or of an unknown kind.
     """
-    sources = {name: _cut_source(source, _unit_bytes(source, data.block_bytes)) for name, source in _list_sources(data, {}).items()}
+    sources = {
+        name: _cut_source(source, _unit_bytes(source, data.block_bytes))
+        for name, source in _list_sources(data, {}).items()
+    }
     return Catalog(sources, _settings(data))
 
 

@@ -146,7 +146,7 @@ def _even_blocks(sizes: np.ndarray, lanes: int, block_bytes: int) -> np.ndarray:
     # Moved by as little as leaves none empty: numbers rise by at most one a unit, and reach the last block.
     index = np.arange(count)
     even = np.clip(np.minimum(even, index), index - count + blocks, blocks - 1)
-    return np.minimum.accumulate((even - index)) + index
+    return np.minimum.accumulate(even - index) + index
 
 
 def open_orders(config: MixerConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:

@@ -1,6 +1,7 @@
 """Each file format from outside: its layout's name, the units it can be cut into, and a check that it has the text.
 
-No file's body is read: parquet and Arrow have footers or message headers, and lines are cut by arithmetic.
+No file's body is read, but a sample of a packed one to measure its text: parquet and Arrow have footers or message
+headers, and lines are cut by arithmetic.
 """
 
 from itertools import islice
@@ -8,7 +9,7 @@ from itertools import islice
 import pyarrow as pa
 
 from easylm_mling.data.sources.columnar import open_parquet, stream_heads
-from easylm_mling.data.sources.lines import file_lines
+from easylm_mling.data.sources.lines import file_lines, unpacked_size
 from easylm_mling.data.sources.readers import BYTE_ORDER_MARK, parse_json
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, open_arrow, open_binary
@@ -21,8 +22,6 @@ _SUFFIXES = {
     **{f"{suffix}{packed}": f"jsonl{packed}" for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")},
     **{f".txt{packed}": f"text{packed}" for packed in ("", ".gz", ".zst")},
 }  # fmt: skip
-# Web text is compressed to about a third. Only the sizes of blocks depend on this guess.
-_COMPRESSION = 3
 # The text field is looked for in so many rows that parse, among so many lines.
 _HEAD_ROWS = 100
 _HEAD_LINES = 10_000
@@ -64,7 +63,8 @@ def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: 
         if layout.startswith("jsonl"):
             _check_json_field(path, layout, column, retry)
         if "." in layout:
-            return [(0, 1, size * _COMPRESSION)]
+            # An empty text still is a unit: a reader tells what is wrong with it.
+            return [(0, 1, max(1, unpacked_size(path, layout, size, retry)))]
         return [(a, min(a + unit_bytes, size), min(unit_bytes, size - a)) for a in range(0, size, unit_bytes)]
     return _merge(pieces, unit_bytes)
 
