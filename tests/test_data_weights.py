@@ -350,10 +350,10 @@ def test_weights_change_at_their_token_count_and_not_before(root):
 
 
 @pytest.mark.parametrize("layout", ["jsonl.gz", "jsonl.zst"])
-@pytest.mark.parametrize("texts", [documents(3000), ["the same " * 60] * 6000], ids=["of words", "densely packed"])
+@pytest.mark.parametrize("texts", [documents(6000), ["the same " * 60] * 6000], ids=["of words", "densely packed"])
 def test_a_packed_file_is_as_large_as_its_text(tmp_path, monkeypatch, layout, texts):
-    monkeypatch.setattr(lines, "_SAMPLED_PACKED", 30_000)
-    monkeypatch.setattr(lines, "_SAMPLED_TEXT", 2_000_000)
+    monkeypatch.setattr(lines, "_SAMPLED_PACKED", 100_000)
+    monkeypatch.setattr(lines, "_SAMPLED_TEXT", 1_000_000)
     monkeypatch.setattr(estimates, "_READ_BYTES", 100_000)
     sources = {}
     for name, kind in (("plain", "jsonl"), ("packed", layout)):

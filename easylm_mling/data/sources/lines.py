@@ -13,6 +13,7 @@ from easylm_mling.storage.files import LOCAL_CHUNK, Retry, open_binary
 MAX_LINE_BYTES = 1 << 26
 # Bytes read to measure how densely a file is packed: of the file, and of its text.
 _SAMPLED_PACKED, _SAMPLED_TEXT = 1_000_000, 64_000_000
+_UNPACKED_AT_ONCE = 1 << 16
 # By the second part of a layout's name: pyarrow's name of the compression.
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
@@ -53,10 +54,15 @@ def unpacked_size(path: str, layout: str, size: int, retry: Retry) -> int:
     """
     with open_binary(path, retry) as file:
         stream: Any = pa.CompressedInputStream(pa.PythonFile(file, "r"), _COMPRESSIONS[layout.partition(".")[2]])
-        text = 0
-        while part := len(stream.read(LOCAL_CHUNK)):
+        text = packed = 0
+        while part := len(stream.read(_UNPACKED_AT_ONCE)):
+            if (read := file.tell()) != packed:
+                # More of the file is read when the text of what was read before is all there.
+                if packed >= _SAMPLED_PACKED or (packed and text >= _SAMPLED_TEXT):
+                    return round(text * size / packed)
+                packed = read
             text += part
-            if (packed := file.tell()) < size and (packed >= _SAMPLED_PACKED or text >= _SAMPLED_TEXT):
+            if text >= 4 * _SAMPLED_TEXT:
                 return round(text * size / packed)
         return text
 
