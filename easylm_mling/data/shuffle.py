@@ -72,7 +72,8 @@ class EpochOrder:
         # How many epochs hold anything; None: no end.
         self.epochs = first_epoch_after(self._rates, self._phases, self._cap) if self._cap else None
         # Known without ordering the epoch: a lane may have to pass hundreds of epochs of a tiny source.
-        self._one_block = bool(np.all(self._rates == ONE)) and source.units[:, 3].sum() <= block_bytes
+        is_small = source.units[:, 3].sum() <= block_bytes and (lanes is None or len(source.units) < lanes)
+        self._one_block = bool(np.all(self._rates == ONE)) and is_small
         # The other sources' lanes are at most a few epochs apart.
         self._epoch = lru_cache(maxsize=8)(self._order_epoch)
 
