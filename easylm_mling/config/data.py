@@ -47,7 +47,9 @@ class SourceConfig:
         "a line of it",
     )
     holdout_fraction: float = setting(
-        0.001, "share of the documents, chosen by a hash of their text, that is never trained on but validated on"
+        0.001,
+        "share of the documents, chosen by a hash of their normalised text, that is never trained on but validated on; "
+        "the largest share of any source decides what no source is trained on",
     )
     sample_fraction: float = setting(
         1.0, "share of the other documents, chosen by a hash of their text, that is trained on"

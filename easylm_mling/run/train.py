@@ -174,6 +174,11 @@ def run_steps(
             item = next_on_all_hosts(loop.loader)
         if item is None:
             data_ended = loop.loader.ended or "another host's lanes have none left"
+            if done == 0:
+                raise ConfigError(
+                    f"the data ends before the first step: {data_ended}; name more data, raise max_epochs, or lower "
+                    "train.batch_size or data.sequence_length"
+                )
             continue
         batch, consumed = item
         done += 1
