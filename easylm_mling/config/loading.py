@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -21,13 +21,15 @@ from easylm_mling.errors import ConfigError, check
 Schema = typing.TypeVar("Schema")
 
 
-def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
+def load(
+    files: list[str], overrides: Sequence[str] = (), complete: Callable[[dict], dict] = lambda tree: tree
+) -> RunConfig:
     """Merge YAML `files` left to right, then `key.path=value` overrides.
 
     For example `load(["configs/demo.yaml"], ["train.seed=1"])`. Raises ConfigError for a missing file, bad YAML, an unknown
-    or missing key, or a value of the wrong type.
+    or missing key, or a value of the wrong type. `complete` is given the merged tree, and returns it with more in it.
     """
-    return _build(RunConfig, _merged(files, overrides), "")
+    return _build(RunConfig, complete(_merged(files, overrides)), "")
 
 
 def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
@@ -157,6 +159,11 @@ def _flat_sources(sources: dict, path: str) -> dict:
 def from_tree(schema: type[Schema], tree: dict) -> Schema:
     """Build the dataclass `schema` from plain dicts; raises ConfigError as `load` does."""
     return _build(schema, tree, "")
+
+
+def build_key(schema: type, key: str, value: typing.Any, path: str) -> typing.Any:
+    """Build the one setting `key` of the dataclass `schema`; raises ConfigError that names `path`.`key`."""
+    return _build(typing.get_type_hints(schema)[key], value, join_path(path, key))
 
 
 def to_yaml(config) -> str:

@@ -15,8 +15,8 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info, open_store
-from easylm_mling.config import ModelConfig, from_tree
+from easylm_mling.checkpoint.reading import load_info, open_store, stored_model
+from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import Export, write_card
@@ -101,15 +101,6 @@ def note_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype
     if not is_bucket(checkpoint_dir):
         return True
     return Bucket(str(checkpoint_dir)).replace(metrics.name, before, metrics.read_bytes())
-
-
-def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:
-    """Return the shape of the model in a checkpoint of a run or an import. Raises ConfigError where it is missing."""
-    info = load_info(checkpoint_dir, step)
-    model = info.get("model") or info.get("config", {}).get("model")
-    if not isinstance(model, dict):
-        raise ConfigError(f"{checkpoint_dir}: its info names no model; use another checkpoint")
-    return from_tree(ModelConfig, model)
 
 
 def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> dict[str, list[Tensor]]:
