@@ -85,6 +85,9 @@ class ModelConfig:
     pad_token_id: int = setting(0, "token of padding; -1: none")
     eos_token_id: int = setting(1, "token that ends every document")
     bos_token_id: int = setting(2, "token that begins every document")
+    stop_token_ids: tuple[int, ...] = setting(
+        (), "tokens that end a generated text besides eos_token_id, such as <end_of_turn>; not used in training"
+    )
     query_pre_attn_scalar: int | None = setting(
         None, "attention scores are divided by the square root of this; null: of head_dim"
     )

@@ -20,7 +20,7 @@ from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import Export, write_card
-from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
+from easylm_mling.hf.config import GENERATION, hf_config, hf_generation_config, read_json, write_json
 from easylm_mling.hf.importing import DTYPES, INDEX
 from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.monitoring.metrics import MetricsLog
@@ -73,7 +73,8 @@ def export_hf(
     with atomic_directory(hf_dir) as partial:
         tokenizer_files = copy_tokenizer(files / TOKENIZER_FOLDER, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
-        write_json(partial / "generation_config.json", hf_generation_config(model))
+        kept = read_json(partial / GENERATION) if GENERATION in tokenizer_files else {}
+        write_json(partial / GENERATION, hf_generation_config(model, kept))
         write_card(partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name), languages)
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
@@ -83,7 +84,7 @@ def export_hf(
                         file.write(values.view(np.uint8).data)
         if len(shards) > 1:
             write_json(partial / INDEX, shard_index(shards))
-    if tokenizer_files:
+    if {"tokenizer.model", "tokenizer.json"} & {*tokenizer_files}:
         return []
     return [
         f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer; copy the base model's files into it"
