@@ -22,6 +22,7 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import Export, write_card
 from easylm_mling.hf.config import GENERATION, hf_config, hf_generation_config, read_json, write_json
 from easylm_mling.hf.importing import DTYPES, INDEX
+from easylm_mling.hf.tokenizer import bos_seen, complete_tokenizer, own_tokenizer
 from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.monitoring.metrics import MetricsLog
 from easylm_mling.storage.atomic import atomic_directory
@@ -65,17 +66,20 @@ def export_hf(
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
     step_dir = step_directory(checkpoint_dir, step)
     step, files = int(step_dir.name), small_files(checkpoint_dir)
-    check_inside(files / TOKENIZER_FOLDER)
+    tokenizer = own_tokenizer(files, load_info(checkpoint_dir, step).get("tokenizer"))
+    check_inside(tokenizer)
     model = stored_model(checkpoint_dir, step)
     target = DTYPES[_TAGS[dtype]]
     read = open_parameters(step_dir, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with atomic_directory(hf_dir) as partial:
-        tokenizer_files = copy_tokenizer(files / TOKENIZER_FOLDER, partial)
+        tokenizer_files = copy_tokenizer(tokenizer, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
         kept = read_json(partial / GENERATION) if GENERATION in tokenizer_files else {}
         write_json(partial / GENERATION, hf_generation_config(model, kept))
-        write_card(partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name), languages)
+        complete_tokenizer(partial)
+        bos, warnings = bos_seen(partial, model, hf_dir)
+        write_card(partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages)
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))
@@ -85,7 +89,7 @@ def export_hf(
         if len(shards) > 1:
             write_json(partial / INDEX, shard_index(shards))
     if {"tokenizer.model", "tokenizer.json"} & {*tokenizer_files}:
-        return []
+        return warnings
     return [
         f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer; copy the base model's files into it"
     ]

@@ -4,6 +4,7 @@ Every name, shape and dtype is checked from the files' headers before the first 
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import MeshConfig, ModelConfig, to_tree
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import GENERATION, model_config_from_hf, read_json
 from easylm_mling.hf.hub import local_directory
 from easylm_mling.hf.vocabulary import extend_vocabulary
-from easylm_mling.model.params import Parameter, parameter_table, to_flat, to_nested
+from easylm_mling.model.params import Parameter, parameter_count, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
 from easylm_mling.storage.atomic import atomic_directory
 from easylm_mling.storage.object_store import Bucket, is_bucket
@@ -66,11 +68,19 @@ def import_hf(
     if tokenizer is not None:
         source["vocab_size"] = model.vocab_size
         weights, model = extend_vocabulary(weights, model, directory, Path(tokenizer))
+    model_file = Path(tokenizer) if tokenizer is not None else directory
+    model_file = model_file if model_file.is_file() else model_file / "tokenizer.model"
+    if model_file.is_file():
+        source_tokenizer = {"tokenizer": Tokenizer(str(model_file)).fingerprint}
+    else:
+        source_tokenizer = {}
+    _check_room(checkpoint_dir, model)
     with _new_directory(checkpoint_dir) as (folder, checkpoints_dir):
         params = read_params(weights, model, widest_mesh(model))
         info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
+        info |= source_tokenizer
         largest = max(array.nbytes for array in to_flat(params).values())
-        with Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
+        with _full_disk_told(checkpoint_dir), Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)
         copied = copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
         if tokenizer is not None and (directory / GENERATION).is_file():
@@ -82,6 +92,30 @@ def import_hf(
             hf_dir,
         )
     return model
+
+
+def _check_room(target: str | Path, model: ModelConfig):
+    """Raise ConfigError where the disk has no room for the float32 parameters."""
+    if is_bucket(target):
+        return
+    folder = next(p for p in Path(target).absolute().parents if p.exists())
+    needed, free = 4 * parameter_count(model), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{target}: the float32 parameters need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room, "
+            "or name a place on another disk"
+        )
+
+
+@contextmanager
+def _full_disk_told(target: str | Path) -> Iterator[None]:
+    """Turn what Orbax raises on a full disk, whatever its class, into an error of one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConfigError) or not re.search("No space|Disk quota|File too large|EXHAUSTED", str(error)):
+            raise
+        raise ConfigError(f"{target}: the disk is full; make room, or name a place on another disk") from None
 
 
 @contextmanager
@@ -157,7 +191,7 @@ def _check_tied_head(hf_dir: Path, slices: dict[str, Any], model: ModelConfig):
     head, embedding = slices["lm_head.weight"], slices["model.embed_tokens.weight"]
     rows = max(1, _PIECE // (4 * model.hidden_size))
     for start in range(0, model.vocab_size, rows):
-        a, b = (part[start : start + rows].astype(np.float32) for part in (head, embedding))
+        a, b = (part[start : min(start + rows, model.vocab_size)].astype(np.float32) for part in (head, embedding))
         if not np.array_equal(a, b, equal_nan=True):
             way = (
                 "write tie_word_embeddings: false into config.json if the head is to be used"
