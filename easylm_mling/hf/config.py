@@ -70,7 +70,15 @@ _FIXED = {
 _HARMLESS = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pretraining_tp"),
     *("_name_or_path", "name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
-    *("cache_implementation", "hybrid_cache", "sliding_window_size", "_sliding_window_pattern", "id2label", "label2id", "tokenizer_class"),
+    *(
+        "cache_implementation",
+        "hybrid_cache",
+        "sliding_window_size",
+        "_sliding_window_pattern",
+        "id2label",
+        "label2id",
+        "tokenizer_class",
+    ),
     *(
         "return_dict",
         "chunk_size_feed_forward",

@@ -79,7 +79,9 @@ def export_hf(
         write_json(partial / GENERATION, hf_generation_config(model, kept))
         complete_tokenizer(partial)
         bos, warnings = bos_seen(partial, model, hf_dir)
-        write_card(partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages)
+        write_card(
+            partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages
+        )
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import MeshConfig, ModelConfig, to_tree
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
-from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import GENERATION, model_config_from_hf, read_json
 from easylm_mling.hf.hub import local_directory
@@ -70,15 +70,12 @@ def import_hf(
         weights, model = extend_vocabulary(weights, model, directory, Path(tokenizer))
     model_file = Path(tokenizer) if tokenizer is not None else directory
     model_file = model_file if model_file.is_file() else model_file / "tokenizer.model"
-    if model_file.is_file():
-        source_tokenizer = {"tokenizer": Tokenizer(str(model_file)).fingerprint}
-    else:
-        source_tokenizer = {}
+    known = {"tokenizer": blake2b(model_file.read_bytes(), digest_size=16).hexdigest()} if model_file.is_file() else {}
     _check_room(checkpoint_dir, model)
     with _new_directory(checkpoint_dir) as (folder, checkpoints_dir):
         params = read_params(weights, model, widest_mesh(model))
         info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
-        info |= source_tokenizer
+        info |= known
         largest = max(array.nbytes for array in to_flat(params).values())
         with _full_disk_told(checkpoint_dir), Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)

@@ -40,7 +40,11 @@ def complete_tokenizer(folder: Path):
     # Llama's puts a space before a text, as add_dummy_prefix says, and Gemma's does not.
     spaced = pieces.encode("a", out_type=str)[0].startswith("\u2581")
     special = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "pad": pieces.pad_id(), "unk": pieces.unk_id()}
-    tree = {"tokenizer_class": "LlamaTokenizer" if spaced else "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    tree = {
+        "tokenizer_class": "LlamaTokenizer" if spaced else "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
     tree |= {f"{name}_token": pieces.id_to_piece(i) for name, i in special.items() if i >= 0}
     write_json(folder / _CONFIG, tree)
 
@@ -63,4 +67,6 @@ def bos_seen(folder: Path, model: ModelConfig, shown: str | Path) -> tuple[int |
     count = next((n for n, i in enumerate(ids) if i != model.bos_token_id), len(ids))
     if count == 1:
         return 1, []
-    return count, [f"{shown}: its tokenizer puts {count} BOS before a text, and the model needs one; mend tokenizer_config.json"]
+    return count, [
+        f"{shown}: its tokenizer puts {count} BOS before a text, and the model needs one; mend tokenizer_config.json"
+    ]
