@@ -102,6 +102,7 @@ class ModelConfig:
     tie_word_embeddings: bool = setting(True, "use the embedding as the output head")
 
     def __post_init__(self):
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))  # hashable, also from a plain tree
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
             check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         # Far above every known model: a stranger's file must not fill the memory.

@@ -40,7 +40,7 @@ class Export:
     model: ModelConfig
     dtype: str
     name: str  # on the hub, or the folder's
-    bos: int | None = 1  # how many of BOS transformers' tokenizer puts before a text; None: not seen
+    bos: int | None = None  # how many of BOS transformers' tokenizer puts before a text; None: not seen
 
 
 @dataclass(frozen=True)
