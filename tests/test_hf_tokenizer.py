@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -58,7 +59,7 @@ def test_a_damaged_tokenizer_is_not_exported(lone, tmp_path):
 
 
 def test_an_import_onto_a_full_disk_is_one_line_and_leaves_nothing(hf_source, tmp_path, monkeypatch):
-    monkeypatch.setattr(importing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(importing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(ConfigError, match="and the disk has .* left; make room"):
         import_hf(hf_source, tmp_path / "checkpoint")
     monkeypatch.undo()
