@@ -1,12 +1,13 @@
 """Training: `train`."""
 
-from easylm_mling.cli.config import add_config, load_config
+from easylm_mling.cli.config import add_config, add_override_model, load_config
 
 
 def add_verbs(verbs):
     """Add `train` to the parser's `verbs`."""
     train = verbs.add_parser("train", help="train to a token budget; the same command again resumes")
     add_config(train)
+    add_override_model(train)
     train.add_argument(
         "--accept-data-change",
         action="store_true",
@@ -33,4 +34,6 @@ def _train(a) -> int:
 
     group, on_cpu = find_process_group(a.coordinator, a.processes, a.process_id), bool(config.mesh.cpu_devices)
     with joined_processes(group, a.wait_seconds, on_cpu):
-        return train(config, accept_data_change=a.accept_data_change, max_hours=a.max_hours)
+        return train(
+            config, accept_data_change=a.accept_data_change, max_hours=a.max_hours, override_model=a.override_model
+        )

@@ -20,6 +20,8 @@ class Setting:
     outside_step: bool = False
     # Why it may not change.
     reason: str = ""
+    # It names files: a `~` at the beginning is the home directory.
+    path: bool = False
 
     def inside(self, section: "Setting") -> "Setting":
         """Return this Setting as it is within `section`."""
@@ -35,10 +37,11 @@ def setting(
     data: bool = False,
     outside_step: bool = False,
     reason: str = "",
+    path: bool = False,
     factory: Callable[[], Any] | None = None,
 ) -> Any:
     """Return a dataclass field that carries its Setting; `factory` makes a mutable default."""
-    metadata = {"setting": Setting(help, unit, free, data, outside_step, reason)}
+    metadata = {"setting": Setting(help, unit, free, data, outside_step, reason, path)}
     if factory:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

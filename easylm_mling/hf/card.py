@@ -40,6 +40,7 @@ class Export:
     model: ModelConfig
     dtype: str
     name: str  # on the hub, or the folder's
+    bos: int | None = None  # how many of BOS transformers' tokenizer puts before a text; None: not seen
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,11 @@ def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
 
 
 def _usage(export: Export) -> str:
-    name = export.name
+    name, bos = export.name, export.model.bos_token_id
+    note = f"the model needs exactly one BOS (id {bos}) here; " + (
+        f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
+    )
+    note = f"adds the one BOS (id {bos}) that the model needs" if export.bos == 1 else note
     return f"""## How to load
 
 ```python
@@ -196,7 +201,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="{export.dtype}")
-inputs = tokenizer("...", return_tensors="pt")  # adds the one BOS (id {export.model.bos_token_id}) that the model needs
+inputs = tokenizer("...", return_tensors="pt")  # {note}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 

@@ -67,7 +67,7 @@ def generate(
     seed: int = 0,
     dtype: str = "bfloat16",
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt: at most `max_new_tokens`, and EOS last where the model ended the text.
+    """Return the new tokens of each prompt: at most `max_new_tokens`, and EOS, or another stop token, last where the model ended the text.
 
     Temperature 0 takes the most probable token. Otherwise row b's n-th token is drawn with the key of (seed, b, n): from the
     `top_k` most probable ones, and of those from the smallest set with probability `top_p` or more.
@@ -114,8 +114,9 @@ def continue_texts(
     """
     encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(list(prompts))]
     texts = generate(graph, params, model, encoded, max_new_tokens, **settings)
+    ends = {model.eos_token_id, *model.stop_token_ids}
     # The model may have more rows than the tokenizer has pieces; those stand for no text.
-    return [tokenizer.decode([i for i in ids if i != model.eos_token_id and i < tokenizer.vocab_size]) for ids in texts]
+    return [tokenizer.decode([i for i in ids if i not in ends and i < tokenizer.vocab_size]) for ids in texts]
 
 
 def sample_text(
@@ -169,6 +170,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     """
     model = nnx.merge(graph, params)
     eos = model.config.eos_token_id
+    ends = jnp.asarray([eos, *model.config.stop_token_ids], jnp.int32)
     hidden, caches = _prefill(model, tokens, room, dtype)
     B = tokens.shape[0]
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -187,7 +189,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
         new = new.at[:, n].set(jnp.where(ended, eos, token))
         count = jnp.where(ended, count, n + 1)
         hidden, caches = _decode(model, token, lengths + n, caches, dtype)
-        return n + 1, hidden, caches, new, ended | (token == eos), count
+        return n + 1, hidden, caches, new, ended | jnp.isin(token, ends), count
 
     zero = jnp.zeros((B,), jnp.int32)
     start = (jnp.int32(0), last, caches, jnp.full((B, room), eos, jnp.int32), zero == 1, zero)

@@ -1,5 +1,6 @@
 """The setup of a run: devices, directory, data, what is fixed for its life, and the state to go on with."""
 
+from collections.abc import Collection
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.run.host_sync import own_lanes
 from easylm_mling.run.rewind import batches_to_skip
+from easylm_mling.run.starting_model import check_start
 from easylm_mling.training.state import (
     TrainState,
     abstract_params,
@@ -38,7 +40,11 @@ def select_devices(config: RunConfig):
 
 
 def open_run(
-    config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    console: Console,
+    accept_data_change: bool,
+    override_model: Collection[str] = (),
 ) -> tuple[RunConfig, Mesh, RunData]:
     """Check everything that can be checked, then take the run's directory and open its data.
 
@@ -54,6 +60,7 @@ def open_run(
     config = with_chosen_remat(config, run, console)
     if config.init_from and not newest_step(run.name):
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
+        check_start(config, tokenizer.fingerprint, override_model)
     run.take_lease()
     if accept_data_change and is_of_other_data(run, tokenizer, catalog):
         run.set_aside(newest_step(run.name))

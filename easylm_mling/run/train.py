@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from easylm_mling.run.replay_check import ReplayCheck
 from easylm_mling.run.rewind import count_rewinds, rewind
 from easylm_mling.run.saving import Saver, open_checkpoints
 from easylm_mling.run.setup import open_run, restore_or_init, select_devices
+from easylm_mling.run.starting_model import override_names
 from easylm_mling.run.summary import summary_table
 from easylm_mling.run.validation import Validation
 from easylm_mling.training.compilation import compile_ahead, enable_compilation_cache
@@ -78,10 +79,12 @@ def train(
     console: Console | None = None,
     accept_data_change: bool = False,
     max_hours: float | None = None,
+    override_model: Sequence[str] = (),
 ) -> int:
     """Train to the token budget (or `train.stop_at_step`), resuming from the newest checkpoint in `run_dir`.
 
     `accept_data_change`: go on with other files, sources or another tokenizer than before, as data/migration.py says.
+    `override_model`: keys of `model`, or `tokenizer`, that may differ from those of the checkpoint in `init_from`.
     `max_hours`: save and end at the first step after so long. Returns the exit code (errors.py). Raises ConfigError for
     anything wrong with the config or the data, before a device is used. Collective.
     """
@@ -93,7 +96,7 @@ def train(
     enable_compilation_cache()
     console = console or make_console(quiet=not is_primary())
     with primary_first(to_yaml(config)):
-        config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
+        config, mesh, data = open_run(config, tokenizer, console, accept_data_change, override_names(override_model))
     run = data.run
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
     say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")

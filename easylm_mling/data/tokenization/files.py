@@ -13,6 +13,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    # How texts of the model end and are drawn; the ids of the tokenizer stand in it.
+    "generation_config.json",
 )
 
 

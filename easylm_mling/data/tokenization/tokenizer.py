@@ -26,7 +26,8 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             detail = " ".join(str(error).split())
             raise ConfigError(
-                f"data.tokenizer={path}: is not a readable SentencePiece model ({detail}); name a tokenizer.model"
+                f"data.tokenizer={path}: is not a readable SentencePiece model ({detail}); name a tokenizer.model (models that "
+                "have none, such as Llama 3, cannot be trained here)"
             ) from error
         self.fingerprint = blake2b(model, digest_size=16).hexdigest()
         self.vocab_size: int = self._pieces.vocab_size()
