@@ -35,11 +35,9 @@ from easylm_mling.data.streams import EnteredWindow, LaneStream, SpillFile, Stre
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
-from easylm_mling.errors import ConfigError, DataError
+from easylm_mling.errors import ConfigError
 
 _BATCHES_AHEAD = 2
-# The limit of bad records is checked from this many on: one among the first ten is no reason to stop.
-_MIN_RECORDS = 1000
 _HOLDOUT_WINDOWS = 20_000
 
 Batch = dict[str, np.ndarray]
@@ -94,8 +92,6 @@ class Loader:
         self._state = initial_state(*shape, ends[-1]) if state is None else own_state(state, *shape, self._pools)
         self._streams: dict[tuple[int, int], LaneStream] = {}
         self._quarantine = Quarantine(quarantine, list(catalog.sources), state and state.lanes) if quarantine else None
-        # Bad and good records of the windows entered by this process.
-        self._records = np.zeros((len(self.orders), 2), np.int64)
         # For each lane, the sources whose streams have ended, and those that give it no row in place of one of them.
         self._used_up: dict[int, set[int]] = {lane: set(self._pools) for lane in self._lanes}
         self.ended = ""
@@ -108,7 +104,7 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[Batch, DataState]:
-        """Return the next batch; raises ConfigError or DataError, now and at every later call, if the data cannot be read."""
+        """Return the next batch; raises ConfigError, now and at every later call, if the data cannot be read."""
         assert not self._closed, "the loader is closed"
         item = self._ahead[0].result()
         self._ahead.popleft()
@@ -280,18 +276,9 @@ class Loader:
                 )
 
     def _account(self, lane: int, source: int, window: EnteredWindow):
-        """Write the bad records of a window to the quarantine; raise DataError if they have become too many."""
-        name, limit = self.orders[source].source.name, self._config.data.max_bad_fraction
+        """Write the bad records of a window to the quarantine."""
         if window.bad and self._quarantine:
             self._quarantine.write(lane, source, window)
-        self._records[source] += len(window.bad), window.good
-        bad, read = self._records[source].tolist()
-        if bad + read >= _MIN_RECORDS and bad > limit * (bad + read):
-            where = f"see {self._quarantine.path}" if self._quarantine else "a quarantine file would list them"
-            raise DataError(
-                f"data.sources.{name}: {bad} of {bad + read} records are bad, more than data.max_bad_fraction={limit}; "
-                f"{where}; repair the files or raise the limit"
-            )
 
 
 def lanes_with_data(config: MixerConfig, orders: list[EpochOrder]) -> list[int]:

@@ -17,10 +17,23 @@ from easylm_mling.errors import ConfigError
 
 # What the trainer has *consumed* in a lane of a source. First the cursor of its token stream: epoch, block, window,
 # document in the window, token in the document. Then the ledger: rows that the plan assigned, tokens, documents begun,
-# bad records of the windows entered, rows given in place of a source that was used up, and padding, in tokens, of a
-# stream's last row. See streams.StreamState.
-COUNTERS = ("epoch", "block", "window", "document", "offset", "rows", "tokens", "documents", "bad", "extra", "padding")
-EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET, ROWS, TOKENS, DOCUMENTS, BAD, EXTRA, PADDING = range(len(COUNTERS))
+# bad records of the windows entered, rows given in place of a source that was used up, padding, in tokens, of a stream's
+# last row, and good records of the windows entered. See streams.StreamState.
+COUNTERS = (
+    "epoch",
+    "block",
+    "window",
+    "document",
+    "offset",
+    "rows",
+    "tokens",
+    "documents",
+    "bad",
+    "extra",
+    "padding",
+    "good",
+)
+EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET, ROWS, TOKENS, DOCUMENTS, BAD, EXTRA, PADDING, GOOD = range(len(COUNTERS))
 
 # What all lanes together have consumed in a language of a source.
 LANGUAGE_COUNTERS = ("tokens", "documents", "bad")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from easylm_mling.data.catalog import Source
-from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, OFFSET, PADDING, TOKENS, WINDOW
+from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, GOOD, OFFSET, PADDING, TOKENS, WINDOW
 from easylm_mling.data.shuffle import EpochOrder, choose, seeded_order, unit_records
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
@@ -134,7 +134,7 @@ class Pool:
         self.counters[:, EPOCH], self.counters[:, WINDOW] = self._epoch, self._dealt
         columns = [EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET]
         counters[:, columns] = self.counters[:, columns]
-        totals = [TOKENS, DOCUMENTS, BAD, PADDING]
+        totals = [TOKENS, DOCUMENTS, BAD, GOOD, PADDING]
         own = slice(self._own.start, self._own.stop)
         counters[own, totals] = self.counters[own, totals]
 
@@ -164,7 +164,7 @@ class Pool:
                     texts, waiting = [], 0
             self._add(texts, unit, lengths, units, ordinals)
             if on_bad:
-                self.counters[0, BAD] += len(bad)
+                self.counters[0, [BAD, GOOD]] += len(bad), good
                 self.languages[source.unit_languages[unit], 2] += len(bad)
                 on_bad(bad, good)
         self._ends = np.cumsum(np.array(lengths, np.int64))

@@ -17,6 +17,7 @@ from rich.console import Console
 from easylm_mling.config import RunConfig, to_yaml
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
+from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import is_multiprocess, is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
@@ -267,12 +268,14 @@ def report_steps(loop: Loop, agreed: Agreement, in_flight: deque[InFlight], left
 
 
 def report_step(loop: Loop, before: DataState | None, launched: InFlight) -> Agreement:
-    """Report one finished step; raises TrainingStopped when too many in a row changed nothing."""
+    """Report one finished step; raises TrainingStopped when too many in a row changed nothing, DataError for bad data."""
     step, metrics, config = launched.step, launched.metrics, loop.config
     agreed, ledger = launched.agreement(), loop.data.ledger
     consumed = agreed.state
     assert consumed is not None
     values = loop.monitor.step(step, metrics, lambda: ledger.sources(consumed))
+    sources, limit = list(config.data.sources), config.data.max_bad_fraction
+    check_bad_records(consumed.lanes, sources, limit, loop.data.run.quarantine_file)
     ends = [order.epochs for order in loop.loader.orders]
     news = ledger.news(before, consumed, ends, loop.loader.lanes_with_data)
     if skipped := skip_news(metrics, values, config.train.spike_sigmas):
