@@ -21,7 +21,7 @@ from easylm_mling.storage.atomic import write_atomically
 
 def open_catalog(run: RunDirectory, config: RunConfig, accept_change: bool) -> Catalog:
     """List the sources. Raises ConfigError when the run began with other files, unless that is accepted."""
-    if run.catalog_file.exists() and not accept_change:
+    if run.catalog_file.exists() and not accept_change and not run.begins_anew:
         return reopen_catalog(Catalog.load(run.catalog_file), config.data)
     return build_catalog(config.data)
 
