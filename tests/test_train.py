@@ -252,3 +252,16 @@ def test_a_run_directory_that_reads_as_a_pattern_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="would be read as a pattern"):
         run(tmp_path / "run[1]")
     assert not any(tmp_path.iterdir())
+
+
+def test_estimates_that_are_not_those_of_the_checkpoint_are_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    file = tmp_path / "run/estimates.json"
+    saved = json.loads(file.read_text())
+    language = next(iter(next(iter(saved["sources"].values())).values()))
+    language[0] *= 1.5
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="estimates.json: not the estimates that the checkpoint of step 10"):
+        run(tmp_path / "run")
+    file.unlink()
+    assert run(tmp_path / "run") == 0
