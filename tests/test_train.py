@@ -19,7 +19,7 @@ from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.checkpoint.reading import load_data_state, load_info, packed
 from easylm_mling.cli.main import main
 from easylm_mling.config import load
-from easylm_mling.errors import ConfigError, TrainingStopped
+from easylm_mling.errors import ConfigError, NoUsableCheckpoint, TrainingStopped
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
 from easylm_mling.run.train import train
@@ -222,3 +222,46 @@ def test_a_corpus_that_changed_under_a_run_is_refused(tmp_path):
         file.write(json.dumps({"text": "one more"}) + "\n")
     with pytest.raises(ConfigError, match="zh.jsonl"):
         run(tmp_path / "run", paths)
+
+
+def test_checkpoints_that_are_gone_do_not_begin_the_run_again(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(NoUsableCheckpoint, match="holds no checkpoint, but this run saved one at step 10"):
+        run(tmp_path / "run")
+
+
+def test_a_directory_in_which_no_step_was_done_may_be_begun_anew(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError):
+        run(tmp_path / "run", f"init_from={tmp_path / 'empty'}")
+    assert run(tmp_path / "run", "train.seed=3") == 0
+    assert load([str(tmp_path / "run/config.yaml")]).train.seed == 3
+    with pytest.raises(ConfigError, match="another config"):
+        run(tmp_path / "run", "train.seed=4")
+
+
+def test_a_damaged_config_of_the_run_is_named_as_the_runs_own(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_bytes(b"train: [\xff")
+    with pytest.raises(ConfigError, match=r"run/config.yaml: the run's own config is damaged, not yours"):
+        run(tmp_path / "run")
+
+
+def test_a_run_directory_that_reads_as_a_pattern_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="would be read as a pattern"):
+        run(tmp_path / "run[1]")
+    assert not any(tmp_path.iterdir())
+
+
+def test_estimates_that_are_not_those_of_the_checkpoint_are_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    file = tmp_path / "run/estimates.json"
+    saved = json.loads(file.read_text())
+    language = next(iter(next(iter(saved["sources"].values())).values()))
+    language[0] *= 1.5
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="estimates.json: not the estimates that the checkpoint of step 10"):
+        run(tmp_path / "run")
+    file.unlink()
+    assert run(tmp_path / "run") == 0

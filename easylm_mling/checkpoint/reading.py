@@ -20,7 +20,7 @@ from easylm_mling.storage.object_store import store_spec
 # Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
 _MOST_DATA = 1 << 30
 # Of what a step holds, and of the keys in its `info`.
-FORMAT = 1
+FORMAT = 2
 _KINDS = {"params": "parameter", "training": "array", "data": "array"}
 
 

@@ -30,10 +30,13 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from easylm_mling.checkpoint.layout import ASIDE, checkpoints_folder
 from easylm_mling.config import RunConfig, differences, load, to_yaml
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
+from easylm_mling.storage.jsonl import read_jsonl
 from easylm_mling.storage.lease import LOCK, Lease, file_store
 from easylm_mling.storage.object_store import (
     CONFIG,
@@ -47,6 +50,8 @@ from easylm_mling.storage.object_store import (
 
 # What may lie in a directory that no run has begun in.
 NOT_OF_A_RUN = {"plan.json", "lease", f"lease{LOCK}", "launch", "logs"}
+# Events that are written only once a step is done.
+_AFTER_A_STEP = {"first_step", "progress", "saved", "restored", "rewound", "skipped"}
 
 
 class RunDirectory:
@@ -76,7 +81,12 @@ class RunDirectory:
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir={self.path} is a file; name a directory")
-        self.data_settings_changed = False
+        if strange := sorted(set(config.run_dir) & set("[]*?")):
+            raise ConfigError(
+                f"run_dir={config.run_dir}: {' '.join(strange)} in its name would be read as a pattern, and its checkpoints "
+                "not be seen again; choose a name without []*?"
+            )
+        self.data_settings_changed = self.begins_anew = False
         if in_bucket:
             # This machine's own copy of the small files: no other process here may have it at the same time.
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +175,8 @@ class RunDirectory:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.begins_anew:
+            self._begin_anew()
         # The config comes before all that needs it: it is what makes the directory this run's, should anything be killed in between.
         if not self.config_file.exists():
             write_run_format(self.path)
@@ -188,11 +200,39 @@ class RunDirectory:
         elif self.tokenizer_dir.exists():
             shutil.rmtree(self.tokenizer_dir)
 
+    def kept_config(self) -> RunConfig:
+        """The config that the run began with; raises ConfigError that names the run's own file if it is damaged."""
+        try:
+            return load([str(self.config_file)])
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{self.name}/{CONFIG}: the run's own config is damaged, not yours ({one_line(error)}); restore it from a "
+                "backup, or from the `config` in the info of a checkpoint"
+            ) from None
+
+    def _has_begun(self) -> bool:
+        """Whether any step may have been done: if one of the files that tell of steps is there and not empty."""
+        logs = (self.metrics_file, self.rewinds_file)
+        kept = (self.states_dir, checkpoints_folder(self.name), checkpoints_folder(self.name).parent / ASIDE)
+        if any(_tells_of_steps(file) for file in logs):
+            return True
+        if any(event["event"] in _AFTER_A_STEP for event in read_event_log(self.events_file)):
+            return True
+        return any(folder.exists() and any(folder.iterdir()) for folder in kept)
+
+    def _begin_anew(self):
+        """Leave out what a start without a step wrote by its config; it is made again from the new one."""
+        if self._has_begun():
+            raise ConfigError(f"run_dir={self.name} has just been begun by another process; choose another run_dir")
+        for file in (self.config_file, self.catalog_file, self.estimates_file):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.tokenizer_dir, ignore_errors=True)
+
     def replace_config(self, config: RunConfig):
         write_atomically(self.config_file, to_yaml(config).encode())
 
     def _check_same_run(self, config: RunConfig, accept_data_change: bool):
-        kept = load([str(self.config_file)])
+        kept = self.kept_config()
         changes = [change for change in differences(kept, config) if not change.setting.free]
         if accept_data_change:
             self.data_settings_changed = any(change.setting.data for change in changes)
@@ -201,11 +241,21 @@ class RunDirectory:
             reasons = [f" ({c.setting.reason})" if c.setting.reason else "" for c in changes]
             listed = [f"{c.key} was {c.old}, now {c.new}{why}" for c, why in zip(changes, reasons, strict=True)]
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            if not self._has_begun():
+                # A first start that failed, or was stopped before a step: nothing was made with the old config.
+                self.begins_anew = True
+                return
             way = ", or go on with --accept-data-change" if all(c.setting.data for c in changes) else ""
             raise ConfigError(
                 f"run_dir={self.name} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
                 f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"
             )
+
+
+def _tells_of_steps(file: Path) -> bool:
+    """Whether a line of the log is about a step that was done."""
+    steps = (line.get("step") for line in read_jsonl(file)) if file.exists() else ()
+    return any(isinstance(step, int) and step > 0 for step in steps)
 
 
 def _pulled(mirror: Mirror) -> list[str]:

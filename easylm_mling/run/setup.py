@@ -8,13 +8,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
-from easylm_mling.checkpoint.layout import newest_step
-from easylm_mling.config import RunConfig, load
+from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
+from easylm_mling.config import RunConfig
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.distributed.agreement import process_index
+from easylm_mling.distributed.agreement import broadcast, is_primary, process_index
+from easylm_mling.errors import NoUsableCheckpoint
 from easylm_mling.model.sharding import check_run, make_mesh
 from easylm_mling.monitoring.console import say, warn
+from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.plan.measurements import MeasurementCache
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
@@ -86,6 +88,7 @@ def restore_or_init(
         for line in (f"resumed from the checkpoint of step {restored.step}", *news):
             say(console, line)
         return restored.state, data_state, batches_to_skip(data.run, restored.step, restored.info)
+    _check_none_is_missing(data.run)
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
         params = load_params(config.init_from, abstract)
@@ -95,9 +98,19 @@ def restore_or_init(
     return fresh(), None, 0
 
 
+def _check_none_is_missing(run: RunDirectory):
+    """Raise NoUsableCheckpoint if there were checkpoints of this run, by its events, and none is left. Collective."""
+    saved = [e["step"] for e in read_event_log(run.events_file) if e["event"] in ("saved", "restored")]
+    if step := broadcast(max(saved, default=0) if is_primary() else 0):
+        raise NoUsableCheckpoint(
+            f"{checkpoints_folder(run.name)}: holds no checkpoint, but this run saved one at step {step}; mount or restore the "
+            "folder, or start a new run_dir"
+        )
+
+
 def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
     """The config with `train.remat: auto` resolved: as chosen when the run began, or chosen now. A run keeps its choice."""
-    if config.train.remat == "auto" and run.config_file.is_file():
-        chosen = load([str(run.config_file)]).train
+    if config.train.remat == "auto" and run.config_file.is_file() and not run.begins_anew:
+        chosen = run.kept_config().train
         return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
     return choose_remat(config, MeasurementCache(), console) if config.train.remat == "auto" else config
