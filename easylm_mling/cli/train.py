@@ -14,6 +14,13 @@ def add_verbs(verbs):
         help="go on although files, sources or the tokenizer changed; changed sources begin anew",
     )
     train.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="go on with another budget, learning rate or schedule; recorded in RUN/history.jsonl",
+    )
+    train.add_argument(
         "--max-hours", type=float, metavar="HOURS", help="save and end (exit code 0) at the first step after so long"
     )
     train.add_argument(
@@ -28,6 +35,7 @@ def add_verbs(verbs):
 
 
 def _train(a) -> int:
+    a.config += a.change
     config = load_config(a)
     from easylm_mling.distributed.joining import find_process_group, joined_processes
     from easylm_mling.run.train import train
@@ -35,5 +43,9 @@ def _train(a) -> int:
     group, on_cpu = find_process_group(a.coordinator, a.processes, a.process_id), bool(config.mesh.cpu_devices)
     with joined_processes(group, a.wait_seconds, on_cpu):
         return train(
-            config, accept_data_change=a.accept_data_change, max_hours=a.max_hours, override_model=a.override_model
+            config,
+            accept_data_change=a.accept_data_change,
+            max_hours=a.max_hours,
+            override_model=a.override_model,
+            change=[item.partition("=")[0] for item in a.change],
         )

@@ -14,6 +14,7 @@ RUN/config.yaml      the resolved config, written once
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/state_archive.py
    /checkpoints/     see checkpoint/checkpoint.py; set-aside/ those that were damaged or rewound
    /rewinds.jsonl    see run/rewind.py
+   /history.jsonl    see run/changes.py
    /launch/, logs/   of tpu_scripts: its state, and what every worker printed
    /lease            which process trains the run, locked while it does
 
@@ -27,11 +28,12 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TextIO
 
 from easylm_mling.checkpoint.layout import ASIDE, checkpoints_folder
-from easylm_mling.config import RunConfig, differences, load, to_yaml
+from easylm_mling.config import Change, RunConfig, differences, load, to_yaml
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.monitoring.events import read_event_log
@@ -57,12 +59,15 @@ _AFTER_A_STEP = {"first_step", "progress", "saved", "restored", "rewound", "skip
 class RunDirectory:
     """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run.
 
-    With `accept_data_change`, other sources or another tokenizer are not something else. Of several processes only the
+    With `accept_data_change`, other sources or another tokenizer are not something else; neither are other values of the
+    keys `change`, and `changes` says which differ. Of several processes only the
     first, number 0, `writes`. `name` is what the config calls the directory, where the checkpoints lie; all other files are
     below `path`.
     """
 
-    def __init__(self, config: RunConfig, accept_data_change: bool = False, process: int = 0):
+    def __init__(
+        self, config: RunConfig, accept_data_change: bool = False, process: int = 0, change: Collection[str] = ()
+    ):
         self.name, self.writes, self._stuck_seconds = config.run_dir, process == 0, config.checkpoint.stuck_minutes * 60
         self._lock: TextIO | None = None
         self._lease: Lease | None = None
@@ -77,6 +82,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / "events.jsonl"
         self.rewinds_file = self.path / "rewinds.jsonl"
+        self.history_file = self.path / "history.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER
         if self.path.exists() and not self.path.is_dir():
@@ -87,6 +93,7 @@ class RunDirectory:
                 "not be seen again; choose a name without []*?"
             )
         self.data_settings_changed = self.begins_anew = False
+        self.changes: list[Change] = []
         if in_bucket:
             # This machine's own copy of the small files: no other process here may have it at the same time.
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,19 +101,19 @@ class RunDirectory:
             self._take_lock(self.path.with_name(f"{self.path.name}.lock"))
             self.mirror = Mirror(bucket, self.path)
         try:
-            self._check_directory(config, accept_data_change)
+            self._check_directory(config, accept_data_change, change)
         except ConfigError:
             self._unlock()
             raise
 
-    def _check_directory(self, config: RunConfig, accept_data_change: bool):
+    def _check_directory(self, config: RunConfig, accept_data_change: bool, change: Collection[str]):
         if self.mirror:
             there = _pulled(self.mirror)
         else:
             there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         if self.config_file.is_file():
             check_run_format(self.path, self.name)
-            self._check_same_run(config, accept_data_change)
+            self._check_same_run(config, accept_data_change, change)
         # In a bucket, a first push that was killed leaves files, and the lease.
         elif {n.split("/")[0] for n in there} - NOT_OF_A_RUN and not (self.mirror and "lease" in there):
             raise ConfigError(f"run_dir={self.name} is not empty and holds no run; name a new directory")
@@ -231,12 +238,14 @@ class RunDirectory:
     def replace_config(self, config: RunConfig):
         write_atomically(self.config_file, to_yaml(config).encode())
 
-    def _check_same_run(self, config: RunConfig, accept_data_change: bool):
+    def _check_same_run(self, config: RunConfig, accept_data_change: bool, change: Collection[str]):
         kept = self.kept_config()
         changes = [change for change in differences(kept, config) if not change.setting.free]
         if accept_data_change:
             self.data_settings_changed = any(change.setting.data for change in changes)
             changes = [change for change in changes if not change.setting.data]
+        self.changes = [c for c in changes if c.key in change]
+        changes = [c for c in changes if c.key not in change]
         if changes:
             reasons = [f" ({c.setting.reason})" if c.setting.reason else "" for c in changes]
             listed = [f"{c.key} was {c.old}, now {c.new}{why}" for c, why in zip(changes, reasons, strict=True)]
@@ -246,6 +255,8 @@ class RunDirectory:
                 self.begins_anew = True
                 return
             way = ", or go on with --accept-data-change" if all(c.setting.data for c in changes) else ""
+            if all(c.setting.change for c in changes):
+                way = ", or go on with " + " ".join(f"--change {c.key}={c.new}" for c in changes)
             raise ConfigError(
                 f"run_dir={self.name} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
                 f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"

@@ -19,6 +19,7 @@ from easylm_mling.monitoring.console import say, warn
 from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.plan.measurements import MeasurementCache
 from easylm_mling.plan.remat import choose_remat, with_remat
+from easylm_mling.run.changes import change_text, check_changes, past_changes, record_changes
 from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.run.host_sync import own_lanes
@@ -47,12 +48,14 @@ def open_run(
     console: Console,
     accept_data_change: bool,
     override_model: Collection[str] = (),
+    change: Collection[str] = (),
 ) -> tuple[RunConfig, Mesh, RunData]:
     """Check everything that can be checked, then take the run's directory and open its data.
 
     Returns the config with the remat policy that `auto` stands for, the mesh and the data.
     """
-    run = RunDirectory(config, accept_data_change, process_index())
+    check_changes(config, change)
+    run = RunDirectory(config, accept_data_change, process_index(), change)
     catalog = open_catalog(run, config, accept_data_change)
     for remark in catalog.remarks():
         warn(console, remark)
@@ -66,6 +69,9 @@ def open_run(
     run.take_lease()
     if accept_data_change and is_of_other_data(run, tokenizer, catalog):
         run.set_aside(newest_step(run.name))
+        run.replace_config(config)
+    elif run.changes and not run.begins_anew:
+        record_changes(run.history_file, newest_step(run.name) or 0, run.changes)
         run.replace_config(config)
     run.write_start(config)
     data = RunData.open(run, config, catalog, tokenizer, accept_data_change)
@@ -85,6 +91,7 @@ def restore_or_init(
         for step, wrong in restored.damaged:
             warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
         data_state, news = data.resume(restored.step, DataState(**restored.data), restored.info)
+        news += [change_text(c) for c in past_changes(data.run.history_file) if c["step"] == restored.step]
         for line in (f"resumed from the checkpoint of step {restored.step}", *news):
             say(console, line)
         return restored.state, data_state, batches_to_skip(data.run, restored.step, restored.info)

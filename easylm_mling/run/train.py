@@ -25,6 +25,7 @@ from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, c
 from easylm_mling.model.sharding import BATCH_AXES
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
+from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import RunData
 from easylm_mling.run.host_sync import Agreement, HostSync, own_lanes, own_quarantine
 from easylm_mling.run.monitor import Monitor
@@ -81,10 +82,12 @@ def train(
     accept_data_change: bool = False,
     max_hours: float | None = None,
     override_model: Sequence[str] = (),
+    change: Sequence[str] = (),
 ) -> int:
     """Train to the token budget (or `train.stop_at_step`), resuming from the newest checkpoint in `run_dir`.
 
     `accept_data_change`: go on with other files, sources or another tokenizer than before, as data/migration.py says.
+    `change`: keys of the config that may differ from the run's, and are recorded then (run/changes.py).
     `override_model`: keys of `model`, or `tokenizer`, that may differ from those of the checkpoint in `init_from`.
     `max_hours`: save and end at the first step after so long. Returns the exit code (errors.py). Raises ConfigError for
     anything wrong with the config or the data, before a device is used. Collective.
@@ -97,7 +100,9 @@ def train(
     enable_compilation_cache()
     console = console or make_console(quiet=not is_primary())
     with primary_first(to_yaml(config)):
-        config, mesh, data = open_run(config, tokenizer, console, accept_data_change, override_names(override_model))
+        config, mesh, data = open_run(
+            config, tokenizer, console, accept_data_change, override_names(override_model), change
+        )
     run = data.run
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
     say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
@@ -135,6 +140,8 @@ def run_process(
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
         if data_state is not None:
             monitor.restored(int(state.step), time.monotonic() - begun)
+            changed = [change_text(c) for c in past_changes(run.history_file) if c["step"] == int(state.step)]
+            monitor.news(int(state.step), changed)
         quarantine = own_quarantine(run.quarantine_file, list(config.data.sources), data_state)
         with Loader(config.mixer, data.catalog, tokenizer, data_state, lanes, quarantine, data.plan) as loader:
             loop = Loop(
