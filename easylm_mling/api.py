@@ -7,10 +7,10 @@ from pathlib import Path
 from flax import nnx
 
 from easylm_mling.config import ModelConfig, RunConfig
-from easylm_mling.config import load as load_config
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.hf.exporting import export_hf as export
 from easylm_mling.inference import generate as inference
+from easylm_mling.run.starting_model import load_config
 from easylm_mling.run.train import train
 
 __all__ = ["Model", "RunConfig", "export", "generate", "load_config", "load_model", "train"]
@@ -33,7 +33,7 @@ def load_model(path: str | Path, step: int | None = None, tokenizer: str | Path 
     is named. Raises ConfigError if one of them is missing or they do not belong together.
     """
     graph, params, config = inference.load_model(path, step=step)
-    own = Tokenizer(str(tokenizer or inference.find_tokenizer(path)))
+    own = Tokenizer(str(tokenizer or inference.find_tokenizer(path, step)))
     own.check_model(config)
     return Model(graph, params, config, own)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from data_corpus import documents, tokenizer_path, write
 from rich.console import Console
 
 from easylm_mling.checkpoint.reading import load_data_state, load_info
 from easylm_mling.cli.main import main
 from easylm_mling.config import load
+from easylm_mling.data import pool
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DOCUMENTS, EPOCH, OFFSET, ROWS, TOKENS
@@ -314,7 +316,7 @@ def test_a_source_that_did_not_change_goes_on_where_it_was(corpora, undisturbed,
     run(
         corpora,
         tmp_path / "run",
-        "data.sources.many.holdout_fraction=0.2",
+        "data.sources.many.sample_fraction=0.8",
         "train.stop_at_step=11",
         accept_data_change=True,
     )
@@ -328,3 +330,18 @@ def test_another_batch_size_is_refused_with_the_reason(corpora, tmp_path):
     run(corpora, tmp_path / "run", "train.stop_at_step=1")
     with pytest.raises(ConfigError, match=r"train.batch_size was 8, now 16 \(the learning-rate schedule"):
         run(corpora, tmp_path / "run", "train.batch_size=16")
+
+
+def test_data_that_ends_before_the_first_step_is_an_error(corpora, tmp_path):
+    tree = yaml.safe_load((corpora / "config.yaml").read_text())
+    tree["data"]["sources"] = {"en": tree["data"]["sources"]["pair"]["sources"]["en"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="the data ends before the first step: every source is used up in lane"):
+        run(tmp_path, tmp_path / "run", "train.batch_size=64")
+
+
+def test_an_audit_of_a_source_that_is_not_pooled(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "POOLED_BYTES", 4000)
+    run(corpora, tmp_path / "run", "train.stop_at_step=9")
+    rows = audit(tmp_path / "run", 7)
+    assert len({row["source"] for row in rows}) > 2 and all(row["documents"] for row in rows)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path
 
+from easylm_mling.data import pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS
@@ -106,7 +107,8 @@ def test_every_good_record_is_trained_on_once_and_every_bad_one_is_written_down(
 
 
 @pytest.mark.parametrize("lanes,rows", [(1, 1), (4, 4)])
-def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_path, lanes, rows):
+def test_a_run_killed_again_and_again_lists_each_bad_record_once_an_epoch(tmp_path, lanes, rows, monkeypatch):
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
     texts = [json.dumps({"text": t}) if i % 7 else f"bad {i}" for i, t in enumerate(documents(300))]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(texts))

@@ -5,11 +5,11 @@ import io
 
 import numpy as np
 import pytest
-from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path, write
+from data_corpus import data_config, documents, epoch_order, run_config, tokenizer, tokenizer_path, write
 from rich.console import Console
 
 from easylm_mling.config import SourceConfig
-from easylm_mling.data import token_cache
+from easylm_mling.data import pool, token_cache
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader, open_orders
 from easylm_mling.data.token_cache import TokenCache
@@ -17,6 +17,12 @@ from easylm_mling.data.tokenization import tokenizer as tokenizer_module
 from easylm_mling.data.tools.pretokenize import blocks, tokenize
 from easylm_mling.data.weights import make_plan
 from easylm_mling.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def nothing_pooled(monkeypatch):
+    """As with large sources: only their windows are cached."""
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +131,17 @@ def test_mistakes_are_named(config):
     nowhere = dataclasses.replace(config, data=dataclasses.replace(config.data, token_cache=None))
     with pytest.raises(ConfigError, match="data.token_cache is not set"):
         tokenize(nowhere.mixer, build_catalog(config.data), 1, None, Console(file=io.StringIO()))
+
+
+def test_a_block_without_a_document_to_train_on_is_filled_and_read(tmp_path):
+    """All of its documents are held out, or bad."""
+    (tmp_path / "a.jsonl").write_text("no json\n" * 9)
+    path = write(tmp_path / "b", "jsonl", documents(9))
+    for source in (tmp_path / "a.jsonl", path):
+        order = epoch_order(data_config(source, holdout_fraction=1 - 1e-9))
+        cache = TokenCache(tmp_path / "cache", tokenizer())
+        for block in range(order.blocks(0)):
+            assert cache.fill(order, 0, block) == 0 == cache.fill(order, 0, block)
+            stored = cache.load(order, 0, block, 0)
+            assert stored and not len(stored.ends) and stored.window.last
+            assert len(stored.window.bad) + stored.window.good == 9

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import threading
+from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -11,9 +13,11 @@ from data_corpus import assert_same, data_config, documents, run_config, tokeniz
 from jax.sharding import PartitionSpec as P
 
 from easylm_mling.config import SourceConfig
+from easylm_mling.data import pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader, holdout_rows, to_device
-from easylm_mling.data.mixture import BAD, DOCUMENTS, ROWS, TOKENS, whole_state
+from easylm_mling.data.mixture import BAD, COUNTERS, DOCUMENTS, ROWS, TOKENS, whole_state
+from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.errors import ConfigError, DataError
 
 BATCH, LANES, T = 8, 4, 32
@@ -197,22 +201,34 @@ def test_bad_records_are_written_down_and_counted_once(tmp_path):
     assert sorted(e["reason"] for e in first.values()) == ["field 'text' is NoneType, not text", "invalid JSON"]
 
 
-def test_too_many_bad_records_stop_the_run(tmp_path):
-    lines = [line for t in documents(1200) for line in (json.dumps({"text": t}), "bad")][:2300]
+@pytest.mark.parametrize("pooled", [0, 10**9])
+def test_too_many_bad_records_stop_the_run_at_one_step_on_any_hosts_and_after_any_stops(tmp_path, monkeypatch, pooled):
+    monkeypatch.setattr(pool, "POOLED_BYTES", pooled)
+    lines = [json.dumps({"text": t}) if i % 50 else "bad" for i, t in enumerate(documents(3000))]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    config, catalog = one_source(tmp_path / "a.jsonl")
-    quarantine = tmp_path / "quarantine.jsonl"
-    with Loader(config.mixer, catalog, tokenizer(), quarantine=quarantine) as loader:
-        with pytest.raises(
-            DataError, match=r"data.sources.s: \d+ of \d+ records are bad.*max_bad_fraction=0.01.*quarantine.jsonl"
-        ):
-            for _ in range(3000):
-                next(loader)
-        with pytest.raises(DataError):
-            next(loader)
-    allowed = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_fraction=0.6))
-    with Loader(allowed.mixer, catalog, tokenizer()) as loader:
-        assert all(len(next(loader)[0]["tokens"]) for _ in range(300))
+    config, catalog = one_source(tmp_path / "a.jsonl", data={"lanes": 4})
+
+    def stops_after(hosts: int, every: int) -> int:
+        """Batches before the stop, drawn by so many hosts that are begun anew after so many batches each."""
+        state = None
+        for first in range(0, 3000, every):
+            shares = [range(4 * h // hosts, 4 * (h + 1) // hosts) for h in range(hosts)]
+            with ExitStack() as stack:
+                loaders = [
+                    stack.enter_context(Loader(config.mixer, catalog, tokenizer(), state, lanes)) for lanes in shares
+                ]
+                for number in range(first, first + every):
+                    state = whole_state([next(loader)[1] for loader in loaders])
+                    try:
+                        check_bad_records(state.lanes, ["s"], 0.01, "quarantine.jsonl")
+                    except DataError as error:
+                        assert re.search(r"data.sources.s: \d+ of \d{4} records are bad.*=0.01; see quar", str(error))
+                        return number
+        raise AssertionError("it never stopped")
+
+    step = stops_after(1, 3000)
+    assert stops_after(2, 3000) == stops_after(4, 3000) == stops_after(1, 7) == step
+    check_bad_records(np.full((4, 1, len(COUNTERS)), 1000), ["s"], 0.6, "")
 
 
 def test_an_error_of_the_reading_thread_reaches_the_trainer(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from easylm_mling.config import SourceConfig, StageConfig
+from easylm_mling.data import pool
 from easylm_mling.data.catalog import Catalog, File, Source, build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EXTRA, PADDING, ROWS, TOKENS, initial_state, whole_state
@@ -106,6 +107,13 @@ def read_documents(batches, source, lanes) -> list[str]:
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mixtures(), st.data())
 def test_any_mixture_is_the_same_on_any_hosts_across_any_stops_and_loses_nothing(root, mixture, data):
+    # All sources pooled, none, or the small ones.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "POOLED_BYTES", data.draw(st.sampled_from([0, 4000, 10**6]), label="pooled"))
+        check_mixture(root, mixture, data)
+
+
+def check_mixture(root, mixture, data):
     sources, lanes, per_lane, stages = mixture
     config, catalog = build(root, sources, lanes, per_lane, stages)
     whole = draw_batches(config, catalog, 40)

@@ -1,5 +1,6 @@
 """Every document is read once, wherever the units are cut; what cannot be read costs one record, or names its file."""
 
+import dataclasses
 import gzip
 import json
 import tracemalloc
@@ -187,8 +188,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path, layout):
 def test_a_window_is_read_without_reading_the_rest_of_a_gz(tmp_path):
     path = write(tmp_path / "a", "jsonl.gz", documents(20_000))
     blob = path.read_bytes()
+    order = epoch_order(data_config(path))
     path.write_bytes(blob[: len(blob) // 2])
-    reader = windows(epoch_order(data_config(path)), 0, 0)
+    order.source = dataclasses.replace(order.source, stamps=())  # as if nobody looked whether it is the same file
+    reader = windows(order, 0, 0)
     assert next(reader).documents
     with pytest.raises(ConfigError, match="damaged"):
         list(reader)

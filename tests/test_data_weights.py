@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from jax.experimental import multihost_utils
 
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
+from easylm_mling.data import estimates, pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
 from easylm_mling.data.shuffle import EpochOrder
+from easylm_mling.data.sources import lines
 from easylm_mling.data.weights import (
     ONE,
     MixingPlan,
@@ -52,6 +54,11 @@ def test_spread_keeps_the_cap_and_the_total_and_shares_the_rest_by_temperature(s
     # Nobody is held at the cap who would have been under it.
     if free:
         assert all(r / s**temperature <= free[0] * (1 + 1e-6) for r, s in zip(read, sizes, strict=True))
+
+
+def test_weights_whose_sum_overflows_are_shares_all_the_same():
+    assert integer_weights([1e308, 1e308]) == [ONE // 2, ONE // 2]
+    assert integer_weights([1.7e308, 0.0, 1.7e308, 1.7e308, 1.7e308])[1] == 0
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), min_size=1, max_size=4), st.data())
@@ -296,14 +303,16 @@ def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
         assert (next_on_all_hosts(loader) is None) == (mine or theirs)
 
 
-def test_a_source_too_small_to_stop_by_is_refused(root):
+def test_a_source_too_small_to_stop_by_is_refused(root, monkeypatch):
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
     config, catalog = mixture(root, web={}, many={"max_epochs": 1, "when_used_up": "stop"})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_bytes=10**6))
     with pytest.raises(ConfigError, match="data.sources.many.when_used_up=stop: .* only 1 blocks.* 4 lanes"):
         Loader(config.mixer, build_catalog(config.data), tokenizer())
 
 
-def test_a_source_with_fewer_blocks_than_lanes_is_dealt_to_the_lanes_that_hold_it(root):
+def test_a_source_with_fewer_blocks_than_lanes_is_dealt_to_the_lanes_that_hold_it(root, monkeypatch):
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
     config, catalog = mixture(root, web={"weight": 9.0}, many={"max_epochs": 2, "when_used_up": "redistribute"})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_bytes=10**6))
     catalog = build_catalog(config.data)
@@ -338,3 +347,20 @@ def test_weights_change_at_their_token_count_and_not_before(root):
     # 80 steps and a token: the round of step 81 has begun before it, the next one is the first of the new stage.
     assert counts[80, 1] == 1 and (drawn[80][0]["source"].reshape(LANES, 2)[:, 0] == 1).any()
     assert (counts[81:, 1] == 0).all() and counts[81:].sum(axis=0)[[0, 2]] == pytest.approx([156, 156], abs=3)
+
+
+@pytest.mark.parametrize("layout", ["jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("texts", [documents(6000), ["the same " * 60] * 6000], ids=["of words", "densely packed"])
+def test_a_packed_file_is_as_large_as_its_text(tmp_path, monkeypatch, layout, texts):
+    monkeypatch.setattr(lines, "_SAMPLED_PACKED", 100_000)
+    monkeypatch.setattr(lines, "_SAMPLED_TEXT", 1_000_000)
+    monkeypatch.setattr(estimates, "_READ_BYTES", 100_000)
+    sources = {}
+    for name, kind in (("plain", "jsonl"), ("packed", layout)):
+        sources[name] = SourceConfig((str(write(tmp_path / name, kind, texts)),), None, holdout_fraction=0.0)
+    data = {"weighting": WeightingConfig(by="bytes")}
+    config = run_config(data_config(sources, tokenizer=tokenizer_path(), block_bytes=4_000_000, data=data), 4)
+    share, tokens = shares(config, build_catalog(config.data))
+    assert share[0] == pytest.approx(0.5, abs=0.05)
+    truth = sum(len(ids) + 2 for ids in tokenizer().encode(texts))
+    np.testing.assert_allclose(tokens / truth, 1, atol=0.25)

@@ -68,6 +68,15 @@ def test_a_level_that_lasts_is_learnt():
     assert 1 <= verdicts.count(SPIKE) <= 3 and set(verdicts[-100:]) == {ACCEPTED}
 
 
+@pytest.mark.parametrize("deviation", [0.1, 0.02, 0.01])
+@pytest.mark.parametrize("rise", [0.3, 0.7, 2.0])
+def test_a_lasting_rise_never_skips_as_many_in_a_row_as_stop_a_run(deviation, rise):
+    base = 3 + (steady(256) - 3) * np.float32(deviation / 0.1)
+    verdicts, _, _ = judged([*base[:128], *(base[128:] + np.float32(rise))])
+    in_a_row = max(len(run) for run in "".join(map(str, verdicts)).replace("1", "0").split("0"))
+    assert in_a_row < TrainConfig(budget_tokens=1).max_skipped_in_a_row and set(verdicts[-100:]) == {ACCEPTED}
+
+
 def test_a_step_that_spikes_changes_nothing_and_is_counted_apart():
     """Compiled with the guard, on a mesh: a batch ten times harder than those of the window."""
     config = make_config((2, 2, 2))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 
 from easylm_mling.config import ModelConfig, from_tree
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.config import hf_config, model_config_from_hf
+from easylm_mling.hf.config import hf_config, hf_generation_config, model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.model.params import parameter_count
@@ -62,7 +63,17 @@ CONFIG_FAULTS = {
     "rope_theta=5.0, but": {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 6.0}},
     "head_dim is missing": {"head_dim": None},
     "hidden_size='wide'": {"hidden_size": "wide"},
-    r"eos_token_id=\[1, 107\]": {"eos_token_id": [1, 107]},
+    r"eos_token_id=\[1, 'x'\] must be token ids": {"eos_token_id": [1, "x"]},
+    "quantization_config: these weights are quantised": {"quantization_config": {"quant_method": "gptq"}},
+    "auto_map names code": {"auto_map": {"AutoModelForCausalLM": "x.Y"}},
+    "attention_dropout=0.1 is not supported": {"attention_dropout": 0.1},
+    "partial_rotary_factor=0.5 is not supported": {"partial_rotary_factor": 0.5},
+    "rope_parameters: partial_rotary_factor is not supported": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    },
+    "rope_scaling='linear' must be an object": {"rope_scaling": "linear"},
+    "is_causal=False is not supported": {"is_causal": False},
+    "layer_types=.* is not supported": {"layer_types": ["sliding_attention"]},
     "num_attention_heads=4 must be a multiple": {"num_key_value_heads": 3},
 }
 
@@ -282,3 +293,47 @@ def test_a_gemma_3_that_is_none_is_refused(tmp_path, message):
     with pytest.raises(ConfigError, match=message) as caught:
         model_config_from_hf(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def written(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, tree in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(tree))
+    return model_config_from_hf(folder)
+
+
+def test_every_token_that_ends_a_text_is_kept(hf_source, tmp_path):
+    config = json.loads((hf_source / "config.json").read_text())
+    model = written(tmp_path, config=config | {"eos_token_id": [106, 1, 7]})
+    assert (model.eos_token_id, model.stop_token_ids) == (106, (1, 7))
+    # With a tokenizer, its eos is the one that ends a document.
+    shutil.copy("data/sample/tokenizer/tokenizer.model", tmp_path)
+    model = written(tmp_path, config=config | {"eos_token_id": [106, 1, 7]}, generation_config={"eos_token_id": [1, 9]})
+    assert (model.eos_token_id, model.stop_token_ids) == (1, (106, 7, 9))
+    again = written(tmp_path / "again", config=hf_config(model, "float32"))
+    assert again == model
+    kept = {"do_sample": True, "top_k": 64, "eos_token_id": [106, 1, 7, 9]}
+    assert hf_generation_config(model, kept) == kept | {"bos_token_id": 2, "pad_token_id": 0}
+    assert hf_generation_config(dataclasses.replace(model, stop_token_ids=()), kept)["eos_token_id"] == 1
+
+
+def test_a_llama_without_key_value_heads_has_one_for_each_query_head(tmp_path):
+    config = hf_config(from_tree(ModelConfig, LLAMA), "float32")
+    del config["num_key_value_heads"]
+    assert written(tmp_path, config=config).num_key_value_heads == LLAMA["num_attention_heads"]
+
+
+def test_an_unknown_key_is_named(hf_source, tmp_path, caplog):
+    written(
+        tmp_path, config=json.loads((hf_source / "config.json").read_text()) | {"memory_layers": [3], "unset": None}
+    )
+    assert "not taken into account: memory_layers=[3]" in caplog.text and "unset" not in caplog.text
+
+
+def test_no_published_config_has_an_unknown_key(tmp_path, caplog):
+    for _, published in PUBLISHED.values():
+        written(tmp_path, config=published)
+    assert "not known here" not in caplog.text
+
+
+LLAMA = TINY | {"num_attention_heads": 4, "num_key_value_heads": 4, "model_type": "llama"}

@@ -202,3 +202,27 @@ def test_a_tower_in_a_model_that_has_none_is_refused(hf_source, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="unexpected tensor vision_tower.x.weight"):
         open_weights(tmp_path, model_config_from_hf(hf_source))
+
+
+def test_a_head_that_a_tied_model_would_drop_is_refused(tmp_path):
+    source = save(transformers_model(), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
+    import_hf(source, tmp_path / "same")
+    head[-1, 3] += 1
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="lm_head.weight differs from the embedding.*tie_word_embeddings"):
+        import_hf(source, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    source = save(transformers_model(), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors[GATE][3, 5] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"tensor {GATE} holds NaN or infinity"):
+        import_hf(source, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()

@@ -19,9 +19,11 @@ from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.checkpoint.reading import load_data_state, load_info, packed
 from easylm_mling.cli.main import main
 from easylm_mling.config import load
-from easylm_mling.errors import ConfigError, TrainingStopped
+from easylm_mling.errors import ConfigError, NoUsableCheckpoint, TrainingStopped
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
+from easylm_mling.monitoring.report.page import write_report
+from easylm_mling.run.changes import past_changes
 from easylm_mling.run.train import train
 from easylm_mling.training.state import abstract_params
 
@@ -222,3 +224,102 @@ def test_a_corpus_that_changed_under_a_run_is_refused(tmp_path):
         file.write(json.dumps({"text": "one more"}) + "\n")
     with pytest.raises(ConfigError, match="zh.jsonl"):
         run(tmp_path / "run", paths)
+
+
+def test_checkpoints_that_are_gone_do_not_begin_the_run_again(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(NoUsableCheckpoint, match="holds no checkpoint, but this run saved one at step 10"):
+        run(tmp_path / "run")
+
+
+def test_a_directory_in_which_no_step_was_done_may_be_begun_anew(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError):
+        run(tmp_path / "run", f"init_from={tmp_path / 'empty'}")
+    assert run(tmp_path / "run", "train.seed=3") == 0
+    assert load([str(tmp_path / "run/config.yaml")]).train.seed == 3
+    with pytest.raises(ConfigError, match="another config"):
+        run(tmp_path / "run", "train.seed=4")
+
+
+def test_a_damaged_config_of_the_run_is_named_as_the_runs_own(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_bytes(b"train: [\xff")
+    with pytest.raises(ConfigError, match=r"run/config.yaml: the run's own config is damaged, not yours"):
+        run(tmp_path / "run")
+
+
+def test_a_run_directory_that_reads_as_a_pattern_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="would be read as a pattern"):
+        run(tmp_path / "run[1]")
+    assert not any(tmp_path.iterdir())
+
+
+def test_estimates_that_are_not_those_of_the_checkpoint_are_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    file = tmp_path / "run/estimates.json"
+    saved = json.loads(file.read_text())
+    language = next(iter(next(iter(saved["sources"].values())).values()))
+    language[0] *= 1.5
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="estimates.json: not the estimates that the checkpoint of step 10"):
+        run(tmp_path / "run")
+    file.unlink()
+    assert run(tmp_path / "run") == 0
+
+
+def run_with_changes(run_dir, changes: dict, *overrides) -> int:
+    settings = [f"{key}={value}" for key, value in changes.items()]
+    return train(tiny(run_dir, *overrides, *settings), Console(file=io.StringIO()), change=list(changes))
+
+
+def history(run_dir):
+    return [(line["step"], line["key"], line["old"], line["new"]) for line in past_changes(run_dir / "history.jsonl")]
+
+
+WSD = ("optimizer.schedule=wsd", "optimizer.decay=2 steps", "optimizer.warmup=2 steps")
+
+
+def test_a_longer_budget_goes_on_as_if_it_had_been_so_from_the_start(tmp_path):
+    """In the constant part of its schedule a run knows nothing of its end."""
+    tokens = tiny("unused").tokens_per_step
+    assert run(tmp_path / "long", *WSD, f"train.budget_tokens={12 * tokens}") == 0
+    short = (*WSD, f"train.budget_tokens={9 * tokens}")
+    assert run(tmp_path / "run", *short, "train.stop_at_step=6") == 0
+    longer = {"train.budget_tokens": 12 * tokens}
+    with pytest.raises(ConfigError, match=rf"or go on with --change train.budget_tokens={12 * tokens}$"):
+        run(tmp_path / "run", *WSD, f"train.budget_tokens={12 * tokens}")
+    assert run_with_changes(tmp_path / "run", longer, *WSD) == 0
+    assert_same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "long"))
+    assert history(tmp_path / "run") == [(6, "train.budget_tokens", 9 * tokens, 12 * tokens)]
+    # The same command again, and the config as it is now, change nothing more.
+    assert run_with_changes(tmp_path / "run", longer, *WSD) == run(
+        tmp_path / "run", *WSD, f"train.budget_tokens={12 * tokens}"
+    )
+    assert len(history(tmp_path / "run")) == 1
+
+
+def test_another_learning_rate_holds_from_the_next_step_on_and_survives_stops(undisturbed, tmp_path):
+    change = {"optimizer.learning_rate": 0.0003, "optimizer.final_fraction": 0.5}
+    for name, stops in (("once", ()), ("twice", (9,))):
+        shutil.copytree(undisturbed, tmp_path / name)
+        assert run(tmp_path / name, "train.rewind=8", "train.stop_at_step=8") == 0
+        for stop in stops:
+            assert run_with_changes(tmp_path / name, change, f"train.stop_at_step={stop}") == 0
+        assert run_with_changes(tmp_path / name, change) == 0
+    assert_same_bits(outcome(tmp_path / "once"), outcome(tmp_path / "twice"))
+    assert [key for _, key, *_ in history(tmp_path / "twice")] == sorted(change)
+    rates = {e["step"]: e["learning_rate"] for e in read_metrics(tmp_path / "once/metrics.jsonl", "train")}
+    before = {e["step"]: e["learning_rate"] for e in read_metrics(undisturbed / "metrics.jsonl", "train")}
+    assert rates[8] == before[8] and rates[9] != before[9]
+    write_report(tmp_path / "once")
+    assert "optimizer.learning_rate was changed from" in (tmp_path / "once/report.html").read_text()
+
+
+def test_what_no_run_may_change_is_refused_by_name(undisturbed, tmp_path):
+    for key, value in (("train.batch_size", 16), ("train.seed", 3)):
+        with pytest.raises(
+            ConfigError, match=f"--change {key}: is fixed for a run's life; --change takes .*learning_rate"
+        ):
+            run_with_changes(tmp_path / "run", {key: value})

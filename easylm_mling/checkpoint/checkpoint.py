@@ -38,6 +38,8 @@ _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
+# Seconds before each further try to restore a step from a bucket: about four minutes in all.
+_BUCKET_WAITS = (0.5, 0.5, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 60.0, 60.0)
 
 
 def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
@@ -274,11 +276,17 @@ class Checkpoints:
         return None
 
     def _restore_patiently(self, step: int, state: TrainState):
-        """A second time, should storage have failed for a moment: to call a step damaged costs all since the one before."""
-        try:
-            return self.restore(step, state)
-        except DamagedCheckpoint:
-            return self.restore(step, state)
+        """Try again before a step is called damaged, which costs all work since the one before. Collective.
+
+        A local step has two tries. One in a bucket has more, with back-off: its answers may be cut short for minutes.
+        Their number is the same in every process.
+        """
+        for seconds in _BUCKET_WAITS if self._bucket else (0.0,):
+            try:
+                return self.restore(step, state)
+            except DamagedCheckpoint:
+                time.sleep(seconds)
+        return self.restore(step, state)
 
     def set_aside(self, steps: list[int], why: str):
         """Rename steps out of the way, so that they can be saved again."""

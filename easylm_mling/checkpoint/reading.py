@@ -12,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from easylm_mling.checkpoint.layout import step_directory
+from easylm_mling.config import ModelConfig, from_tree
 from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError, DamagedCheckpoint, check_format
 from easylm_mling.storage.object_store import store_spec
@@ -19,7 +20,7 @@ from easylm_mling.storage.object_store import store_spec
 # Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
 _MOST_DATA = 1 << 30
 # Of what a step holds, and of the keys in its `info`.
-FORMAT = 1
+FORMAT = 2
 _KINDS = {"params": "parameter", "training": "array", "data": "array"}
 
 
@@ -68,6 +69,15 @@ def load_info(directory: str | Path, step: int | None = None) -> dict:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"{where}: no info of a checkpoint can be read ({why}); use another step") from None
     return unpacked(stored, where)
+
+
+def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:
+    """Return the shape of the model in a checkpoint of a run or an import. Raises ConfigError where it is missing."""
+    info = load_info(checkpoint_dir, step)
+    model = info.get("model") or info.get("config", {}).get("model")
+    if not isinstance(model, dict):
+        raise ConfigError(f"{checkpoint_dir}: its info names no model; use another checkpoint")
+    return from_tree(ModelConfig, model)
 
 
 def load_data_state(directory: str | Path, step: int | None = None) -> dict[str, np.ndarray]:

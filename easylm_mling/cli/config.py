@@ -27,10 +27,21 @@ def config_files(a: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def load_config(a: argparse.Namespace, *more: str) -> "RunConfig":
     """Load the config that the arguments name, with `more` files merged last. Raises ConfigError."""
-    from easylm_mling.config import load
+    from easylm_mling.run.starting_model import load_config
 
     files, overrides = config_files(a)
-    return load([*files, *more], overrides)
+    return load_config([*files, *more], overrides, getattr(a, "override_model", ()))
+
+
+def add_override_model(parser: argparse.ArgumentParser):
+    """Add the argument that insists on another model than the checkpoint's in `init_from`."""
+    parser.add_argument(
+        "--override-model",
+        action="append",
+        default=[],
+        metavar="KEY,...",
+        help="of `model`, or `tokenizer`: train with the config's value although the checkpoint in init_from has another",
+    )
 
 
 def add_verbs(verbs):

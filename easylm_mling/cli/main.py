@@ -7,13 +7,21 @@ import argparse
 
 from easylm_mling import __version__
 from easylm_mling.cli import config, data, hf, plan, runs, train
+from easylm_mling.config.paths import expanded
 from easylm_mling.errors import report_error
+
+# The arguments of all verbs that name files. Those of a config are at their place in it.
+PATHS = {
+    "calibrate", "checkpoint_dir", "compare", "config", "hf_dir", "model_dir", "output", "png", "run_dir", "search", "tokenizer"
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code (errors.py)."""
     arguments = build_parser().parse_args(argv)
     try:
+        for name in PATHS & vars(arguments).keys():
+            setattr(arguments, name, expanded(getattr(arguments, name)))
         return arguments.run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error)

@@ -1,6 +1,6 @@
 """Planning: `plan`."""
 
-from easylm_mling.cli.config import add_config, load_config
+from easylm_mling.cli.config import add_config, add_override_model, load_config
 
 
 def add_verbs(verbs):
@@ -9,6 +9,7 @@ def add_verbs(verbs):
         "plan", help="before a run, without a TPU: does it fit a slice, how fast, how long, what cost"
     )
     add_config(plan, needed=False, help="as for train, with mesh.slice=v4-64")
+    add_override_model(plan)
     plan.add_argument("--price-per-chip-hour", type=float, metavar="PRICE", help="to show what the run will cost")
     plan.add_argument("--json", action="store_true", help="print everything as JSON instead of text")
     plan.add_argument(

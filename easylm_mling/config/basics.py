@@ -16,10 +16,14 @@ class Setting:
     free: bool = False
     # May change with --accept-data-change.
     data: bool = False
+    # May change with --change.
+    change: bool = False
     # Neither the compiled step nor its results depend on it.
     outside_step: bool = False
     # Why it may not change.
     reason: str = ""
+    # It names files: a `~` at the beginning is the home directory.
+    path: bool = False
 
     def inside(self, section: "Setting") -> "Setting":
         """Return this Setting as it is within `section`."""
@@ -33,12 +37,14 @@ def setting(
     unit: str = "",
     free: bool = False,
     data: bool = False,
+    change: bool = False,
     outside_step: bool = False,
     reason: str = "",
+    path: bool = False,
     factory: Callable[[], Any] | None = None,
 ) -> Any:
     """Return a dataclass field that carries its Setting; `factory` makes a mutable default."""
-    metadata = {"setting": Setting(help, unit, free, data, outside_step, reason)}
+    metadata = {"setting": Setting(help, unit, free, data, change, outside_step, reason, path)}
     if factory:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -12,7 +12,7 @@ from easylm_mling.errors import check
 class HubDataset:
     """A data set of the Hugging Face hub (or a local folder like one), resolved to its files when a run begins."""
 
-    name: str = setting(help="the data set's name on the hub, or a local folder like one")
+    name: str = setting(help="the data set's name on the hub, or a local folder like one", path=True)
     config: str | None = setting(None, "the configuration to read")
     split: str = setting("train", "the split to read")
     revision: str | None = setting(
@@ -33,7 +33,7 @@ class SourceConfig:
     """
 
     paths: tuple[str, ...] = setting(
-        (), "files, folders and globs, local or remote; {language} stands for one whole folder or file name"
+        (), "files, folders and globs, local or remote; {language} stands for one whole folder or file name", path=True
     )
     weight: float | None = setting(
         None,
@@ -47,7 +47,9 @@ class SourceConfig:
         "a line of it",
     )
     holdout_fraction: float = setting(
-        0.001, "share of the documents, chosen by a hash of their text, that is never trained on but validated on"
+        0.001,
+        "share of the documents, chosen by a hash of their normalised text, that is never trained on but validated on; "
+        "the largest share of any source decides what no source is trained on",
     )
     sample_fraction: float = setting(
         1.0, "share of the other documents, chosen by a hash of their text, that is trained on"
@@ -138,7 +140,9 @@ class StageConfig:
 class DataConfig:
     """What is read, and in which order."""
 
-    tokenizer: str = setting(help="the model's tokenizer: a tokenizer.json, a tokenizer.model, or their folder", data=True)
+    tokenizer: str = setting(
+        help="the model's tokenizer: a tokenizer.json, a tokenizer.model, or their folder", data=True, path=True
+    )
     sources: dict[str, SourceConfig] = setting(help="corpora of the mixture, by name", data=True)
     weighting: WeightingConfig = setting(WeightingConfig(), "where the sources' shares come from", data=True)
     stages: tuple[StageConfig, ...] = setting(
@@ -161,6 +165,7 @@ class DataConfig:
         "folder of tokenised windows that `data tokenize` fills; what is not in it is tokenised when it is due, to the "
         "same bits",
         free=True,
+        path=True,
     )
     max_bad_fraction: float = setting(
         0.01, "largest share of bad records among those read; above it, after the first 1000, the run stops", free=True

@@ -50,6 +50,8 @@ def effect_text(setting: Setting) -> str:
         return "may change when a run resumes" + ("; the step does not depend on it" if setting.outside_step else "")
     if setting.data:
         return "may change when a run resumes with --accept-data-change"
+    if setting.change:
+        return "may change when a run resumes with --change KEY=VALUE"
     return "is fixed for a run's life" + (f": {setting.reason}" if setting.reason else "")
 
 
@@ -59,11 +61,14 @@ def markdown() -> str:
         "# Config keys",
         "",
         "Made by `easylm-mling config --markdown`. A config is YAML files, merged left to right, then `key.path=value`",
-        "arguments. `easylm-mling config KEY` explains one key. *On resume*: yes, or *data* for `--accept-data-change`.",
+        "arguments. `easylm-mling config KEY` explains one key. *On resume*: yes, *data* for `--accept-data-change`,",
+        "or *change* for `--change`.",
     ]
     keys, sections = known_keys(), dict[str, list[str]]()
     for name, key in keys.items():
-        change = "yes" if key.setting.free else "*data*" if key.setting.data else ""
+        change = (
+            "yes" if key.setting.free else "*data*" if key.setting.data else "*change*" if key.setting.change else ""
+        )
         help_text = (key.setting.help + (f" ({key.setting.unit})" if key.setting.unit else "")).replace("|", "\\|")
         row = f"| `{name}` | {key.kind} | {_default_cell(key.default)} | {change} | {help_text} |"
         sections.setdefault(name.rpartition(".")[0], []).append(row)

@@ -6,28 +6,32 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from easylm_mling.config.basics import Duration
+from easylm_mling.config.basics import Duration, setting_of
+from easylm_mling.config.paths import expanded
 from easylm_mling.config.run import MixerConfig, RunConfig
 from easylm_mling.config.trees import join_path, to_tree
+from easylm_mling.config.yaml12 import read_yaml, write_yaml
 from easylm_mling.errors import ConfigError, check
 
 Schema = typing.TypeVar("Schema")
 
 
-def load(files: list[str], overrides: Sequence[str] = ()) -> RunConfig:
+def load(
+    files: list[str], overrides: Sequence[str] = (), complete: Callable[[dict], dict] = lambda tree: tree
+) -> RunConfig:
     """Merge YAML `files` left to right, then `key.path=value` overrides.
 
     For example `load(["configs/demo.yaml"], ["train.seed=1"])`. Raises ConfigError for a missing file, bad YAML, an unknown
-    or missing key, or a value of the wrong type.
+    or missing key, or a value of the wrong type. `complete` is given the merged tree, and returns it with more in it.
     """
-    return _build(RunConfig, _merged(files, overrides), "")
+    return _build(RunConfig, complete(_merged(files, overrides)), "")
 
 
 def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
@@ -58,16 +62,16 @@ def _merged(files: list[str], overrides: Sequence[str]) -> dict:
             if not Path(name).is_file():
                 raise ConfigError(f"{name}: no such config file")
             _check_harmless(name)
-            part = OmegaConf.load(name)
-            if not OmegaConf.is_dict(part):
+            part = _read(name)
+            if not isinstance(part, dict):
                 raise ConfigError(f"{name}: expected `key: value` lines at the top level")
-            merged = OmegaConf.merge(merged, part)
+            merged = OmegaConf.merge(merged, OmegaConf.create(part))
         for item in overrides:
             if not re.match(r"[\w.-]+=", item):
                 raise ConfigError(f"{item!r} is not an override; write key.path=value")
             key, _, text = item.partition("=")
             part = OmegaConf.create({})
-            OmegaConf.update(part, key, _override(text))
+            OmegaConf.update(part, key, _override(key, text))
             merged = OmegaConf.merge(merged, part)
         # Not resolved: `${oc.env:...}` in somebody's config would put a secret into the config that a run keeps.
         tree = OmegaConf.to_container(merged, resolve=False)
@@ -81,17 +85,25 @@ def _merged(files: list[str], overrides: Sequence[str]) -> dict:
     return tree if isinstance(tree, dict) else {}
 
 
-def _override(text: str):
+def _read(name: str) -> typing.Any:
+    try:
+        tree = read_yaml(Path(name).read_bytes())
+    except ConfigError as error:
+        raise ConfigError(f"{name}, {error}") from None
+    return {} if tree is None else tree
+
+
+def _override(key: str, text: str):
     """Return an override's value: by YAML, but a text as it stands.
 
-    YAML would end a path at ` #`, fold its line breaks, and take 1:40 for 100 seconds.
+    YAML would end a path at ` #`, and fold its line breaks.
     """
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={text}: {str(error).partition(': ')[2]}") from None
     except yaml.YAMLError:
         return text  # `*.txt`, say
-    if isinstance(value, (int, float)) and ":" in text:
-        return text
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return value if quoted or value is None or isinstance(value, (bool, int, float, list, dict)) else text
 
@@ -159,9 +171,14 @@ def from_tree(schema: type[Schema], tree: dict) -> Schema:
     return _build(schema, tree, "")
 
 
+def build_key(schema: type, key: str, value: typing.Any, path: str) -> typing.Any:
+    """Build the one setting `key` of the dataclass `schema`; raises ConfigError that names `path`.`key`."""
+    return _build(typing.get_type_hints(schema)[key], value, join_path(path, key))
+
+
 def to_yaml(config) -> str:
     """Return a config as YAML, such that `load` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
+    return write_yaml(to_tree(config))
 
 
 def _build(kind, value, path) -> typing.Any:
@@ -202,7 +219,8 @@ def _build_dataclass(kind, value, path):
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         check(name in value or not required, f"{join_path(path, name)} is missing; add it to the config")
-    return kind(**{k: _build(hints[k], v, join_path(path, k)) for k, v in value.items()})
+    values = {k: _build(hints[k], v, join_path(path, k)) for k, v in value.items()}
+    return kind(**{k: expanded(v) if setting_of(fields[k]).path else v for k, v in values.items()})
 
 
 def _check_known(tree: dict, fields: dict, path: str):
@@ -228,12 +246,14 @@ def _integer(value, path) -> int:
     """Return an integer of 64 bits from `4096`, `1_000_000`, `100e9` or `100B`."""
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
+    elif re.fullmatch(r"0x[\da-fA-F]+", str(value)):
+        number = int(str(value), 16)
     else:
-        match = re.fullmatch(r"(-?[\d_]*\.?\d+(?:[eE]\+?\d+)?)\s*([KMBT]?)", str(value).strip())
+        match = re.fullmatch(r"(?!-?0[\d_])([-+]?[\d_]*\.?\d+(?:[eE]\+?\d+)?)\s*([KMBT]?)", str(value).strip())
         exact = float(match[1].replace("_", "")) * _SCALE[match[2]] if match else math.nan
         check(
             math.isfinite(exact) and exact == int(exact) and not isinstance(value, bool),
-            f"{path}={repr(value)[:100]} must be a whole number such as 4096, 1_000_000 or 100B",
+            f"{path}={'inf' if exact == math.inf else repr(value)[:100]} must be a whole number such as 4096, 1_000_000 or 100B",
         )
         number = int(exact)
     check(

@@ -85,6 +85,9 @@ class ModelConfig:
     pad_token_id: int = setting(0, "token of padding; -1: none")
     eos_token_id: int = setting(1, "token that ends every document")
     bos_token_id: int = setting(2, "token that begins every document")
+    stop_token_ids: tuple[int, ...] = setting(
+        (), "tokens that end a generated text besides eos_token_id, such as <end_of_turn>; not used in training"
+    )
     query_pre_attn_scalar: int | None = setting(
         None, "attention scores are divided by the square root of this; null: of head_dim"
     )
@@ -99,6 +102,7 @@ class ModelConfig:
     tie_word_embeddings: bool = setting(True, "use the embedding as the output head")
 
     def __post_init__(self):
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))  # hashable, also from a plain tree
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
             check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         # Far above every known model: a stranger's file must not fill the memory.

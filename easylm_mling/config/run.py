@@ -89,7 +89,7 @@ class ProfileConfig:
     steps: str = setting("", "steps to trace, as FIRST:LAST, such as 100:105; empty: none")
 
     def __post_init__(self):
-        wrong = f"profile.steps={self.steps} must be FIRST:LAST, such as 100:105; in a file in quotes: YAML takes 1:40 for 100"
+        wrong = f"profile.steps={self.steps} must be FIRST:LAST, such as 100:105"
         check(not self.steps or re.fullmatch(r"\d{1,9}:\d{1,9}", self.steps) is not None, wrong)
         check(not self.steps or 0 < self.window[0] <= self.window[1], wrong)
 
@@ -134,7 +134,7 @@ class MixerConfig:
 class RunConfig:
     """A whole run."""
 
-    run_dir: str = setting(help="directory of the run, local or gs://BUCKET/PATH", free=True)
+    run_dir: str = setting(help="directory of the run, local or gs://BUCKET/PATH", free=True, path=True)
     model: ModelConfig = setting(help="shape of the model")
     data: DataConfig = setting(help="what is read, and in which order")
     train: TrainConfig = setting(help="how much is trained, and in which portions")
@@ -148,8 +148,10 @@ class RunConfig:
     profile: ProfileConfig = setting(ProfileConfig(), "trace of some steps", free=True)
     init_from: str | None = setting(
         None,
-        "checkpoint directory (from `import-hf`, or another run) whose parameters this run starts from",
+        "checkpoint directory (from `import-hf`, or another run) whose parameters this run starts from; what `model` leaves out "
+        "is the checkpoint's, and what it gives must be",
         free=True,
+        path=True,
     )
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
 class TrainConfig:
     """How much is trained, and in which portions."""
 
-    budget_tokens: int = setting(help="tokens to train on in the whole run", unit="tokens")
+    budget_tokens: int = setting(help="tokens to train on in the whole run", unit="tokens", change=True)
     batch_size: int = setting(
         64,
         "sequences a step, over all devices and accumulation steps",
@@ -164,15 +164,20 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = setting(1e-4, "learning rate at the peak")
+    learning_rate: float = setting(1e-4, "learning rate at the peak", change=True)
     schedule: str = setting(
         "cosine",
         "cosine: linear warm-up, then a half cosine down to the end of the budget. wsd: linear warm-up, then constant, "
         "then a linear decay",
+        change=True,
     )
-    warmup: Duration = setting(Duration(0, "steps"), "length of the linear warm-up")
-    decay: Duration = setting(Duration(0, "steps"), "wsd: length of the linear decay, at the end of the budget")
-    final_fraction: float = setting(0.1, "learning rate at the end of the budget, as a fraction of the peak")
+    warmup: Duration = setting(Duration(0, "steps"), "length of the linear warm-up", change=True)
+    decay: Duration = setting(
+        Duration(0, "steps"), "wsd: length of the linear decay, at the end of the budget", change=True
+    )
+    final_fraction: float = setting(
+        0.1, "learning rate at the end of the budget, as a fraction of the peak", change=True
+    )
     beta1: float = setting(0.9, "decay of the first moment")
     beta2: float = setting(0.95, "decay of the second moment")
     epsilon: float = setting(1e-8, "added to the square root of the second moment")

@@ -14,15 +14,19 @@ import numpy as np
 import orjson
 
 from easylm_mling.config import DataConfig, to_tree
+from easylm_mling.data.sources.lines import DAMAGE
 from easylm_mling.data.sources.listing import Info, find_files, has_changed, left_out_text, size_and_fingerprint
-from easylm_mling.data.sources.readers import DAMAGE, damaged
+from easylm_mling.data.sources.readers import damaged
 from easylm_mling.data.sources.splitting import Cut, cut, layout_of
 from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, stamp
 
 UNITS_PER_BLOCK = 4
-_FORMAT = 1
+_FORMAT = 2
+# A source of at least so many bytes has units for hundreds of lanes, but none so small that reading it is slow. A smaller
+# one is pooled (data/pool.py).
+_SMALL_BYTES, _FINE_UNITS, _FINEST_UNIT = 16_000_000, 8192, 16_384
 # Requests in flight at a time: a bucket's thousand files are listed and cut in a minute.
 _THREADS = 16
 # The settings that decide the order of the data. Weights are not among them: they may change during a run.
@@ -38,6 +42,8 @@ _SOURCE_KEYS = (
     "language_max_repeats",
     "dataset",
 )
+# Among a source's settings: the largest holdout_fraction of all sources, which decides what none of them is trained on.
+RUN_HOLDOUT = "run_holdout_fraction"
 
 
 @dataclass(frozen=True)
@@ -160,9 +166,18 @@ def build_catalog(data: DataConfig) -> Catalog:
     Raises ConfigError for a path without a match, a source without text, a missing text column, and a file that is
     damaged, unreadable or of an unknown kind.
     """
-    unit_bytes = max(1, data.block_bytes // UNITS_PER_BLOCK)
-    sources = {name: _cut_source(source, unit_bytes) for name, source in _list_sources(data, {}).items()}
+    sources = {
+        name: _cut_source(source, _unit_bytes(source, data.block_bytes))
+        for name, source in _list_sources(data, {}).items()
+    }
     return Catalog(sources, _settings(data))
+
+
+def _unit_bytes(source: Source, block_bytes: int) -> int:
+    """Return the size of the source's units: a part of a block, and less where the lanes would have too few of them."""
+    size = sum(f.size for f in source.files)
+    fine = max(_FINEST_UNIT, size // _FINE_UNITS) if size > _SMALL_BYTES else block_bytes
+    return max(1, min(block_bytes // UNITS_PER_BLOCK, fine))
 
 
 def reopen_catalog(stored: Catalog, data: DataConfig) -> Catalog:
@@ -182,6 +197,7 @@ def _settings(data: DataConfig) -> dict:
 def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Source]:
     """Return every source with its files as they are now, and no units."""
     retry = Retry(data.retries, data.retry_seconds)
+    strictest = max((source.holdout_fraction for source in data.sources.values()), default=0.0)
     listed = {}
     for name, source in data.sources.items():
         stored_names = tuple(f.name for f in stored[name].files) if name in stored else ()
@@ -189,7 +205,7 @@ def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Sour
         stamps = tuple(stamp(path) for path in sorted(matches))
         arguments = [(path, *matches[path], retry) for path in sorted(matches)]
         files = tuple(_in_parallel(lambda of_file: _list_file(*of_file), arguments))
-        settings = {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS}
+        settings = {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS} | {RUN_HOLDOUT: strictest}
         no_units = np.zeros((0, 4), np.int64)
         listed[name] = Source(name, files, no_units, settings, retry, stamps, tuple(left_out))
     return listed
@@ -233,7 +249,8 @@ def _check_source(key: str, old: Source, new: Source):
 
 def _check_settings(key: str, old: dict, new: dict):
     for name in old:
-        if old[name] != new[name]:
+        # What follows from other settings is not named: one of those differs, too.
+        if name != RUN_HOLDOUT and old[name] != new[name]:
             raise ConfigError(
                 f"{key}.{name} was {old[name]!r} when this run began and is {new[name]!r}; "
                 "set it back, or start a new run_dir"

@@ -1,11 +1,13 @@
 """How many tokens a corpus holds, estimated from a sample of each of its languages."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.shuffle import seeded_order, unit_records
+from easylm_mling.data.sources.lines import file_lines
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import TokensPerByte
 from easylm_mling.errors import ConfigError, check_format, one_line
@@ -96,8 +98,9 @@ def _estimate_source(source: Source, tokenizer: Tokenizer) -> dict[str, Estimate
 def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> Estimate:
     texts, size, text_size = [], 0, 0
     for unit in units:
-        read, is_complete = 0, True
+        read, records, is_complete = 0, 0, True
         for record in unit_records(source, unit):
+            records += 1
             if isinstance(record, bytes):
                 texts.append(record)
                 read += len(record)
@@ -105,7 +108,7 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
                 is_complete = False
                 break
         # The catalog's size is of the whole unit.
-        size += int(source.units[unit, 3]) if is_complete else read
+        size += int(source.units[unit, 3]) if is_complete else _size_of_first(source, unit, records, read)
         text_size += read
     sample, tokenised = [], 0
     for i in seeded_order(len(texts), source.name, "sample").tolist():
@@ -118,3 +121,15 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
     # Every document has a BOS and an EOS, too.
     tokens = sum(len(ids) + 2 for ids in tokenizer.encode(sample))
     return Estimate(text_size / size, tokens / tokenised)
+
+
+def _size_of_first(source: Source, unit: int, records: int, text: int) -> int:
+    """Return the catalog's bytes of a unit's first `records` records: for JSON those of their lines, else their `text`."""
+    index, start, end, _ = source.units[unit].tolist()
+    file = source.files[index]
+    if not file.layout.startswith("jsonl") or source.settings["row"] == "line":
+        return text
+    size = 0
+    for _, line in islice(file_lines(file.name, file.layout, start, end, source.retry), records):
+        size += len(line)
+    return max(size, text)

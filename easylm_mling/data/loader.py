@@ -16,7 +16,9 @@ from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
 from easylm_mling.data.mixture import (
     EXTRA,
+    PADDING,
     ROWS,
+    TOKENS,
     DataState,
     initial_state,
     mask_padding,
@@ -25,17 +27,17 @@ from easylm_mling.data.mixture import (
     row_arrays,
     substitute,
 )
+from easylm_mling.data.pool import Pool, is_pooled
 from easylm_mling.data.quarantine import Quarantine
 from easylm_mling.data.shuffle import EpochOrder, epoch_windows, open_orders
+from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.streams import EnteredWindow, LaneStream, SpillFile, StreamState
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
-from easylm_mling.errors import ConfigError, DataError
+from easylm_mling.errors import ConfigError
 
 _BATCHES_AHEAD = 2
-# The limit of bad records is checked from this many on: one among the first ten is no reason to stop.
-_MIN_RECORDS = 1000
 _HOLDOUT_WINDOWS = 20_000
 
 Batch = dict[str, np.ndarray]
@@ -78,20 +80,20 @@ class Loader:
         self._plan = plan
         self.orders = open_orders(config, catalog, plan)
         self._cache = TokenCache(config.data.token_cache, tokenizer) if config.data.token_cache else None
-        self.lanes_with_data = [order.blocks_up_to(config.lanes) for order in self.orders]
+        # Of pooled sources None until a row of it is due.
+        self._pools: dict[int, Pool | None] = {i: None for i, o in enumerate(self.orders) if is_pooled(o.source)}
+        self.lanes_with_data = lanes_with_data(config, self.orders)
         self._check_lanes_with_data()
         ends = list(accumulate(len(s.languages) for s in catalog.sources.values()))
         # The rows of DataState.languages that are a source's.
         self._language_rows = [slice(start, end) for start, end in pairwise([0, *ends])]
         shape = (config.lanes, len(self.orders), self._lanes)
         # As the run begins or resumes, but for ROWS and EXTRA, which are counted here; what streams count, they keep.
-        self._state = initial_state(*shape, ends[-1]) if state is None else own_state(state, *shape)
+        self._state = initial_state(*shape, ends[-1]) if state is None else own_state(state, *shape, self._pools)
         self._streams: dict[tuple[int, int], LaneStream] = {}
         self._quarantine = Quarantine(quarantine, list(catalog.sources), state and state.lanes) if quarantine else None
-        # Bad and good records of the windows entered by this process.
-        self._records = np.zeros((len(self.orders), 2), np.int64)
-        # For each lane, the sources whose streams have ended.
-        self._used_up: dict[int, set[int]] = {lane: set() for lane in self._lanes}
+        # For each lane, the sources whose streams have ended, and those that give it no row in place of one of them.
+        self._used_up: dict[int, set[int]] = {lane: set(self._pools) for lane in self._lanes}
         self.ended = ""
         self._closed = False
         self._batches = self._make_batches()
@@ -102,7 +104,7 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[Batch, DataState]:
-        """Return the next batch; raises ConfigError or DataError, now and at every later call, if the data cannot be read."""
+        """Return the next batch; raises ConfigError, now and at every later call, if the data cannot be read."""
         assert not self._closed, "the loader is closed"
         item = self._ahead[0].result()
         self._ahead.popleft()
@@ -131,18 +133,26 @@ class Loader:
     def _make_batches(self) -> Generator[tuple[Batch, DataState], None, None]:
         data, own, lanes = self._config.data, self._lanes, self._state.lanes
         per_lane = self._config.batch_size // self._config.lanes
-        with contextlib.closing(SpillFile()) as spill_file:
+        with contextlib.closing(SpillFile()) as spill_file, contextlib.ExitStack() as stack:
+            stack.callback(self._close_pools)
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
                 sources, real = np.empty((2, len(own), per_lane), np.int32)
                 for turn in range(per_lane):
                     assigned = next_round(self._plan, data.seed, lanes[..., ROWS], self.lanes_with_data)
-                    for i, lane in enumerate(own):
+                    for lane in range(len(lanes)):
                         if self._closed:
                             return
-                        source_and_row = self._take(spill_file, lane, int(assigned[lane]))
-                        if source_and_row is None:
+                        if (source := self._due(lane, int(assigned[lane]))) is None:
                             return
+                        if lane not in own:
+                            # What the other hosts' lanes read of a pooled source is not this host's, but known to it.
+                            if source in self._pools:
+                                self._pool(source).take(lane, data.sequence_length)
+                            continue
+                        if (source_and_row := self._take(spill_file, lane, source)) is None:
+                            return
+                        i = lane - own.start
                         sources[i, turn], row = source_and_row
                         tokens[i, turn, : len(row)], real[i, turn] = row, len(row)
                     lanes[np.arange(len(assigned)), assigned, ROWS] += 1
@@ -150,35 +160,97 @@ class Loader:
                 mask_padding(batch, real.reshape(-1), self._tokenizer.pad_id)
                 yield {**batch, "source": sources.reshape(-1)}, self._consumed()
 
+    def _close_pools(self):
+        for pool in self._pools.values():
+            if pool:
+                pool.close()
+
     def _consumed(self) -> DataState:
         """Return what has been consumed up to the row that was made last."""
         lanes, languages = self._state.copy()
         for (lane, source), stream in self._streams.items():
             stream.state.write_to(lanes[lane, source])
             languages[self._language_rows[source]] += stream.languages
+        for source, pool in self._pools.items():
+            if pool:
+                pool.write_to(lanes[:, source])
+                languages[self._language_rows[source]] += pool.languages
         return DataState(lanes, languages)
 
-    def _take(self, spill_file: SpillFile, lane: int, assigned: int) -> tuple[int, np.ndarray] | None:
-        """Return a source and its row for a lane whose row is `assigned` to a source; None if the run ends here."""
+    def _due(self, lane: int, assigned: int) -> int | None:
+        """Return the source of a row that is `assigned` to a source; None if the run ends here.
+
+        It is another one if that is a pooled source, and used up. All hosts know this of all lanes.
+        """
+        data, counters = self._config.data, self._state.lanes[lane]
+        source: int | None = assigned
+        while source in self._pools and self._pool(source).is_used_up(lane):
+            if self._stops(source, lane):
+                return None
+            used_up = {i for i in self._pools if self._pool(i).is_used_up(lane)}
+            shares = self._plan.shares_at(int(counters[:, ROWS].sum()))
+            source = substitute(shares, data.seed, lane, counters[:, EXTRA], used_up)
+        if source is None:
+            self.ended = f"every source is used up in lane {lane}"
+        elif source != assigned:
+            counters[source, EXTRA] += 1
+        return source
+
+    def _take(self, spill_file: SpillFile, lane: int, due: int) -> tuple[int, np.ndarray] | None:
+        """Return a source and its row for an own lane, of the source that is `due` or, if that has ended there, another.
+
+        None if the run ends here. The other one is no pooled source: where those are is known to all hosts, and the end
+        of a stream is not.
+        """
         data, counters, used_up = self._config.data, self._state.lanes[lane], self._used_up[lane]
         shares = self._plan.shares_at(int(counters[:, ROWS].sum()))
-        source: int | None = assigned
+        if due in self._pools:
+            return due, self._pool(due).row(lane, data.sequence_length)
+        source: int | None = due
         while source is not None:
             if source not in used_up:
                 row = self._row(spill_file, lane, source)
                 if len(row):
-                    counters[source, EXTRA] += source != assigned
                     return source, row
                 used_up.add(source)
-            name = self.orders[source].source.name
-            if data.sources[name].when_used_up == "stop":
-                self.ended = (
-                    f"data.sources.{name} is used up (max_epochs={data.sources[name].max_epochs}) in lane {lane}"
-                )
+            if self._stops(source, lane):
                 return None
-            source = substitute(shares, data.seed, lane, counters[:, EXTRA], used_up)
-        self.ended = f"every source is used up in lane {lane}"
+            source = substitute(shares, data.seed, lane, self._given_instead(lane), used_up)
+        others = " but the small ones" if self._pools else ""
+        self.ended = f"every source{others} is used up in lane {lane}"
         return None
+
+    def _stops(self, source: int, lane: int) -> bool:
+        """Return True, and say so, if the run ends with this source."""
+        name = self.orders[source].source.name
+        rule = self._config.data.sources[name]
+        if rule.when_used_up == "stop":
+            self.ended = f"data.sources.{name} is used up (max_epochs={rule.max_epochs}) in lane {lane}"
+        return rule.when_used_up == "stop"
+
+    def _given_instead(self, lane: int) -> np.ndarray:
+        """Return the rows that each source has given the lane beyond those assigned, int64 [S]."""
+        counters = self._consumed_of(lane)
+        return (counters[:, TOKENS] + counters[:, PADDING]) // self._config.data.sequence_length - counters[:, ROWS]
+
+    def _consumed_of(self, lane: int) -> np.ndarray:
+        counters = self._state.lanes[lane].copy()
+        for source in range(len(counters)):
+            if stream := self._streams.get((lane, source)):
+                stream.state.write_to(counters[source])
+        return counters
+
+    def _pool(self, source: int) -> Pool:
+        """Return the pool of a small source, which is read now if it was not yet."""
+        pool = self._pools[source]
+        if pool is None:
+            state = self._state.lanes[:, source]
+
+            def account(bad: list[BadRecord], good: int):
+                self._account(0, source, EnteredWindow(0, 0, 0, bad, good))
+
+            pool = self._pools[source] = Pool(self.orders[source], self._tokenizer, state, self._lanes, account)
+        return pool
 
     def _row(self, spill_file: SpillFile, lane: int, source: int) -> np.ndarray:
         """Return the next row of a lane's stream; it is empty if the stream has ended."""
@@ -204,18 +276,14 @@ class Loader:
                 )
 
     def _account(self, lane: int, source: int, window: EnteredWindow):
-        """Write the bad records of a window to the quarantine; raise DataError if they have become too many."""
-        name, limit = self.orders[source].source.name, self._config.data.max_bad_fraction
+        """Write the bad records of a window to the quarantine."""
         if window.bad and self._quarantine:
             self._quarantine.write(lane, source, window)
-        self._records[source] += len(window.bad), window.good
-        bad, read = self._records[source].tolist()
-        if bad + read >= _MIN_RECORDS and bad > limit * (bad + read):
-            where = f"see {self._quarantine.path}" if self._quarantine else "a quarantine file would list them"
-            raise DataError(
-                f"data.sources.{name}: {bad} of {bad + read} records are bad, more than data.max_bad_fraction={limit}; "
-                f"{where}; repair the files or raise the limit"
-            )
+
+
+def lanes_with_data(config: MixerConfig, orders: list[EpochOrder]) -> list[int]:
+    """Return, for each source, how many lanes can be given rows of it: the first ones."""
+    return [config.lanes if is_pooled(o.source) else o.blocks_up_to(config.lanes) for o in orders]
 
 
 def holdout_rows(config: MixerConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:

@@ -4,6 +4,7 @@ Legend: V lanes, S sources, L languages of all sources, C counters, T tokens of 
 All functions are pure, on numpy arrays, but for `mask_padding`.
 """
 
+from collections.abc import Collection
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,10 +17,23 @@ from easylm_mling.errors import ConfigError
 
 # What the trainer has *consumed* in a lane of a source. First the cursor of its token stream: epoch, block, window,
 # document in the window, token in the document. Then the ledger: rows that the plan assigned, tokens, documents begun,
-# bad records of the windows entered, rows given in place of a source that was used up, and padding, in tokens, of a
-# stream's last row. See streams.StreamState.
-COUNTERS = ("epoch", "block", "window", "document", "offset", "rows", "tokens", "documents", "bad", "extra", "padding")
-EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET, ROWS, TOKENS, DOCUMENTS, BAD, EXTRA, PADDING = range(len(COUNTERS))
+# bad records of the windows entered, rows given in place of a source that was used up, padding, in tokens, of a stream's
+# last row, and good records of the windows entered. See streams.StreamState.
+COUNTERS = (
+    "epoch",
+    "block",
+    "window",
+    "document",
+    "offset",
+    "rows",
+    "tokens",
+    "documents",
+    "bad",
+    "extra",
+    "padding",
+    "good",
+)
+EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET, ROWS, TOKENS, DOCUMENTS, BAD, EXTRA, PADDING, GOOD = range(len(COUNTERS))
 
 # What all lanes together have consumed in a language of a source.
 LANGUAGE_COUNTERS = ("tokens", "documents", "bad")
@@ -29,7 +43,7 @@ class DataState(NamedTuple):
     """What a run has consumed: `lanes`, int64 [V, S, C] (COUNTERS), and `languages`, int64 [L, 3] (LANGUAGE_COUNTERS).
 
     Languages are in the catalog's order, source after source. A host counts in its own lanes; of the other lanes it
-    holds `rows` only (see `whole_state`).
+    holds `rows`, `extra` and the cursors of pooled sources (data/pool.py), which all hosts know (see `whole_state`).
     """
 
     lanes: np.ndarray
@@ -141,9 +155,10 @@ def initial_state(lanes: int, sources: int, own: range, languages: int = 1) -> D
     return DataState(state, np.zeros((languages, len(LANGUAGE_COUNTERS)), np.int64))
 
 
-def own_state(state: DataState, lanes: int, sources: int, own: range) -> DataState:
-    """Return a host's copy of a whole run's state: of other hosts' lanes it has only `rows`, and zero for the rest.
+def own_state(state: DataState, lanes: int, sources: int, own: range, pooled: Collection[int] = ()) -> DataState:
+    """Return a host's copy of a whole run's state: of other hosts' lanes what all hosts know, and zero for the rest.
 
+    All know `rows`, `extra`, and the cursors of the sources `pooled` (their numbers).
     The host of lane 0 goes on with the counts by language. Raises ConfigError if the state is of another mixture.
     """
     whole = np.asarray(state.lanes)
@@ -153,7 +168,9 @@ def own_state(state: DataState, lanes: int, sources: int, own: range) -> DataSta
             "lanes and sources are fixed for a run's life, so set them back, or start a new run_dir"
         )
     kept = np.zeros(whole.shape, np.int64)
-    kept[..., ROWS] = whole[..., ROWS]
+    kept[..., [ROWS, EXTRA]] = whole[..., [ROWS, EXTRA]]
+    for source in pooled:
+        kept[:, source, :ROWS] = whole[:, source, :ROWS]
     kept[own.start : own.stop] = whole[own.start : own.stop]
     return DataState(kept, np.array(state.languages, np.int64) * (own.start == 0))
 

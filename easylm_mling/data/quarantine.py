@@ -1,4 +1,4 @@
-"""The file that lists the bad records of a run, each once for every time it is read, however often the run was stopped."""
+"""The bad records of a run: the file that lists them, each once for every time it is read, and when they are too many."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,27 @@ from pathlib import Path
 
 import numpy as np
 
-from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW
+from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, EPOCH, GOOD, OFFSET, WINDOW
 from easylm_mling.data.streams import EnteredWindow
+from easylm_mling.errors import DataError
 from easylm_mling.storage.atomic import atomic_file
 from easylm_mling.storage.jsonl import JsonlWriter
+
+# The limit of bad records holds from this many on: one among the first ten is no reason to stop.
+_MIN_RECORDS = 1000
+
+
+def check_bad_records(state: np.ndarray, sources: Sequence[str], limit: float, path: str | Path):
+    """Raise DataError if the whole run's `state`, int64 [V, S, C], has met more than the share `limit` of bad records.
+
+    It decides by what the run has consumed, so at the same step on any hosts and however often the run was stopped.
+    """
+    for name, (bad, good) in zip(sources, state[..., [BAD, GOOD]].sum(axis=0).tolist(), strict=True):
+        if bad + good >= _MIN_RECORDS and bad > limit * (bad + good):
+            raise DataError(
+                f"data.sources.{name}: {bad} of {bad + good} records are bad, more than data.max_bad_fraction={limit}; "
+                f"see {path}; repair the files or raise the limit"
+            )
 
 
 class Quarantine:

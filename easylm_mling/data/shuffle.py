@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import orjson
 
 from easylm_mling.config import MixerConfig
-from easylm_mling.data.catalog import Catalog, Source
+from easylm_mling.data.catalog import RUN_HOLDOUT, Catalog, Source
 from easylm_mling.data.sources.readers import BadRecord, read_unit
 from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
 
 # Makes the hash that samples a source independent of the one that holds documents out.
 _SAMPLE_SALT = b"sample"
+# Least blocks a lane and epoch.
+_BLOCKS_A_LANE = 4
 
 
 class Window(NamedTuple):
@@ -54,9 +57,14 @@ def seeded_order(count: int, *key: int | str) -> np.ndarray:
 class EpochOrder:
     """The order in which the units of one source are read, epoch by epoch. `epochs` is how many there are, or None."""
 
-    def __init__(self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None):
-        """Take the languages' `rates`, int64 [languages] (weights.language_rates); by default those by bytes."""
-        self.source, self.seed, self.block_bytes = source, seed, block_bytes
+    def __init__(
+        self, source: Source, seed: int, block_bytes: int, rates: np.ndarray | None = None, lanes: int | None = None
+    ):
+        """Take the languages' `rates`, int64 [languages] (weights.language_rates); by default those by bytes.
+
+        With `lanes`, every epoch is cut into as many blocks for each of them, alike in bytes, if it has that many units.
+        """
+        self.source, self.seed, self.block_bytes, self.lanes = source, seed, block_bytes, lanes
         rates = language_rates(source, [], 0.0) if rates is None else rates
         self._rates = rates[source.unit_languages]
         self._phases = (seeded_bits(len(source.units), seed, source.name, "phase") >> 32).astype(np.int64)
@@ -64,7 +72,8 @@ class EpochOrder:
         # How many epochs hold anything; None: no end.
         self.epochs = first_epoch_after(self._rates, self._phases, self._cap) if self._cap else None
         # Known without ordering the epoch: a lane may have to pass hundreds of epochs of a tiny source.
-        self._one_block = bool(np.all(self._rates == ONE)) and source.units[:, 3].sum() <= block_bytes
+        is_small = source.units[:, 3].sum() <= block_bytes and (lanes is None or len(source.units) < lanes)
+        self._one_block = bool(np.all(self._rates == ONE)) and is_small
         # The other sources' lanes are at most a few epochs apart.
         self._epoch = lru_cache(maxsize=8)(self._order_epoch)
 
@@ -78,6 +87,7 @@ class EpochOrder:
             [(f.name, f.fingerprint) for f in source.files],
             self.seed,
             self.block_bytes,
+            self.lanes,
         ]
         digest = blake2b(orjson.dumps(parts), digest_size=16)
         digest.update(source.units.tobytes())
@@ -117,15 +127,35 @@ class EpochOrder:
         units = np.repeat(np.arange(len(copies)), copies)
         units = units[seeded_order(len(units), self.seed, self.source.name, epoch)]
         sizes = self.source.units[units, 3]
+        if self.lanes and len(units) >= self.lanes:
+            return units, _even_blocks(sizes, self.lanes, self.block_bytes)
         # Renumbered, for behind a unit larger than a block there would be empty ones. A lane takes every V-th block, and
         # might get nothing but those.
         return units, np.unique((np.cumsum(sizes) - sizes) // self.block_bytes, return_inverse=True)[1]
 
 
+def _even_blocks(sizes: np.ndarray, lanes: int, block_bytes: int) -> np.ndarray:
+    """Return the block of each unit of an epoch, int64 [units]: `lanes` times k blocks, none of them empty.
+
+    Lane l takes the blocks l, l + lanes ..., so k of every epoch. They are as even in bytes as whole units allow, and of
+    about `block_bytes` at most; k is at least 4 if there are units for it.
+    """
+    total, count = int(sizes.sum()), len(sizes)
+    per_lane = min(max(_BLOCKS_A_LANE, -(-total // (lanes * block_bytes))), count // lanes)
+    blocks = lanes * per_lane
+    even = (np.cumsum(sizes) - sizes // 2) * blocks // max(1, total)
+    # Moved by as little as leaves none empty: numbers rise by at most one a unit, and reach the last block.
+    index = np.arange(count)
+    even = np.clip(np.minimum(even, index), index - count + blocks, blocks - 1)
+    return np.minimum.accumulate(even - index) + index
+
+
 def open_orders(config: MixerConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
     """Return the order of every source, the same for the loader and for `data tokenize`."""
     rates, data = plan.language_rates, config.data
-    return [EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name)) for s in catalog.sources.values()]
+    return [
+        EpochOrder(s, data.seed, data.block_bytes, rates.get(s.name), config.lanes) for s in catalog.sources.values()
+    ]
 
 
 def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", skip: int = 0) -> Iterator[Window]:
@@ -140,7 +170,7 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
 
     def close(last: bool) -> Window:
         key = (order.seed, source.name, epoch, block, number)
-        chosen = _choose(texts, split, source.settings)
+        chosen = choose(texts, split, source.settings)
         shuffled = [chosen[i] for i in seeded_order(len(chosen), *key).tolist()]
         origin = np.array([provenance[i] for i in shuffled], np.int64).reshape(-1, 2)
         return Window([texts[i] for i in shuffled], origin, bad, bad_units, len(texts), last)
@@ -183,16 +213,33 @@ def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
     yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
 
 
-def _choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
-    """Return which of the texts are of one split. A hash of the text decides, so all copies of it are in the same."""
+def choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
+    """Return which of the texts are of one split: `holdout`, what the source validates on, or `train`.
+
+    A hash of the normalised text decides, by the largest holdout_fraction of the run's sources. So a text that one
+    source holds out is trained on through no other one, either, and neither is a copy with other white space.
+    """
     assert split in ("train", "holdout"), split
-    held_out, sampled = (int(settings[k] * 2**64) for k in ("holdout_fraction", "sample_fraction"))
-    chosen = range(len(texts))
+    held_out = settings["holdout_fraction"]
+    if split == "train":
+        held_out = max(held_out, settings.get(RUN_HOLDOUT, 0))
+    chosen = list(range(len(texts)))
     if held_out or split == "holdout":
-        chosen = [i for i in chosen if (_hash(texts[i]) < held_out) == (split == "holdout")]
+        limit = int(held_out * 2**64)
+        chosen = [i for i in chosen if (_hash(normalised(texts[i])) < limit) == (split == "holdout")]
     if split == "train" and settings["sample_fraction"] < 1:
+        sampled = int(settings["sample_fraction"] * 2**64)
         chosen = [i for i in chosen if _hash(texts[i], _SAMPLE_SALT) < sampled]
-    return list(chosen)
+    return chosen
+
+
+def normalised(text: bytes) -> bytes:
+    """Return UTF-8 text in Unicode's form NFKC, each run of white space a space, none at either end."""
+    characters = text.decode()
+    # Nearly all text is normalised, and finding that out is cheap.
+    if not is_normalized("NFKC", characters):
+        characters = normalize("NFKC", characters)
+    return " ".join(characters.split()).encode()
 
 
 def _hash(text: bytes, salt: bytes = b"") -> int:

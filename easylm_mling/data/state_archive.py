@@ -17,7 +17,7 @@ from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError, UnknownFormat, check_format
 from easylm_mling.storage.atomic import write_atomically
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class KeptState(NamedTuple):

@@ -33,7 +33,8 @@ class StreamState:
     """What a lane has consumed of a source.
 
     The cursor: epoch, block, window of the block, document of the window, and token of the document (`offset`). Then
-    totals: tokens, documents begun, bad records of the windows entered, and padding, in tokens, of the stream's last row.
+    totals: tokens, documents begun, bad and good records of the windows entered, and padding, in tokens, of the stream's
+    last row.
     """
 
     epoch: int
@@ -44,6 +45,7 @@ class StreamState:
     tokens: int
     documents: int
     bad: int
+    good: int
     padding: int
 
     @classmethod
@@ -257,6 +259,7 @@ class LaneStream:
         is_new = not state.document and not state.offset
         if is_new:
             state.bad += len(window.bad)
+            state.good += window.good
             np.add.at(self.languages[:, 2], source.unit_languages[np.array(window.bad_units, np.int64)], 1)
             self.entered = EnteredWindow(*at, window.bad, window.good)
         self._barren = 0 if len(self._ends) else self._barren + 1

@@ -3,6 +3,7 @@
 Shares and rates are integers in units of 2**-32, so that schedules are exact and the same on every host.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -79,6 +80,9 @@ def language_tokens(source: Source, tokens_per_byte: dict[str, float]) -> list[f
 def integer_weights(weights: list[float]) -> list[int]:
     """Return the weights as shares that sum to 2**32 exactly, so that schedules need no rounding. Zero stays zero."""
     total = sum(weights)
+    if total == math.inf:
+        weights = [weight / len(weights) / 2 for weight in weights]
+        total = sum(weights)
     exact = [weight / total * ONE for weight in weights]
     shares = [int(x) for x in exact]
     by_remainder = sorted((i for i, w in enumerate(weights) if w > 0), key=lambda i: (shares[i] - exact[i], i))

@@ -21,6 +21,7 @@ from easylm_mling.hf.config import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
 from easylm_mling.model.params import parameter_count
 from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import load_ledger
 
 _FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "llama": "Llama"}
@@ -40,6 +41,7 @@ class Export:
     model: ModelConfig
     dtype: str
     name: str  # on the hub, or the folder's
+    bos: int | None = None  # how many of BOS transformers' tokenizer puts before a text; None: not seen
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def write_card(folder: Path, export: Export, languages: tuple[str, ...] = ()):
             else _DATA_CHANGED,
             _losses(list(by_source), evaluations, drawn),
             _scores(run, step),
-            _recipe(config, step, training),
+            _recipe(config, step, training, past_changes(run / "history.jsonl")),
         ]
     text = "\n".join([*filter(None, parts), _usage(export), _limits(base, export.model)])
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -162,7 +164,7 @@ def _scores(run: Path, step: int) -> str:
     return "\n".join(["## Evaluation", "", note, "", *_table(heads, rows), ""]) if rows else ""
 
 
-def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
+def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[dict]) -> str:
     o, t, mesh = config.optimizer, config.train, config.mesh
     rates = [e["tokens_per_second"] for e in training if e.get("tokens_per_second")]
     axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor"))
@@ -182,13 +184,18 @@ def _recipe(config: RunConfig, step: int, training: list[dict]) -> str:
         ("seeds", f"parameters {t.seed}, data {config.data.seed}"),
         ("hardware", f"{hardware}, mesh {axes}{rest}"),
     ]
+    rows += [("changed", change_text(line)) for line in changes if line["step"] <= step]
     if rates:
         rows.append(("speed", f"{tokens_text(statistics.median(rates))} tokens a second (median of the steps logged)"))
     return "\n".join(["## Training", "", *_table(("setting", "value"), rows, "---"), ""])
 
 
 def _usage(export: Export) -> str:
-    name = export.name
+    name, bos = export.name, export.model.bos_token_id
+    note = f"the model needs exactly one BOS (id {bos}) here; " + (
+        f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
+    )
+    note = f"adds the one BOS (id {bos}) that the model needs" if export.bos == 1 else note
     return f"""## How to load
 
 ```python
@@ -196,7 +203,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="{export.dtype}")
-inputs = tokenizer("...", return_tensors="pt")  # adds the one BOS (id {export.model.bos_token_id}) that the model needs
+inputs = tokenizer("...", return_tensors="pt")  # {note}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import orjson
 
 from easylm_mling.config import FAMILIES, ModelConfig, from_tree
+from easylm_mling.data.tokenization.files import JSON, MODEL
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 
 _SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -55,7 +57,44 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
 }
 # Settings that have one value here; a file that leaves them out, or says null, means that value.
-_FIXED = {"attention_bias": False, "mlp_bias": False, "use_bidirectional_attention": False}
+_FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bidirectional_attention": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
+# Keys that change nothing of what is computed from tokens to logits. Older transformers wrote many of generation here.
+_HARMLESS = {
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "pretraining_tp"),
+    *("_name_or_path", "name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+    *(
+        "cache_implementation",
+        "hybrid_cache",
+        "sliding_window_size",
+        "_sliding_window_pattern",
+        "id2label",
+        "label2id",
+        "tokenizer_class",
+    ),
+    *(
+        "return_dict",
+        "chunk_size_feed_forward",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+    ),
+    *("typical_p", "num_beams", "num_beam_groups", "length_penalty", "repetition_penalty", "diversity_penalty"),
+    *("num_return_sequences", "is_decoder", "hidden_act", "hidden_activation", "layer_types", "quantization_config"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "tie_word_embeddings", "text_config"),
+}
+GENERATION = "generation_config.json"
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _log = logging.getLogger(__name__)
 
@@ -72,19 +111,16 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
         text = file.get("text_config")
         if not isinstance(text, dict):
             raise ConfigError(f"{path}: text_config is missing; use the config.json that came with the weights")
-        file = {"model_type": "gemma3_text", **text}
+        file = {"model_type": "gemma3_text", **{k: file[k] for k in _IDS if k in file}, **text}
     kind = file.get("model_type")
     if kind not in FAMILIES:
         raise ConfigError(f"{path}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)} or gemma3")
     _check_fixed(file, path)
-    tree = _settings(file)
+    ends = _ends(file, path.parent)
+    tree = _settings(file | ({"eos_token_id": ends[0]} if ends else {})) | {"stop_token_ids": ends[1:]}
     missing = [key for key in _REQUIRED if tree.get(key) is None]
     if missing:
-        raise ConfigError(f"{path}: {missing[0]} is missing; use the config.json that came with the weights")
-    if isinstance(tree.get("eos_token_id"), list):
-        raise ConfigError(
-            f"{path}: eos_token_id={tree['eos_token_id']} is a list; write the one that ends a document into the file"
-        )
+        raise ConfigError(f"{path}: {missing[0]} is missing; add it, as the tensors' shapes and the model's card say")
     tree |= _rope(file, tree, path) | _window(file, tree, path)
     _correct_query_scale(tree, path)
     try:
@@ -105,25 +141,83 @@ def _settings(file: dict) -> dict:
     width, heads = file.get("hidden_size"), file.get("num_attention_heads")
     if kind == "llama" and "head_dim" not in tree and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         tree["head_dim"] = width // heads
+    if kind == "llama" and heads is not None:
+        tree.setdefault("num_key_value_heads", heads)  # as in files from before there were groups
     return tree
+
+
+def _ends(file: dict, directory: Path) -> list[int]:
+    """Return the tokens that end a text, first the one that ends a document; [] if the files name none.
+
+    Of several, the tokenizer's eos ends a document, or the first where there is no tokenizer.
+    """
+    path = directory / GENERATION
+    ends: list[int] = []
+    for where, tree in ((directory / "config.json", file), (path, read_json(path) if path.is_file() else {})):
+        value = tree.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            if where == path or isinstance(value, list):
+                raise ConfigError(f"{where}: eos_token_id={value!r} must be token ids; correct it")
+            return []  # ModelConfig says so
+        if not ends and len(ids) > 1 and any((directory / name).is_file() for name in (JSON, MODEL)):
+            own = Tokenizer(str(directory), key="").eos_id
+            ids = sorted(ids, key=lambda i: i != own)
+        ends += [i for i in ids if i not in ends]
+    # generation_config.json alone does not say what ends a document.
+    return ends if file.get("eos_token_id") is not None or not ends else _with_default(file, ends)
+
+
+def _with_default(file: dict, ends: list[int]) -> list[int]:
+    eos = _DEFAULTS.get(file["model_type"], {}).get("eos_token_id", ModelConfig.eos_token_id)
+    return [eos, *(i for i in ends if i != eos)]
 
 
 def _check_fixed(file: dict, path: Path):
     kind = file["model_type"]
     fixed = _FIXED if kind == "llama" else _FIXED | {"tie_word_embeddings": True}
     for key, wanted in fixed.items():
-        if file.get(key) is not None and file[key] is not wanted:
+        if file.get(key) is not None and file[key] != wanted:
             raise ConfigError(f"{path}: {key}={file[key]!r} is not supported; a {kind} model here has {wanted}")
+    if file.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{path}: quantization_config: these weights are quantised; import the ones in bfloat16 or float32 that they were "
+            "made from"
+        )
+    if file.get("auto_map"):
+        raise ConfigError(f"{path}: auto_map names code of its own, which is not run here; use a model without it")
     wanted = FAMILIES[kind].activation
     # Gemma 1 was trained with the tanh form of GELU, and transformers too takes its published "gelu" for that.
     known = (None, wanted, "gelu") if kind == "gemma" else (None, wanted)
     for key in ("hidden_act", "hidden_activation"):
         if file.get(key) not in known:
             raise ConfigError(f"{path}: {key}={file[key]!r} is not supported; a {kind} model here has {wanted!r}")
+    kinds = file.get("layer_types")
+    if (
+        "sliding_window" not in FAMILIES[kind].may_set
+        and kinds is not None
+        and (not isinstance(kinds, list) or any(layer != _FULL for layer in kinds))
+    ):
+        raise ConfigError(
+            f"{path}: layer_types={kinds!r} is not supported; every layer of a {kind} model here is {_FULL!r}"
+        )
+    optional = {key for family in FAMILIES.values() for key in family.may_set}
+    known = _HARMLESS | fixed.keys() | optional | {*_REQUIRED, *_OPTIONAL}
+    unknown = [f"{key}={value!r}"[:80] for key, value in file.items() if key not in known and value]
+    if unknown:
+        _log.warning("%s: not known here and not taken into account: %s", path, ", ".join(unknown))
 
 
 def _rope(file: dict, tree: dict, path: Path) -> dict:
     """Return the rotary settings, from `rope_theta` and its like (4.x) or `rope_parameters` (5.x); both must agree."""
+    for key in ("rope_parameters", "rope_scaling"):
+        for rope in (file.get(key) or {}, *(file.get(key) or {}).values()) if isinstance(file.get(key), dict) else ():
+            if isinstance(rope, dict) and rope.get("partial_rotary_factor") not in (None, 1):
+                raise ConfigError(
+                    f"{path}: {key}: partial_rotary_factor is not supported; here all of a head is rotated"
+                )
+        if not isinstance(file.get(key), (dict, type(None))):
+            raise ConfigError(f"{path}: {key}={file[key]!r} must be an object; download the file again")
     new = file.get("rope_parameters") or {}
     by_layer = _FULL in new or _SLIDING in new
     far, near = (new.get(_FULL) or {}, new.get(_SLIDING) or {}) if by_layer else (new, {})
@@ -184,6 +278,8 @@ def hf_config(model: ModelConfig, dtype: str) -> dict:
     fields = {name: getattr(model, name) for name in (*_REQUIRED, *_OPTIONAL)}
     if model.pad_token_id < 0:
         fields["pad_token_id"] = None
+    if model.stop_token_ids:
+        fields["eos_token_id"] = [model.eos_token_id, *model.stop_token_ids]
     activation = model.family.activation
     return {
         "architectures": [_ARCHITECTURES[model.model_type]],
@@ -231,10 +327,17 @@ def _written_rope(model: ModelConfig) -> dict:
     return old | {"rope_local_base_freq": local, "rope_parameters": {_FULL: far, _SLIDING: near}}
 
 
-def hf_generation_config(model: ModelConfig) -> dict:
-    """Make the generation_config.json, without which a loader has to guess where a text ends."""
-    ids = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: value for name, value in ids.items() if value >= 0}
+def hf_generation_config(model: ModelConfig, kept: dict) -> dict:
+    """Make the generation_config.json, without which a loader has to guess where a text ends.
+
+    `kept` is the one that came with the model: its settings of sampling and the like stay, and the ids are the model's.
+    """
+    ids: dict = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = [model.eos_token_id, *model.stop_token_ids]
+    if len(ends) > 1:
+        before = kept.get("eos_token_id")
+        ids["eos_token_id"] = before if isinstance(before, list) and set(before) == set(ends) else ends
+    return kept | {name: value for name, value in ids.items() if isinstance(value, list) or value >= 0}
 
 
 def read_json(path: Path) -> dict:

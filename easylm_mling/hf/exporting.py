@@ -15,13 +15,15 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info, open_store
-from easylm_mling.config import ModelConfig, from_tree
+from easylm_mling.checkpoint.reading import load_info, open_store, stored_model
+from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
+from easylm_mling.data.tokenization.tokenizer import stored_fingerprints
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import Export, write_card
-from easylm_mling.hf.config import hf_config, hf_generation_config, write_json
+from easylm_mling.hf.config import GENERATION, hf_config, hf_generation_config, read_json, write_json
 from easylm_mling.hf.importing import DTYPES, INDEX
+from easylm_mling.hf.tokenizer import bos_seen, complete_tokenizer, own_tokenizer
 from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.monitoring.metrics import MetricsLog
 from easylm_mling.storage.atomic import atomic_directory
@@ -65,16 +67,22 @@ def export_hf(
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
     step_dir = step_directory(checkpoint_dir, step)
     step, files = int(step_dir.name), small_files(checkpoint_dir)
-    check_inside(files / TOKENIZER_FOLDER)
+    tokenizer = own_tokenizer(files, stored_fingerprints(load_info(checkpoint_dir, step)))
+    check_inside(tokenizer)
     model = stored_model(checkpoint_dir, step)
     target = DTYPES[_TAGS[dtype]]
     read = open_parameters(step_dir, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with atomic_directory(hf_dir) as partial:
-        tokenizer_files = copy_tokenizer(files / TOKENIZER_FOLDER, partial)
+        tokenizer_files = copy_tokenizer(tokenizer, partial)
         write_json(partial / "config.json", hf_config(model, dtype))
-        write_json(partial / "generation_config.json", hf_generation_config(model))
-        write_card(partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name), languages)
+        kept = read_json(partial / GENERATION) if GENERATION in tokenizer_files else {}
+        write_json(partial / GENERATION, hf_generation_config(model, kept))
+        complete_tokenizer(partial)
+        bos, warnings = bos_seen(partial, model, hf_dir)
+        write_card(
+            partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages
+        )
         for file_name, tensors in shards.items():
             with open(partial / file_name, "xb") as file:
                 file.write(shard_header(tensors, _TAGS[dtype]))
@@ -83,8 +91,8 @@ def export_hf(
                         file.write(values.view(np.uint8).data)
         if len(shards) > 1:
             write_json(partial / INDEX, shard_index(shards))
-    if tokenizer_files:
-        return []
+    if {"tokenizer.model", "tokenizer.json"} & {*tokenizer_files}:
+        return warnings
     return [
         f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer; copy the base model's files into it"
     ]
@@ -101,15 +109,6 @@ def note_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype
     if not is_bucket(checkpoint_dir):
         return True
     return Bucket(str(checkpoint_dir)).replace(metrics.name, before, metrics.read_bytes())
-
-
-def stored_model(checkpoint_dir: str | Path, step: int | None = None) -> ModelConfig:
-    """Return the shape of the model in a checkpoint of a run or an import. Raises ConfigError where it is missing."""
-    info = load_info(checkpoint_dir, step)
-    model = info.get("model") or info.get("config", {}).get("model")
-    if not isinstance(model, dict):
-        raise ConfigError(f"{checkpoint_dir}: its info names no model; use another checkpoint")
-    return from_tree(ModelConfig, model)
 
 
 def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> dict[str, list[Tensor]]:

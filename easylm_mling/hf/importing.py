@@ -4,6 +4,8 @@ Every name, shape and dtype is checked from the files' headers before the first 
 """
 
 import logging
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import MeshConfig, ModelConfig, to_tree
-from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.data.tokenization.tokenizer import fingerprints
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.config import model_config_from_hf, read_json
+from easylm_mling.hf.config import GENERATION, model_config_from_hf, read_json
 from easylm_mling.hf.hub import local_directory
 from easylm_mling.hf.vocabulary import extend_vocabulary
-from easylm_mling.model.params import Parameter, parameter_table, to_flat, to_nested
+from easylm_mling.model.params import Parameter, parameter_count, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
 from easylm_mling.storage.atomic import atomic_directory
 from easylm_mling.storage.object_store import Bucket, is_bucket
@@ -36,6 +39,7 @@ _TEXT_PREFIXES = {
     "model.language_model.": "model.",
 }
 _NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_PIECE = 64_000_000  # bytes compared at a time
 _log = logging.getLogger(__name__)
 
 # Each of these widens to float32 exactly.
@@ -49,7 +53,7 @@ def import_hf(
     """Write the model in `hf_dir` as a float32 checkpoint: step 0 of `checkpoint_dir`, with parameters only.
 
     `hf_dir` may be a hub name (`google/gemma-7b`, at `revision`). Of a multimodal Gemma 3 only the text model is taken. The
-    tokenizer's files are copied to `checkpoint_dir/tokenizer`. A `tokenizer` (a tokenizer.model or its folder) that extends
+    tokenizer's files are copied to `checkpoint_dir/tokenizer`. A `tokenizer` (its file or its folder) that extends
     the model's own takes its place, and the embedding gets rows for the new pieces.
 
     Raises ConfigError, and writes nothing, if the weights are not exactly those of config.json or `checkpoint_dir` has
@@ -64,14 +68,46 @@ def import_hf(
     if tokenizer is not None:
         source["vocab_size"] = model.vocab_size
         weights, model = extend_vocabulary(weights, model, directory, Path(tokenizer))
+    _check_room(checkpoint_dir, model)
     with _new_directory(checkpoint_dir) as (folder, checkpoints_dir):
         params = read_params(weights, model, widest_mesh(model))
         info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
+        copied = copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
+        info["tokenizer"] = sorted(fingerprints(folder / TOKENIZER_FOLDER).values())
         largest = max(array.nbytes for array in to_flat(params).values())
-        with Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
+        with _full_disk_told(checkpoint_dir), Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
             checkpoints.save_params(params, info)
-        copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
+        if tokenizer is not None and (directory / GENERATION).is_file():
+            shutil.copyfile(directory / GENERATION, folder / TOKENIZER_FOLDER / GENERATION)
+    if not {JSON, MODEL} & {*copied}:
+        _log.warning(
+            "%s: no tokenizer.json or tokenizer.model here; name one with data.tokenizer when you train", hf_dir
+        )
     return model
+
+
+def _check_room(target: str | Path, model: ModelConfig):
+    """Raise ConfigError where the disk has no room for the float32 parameters."""
+    if is_bucket(target):
+        return
+    folder = next(p for p in Path(target).absolute().parents if p.exists())
+    needed, free = 4 * parameter_count(model), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{target}: the float32 parameters need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room, "
+            "or name a place on another disk"
+        )
+
+
+@contextmanager
+def _full_disk_told(target: str | Path) -> Iterator[None]:
+    """Turn what Orbax raises on a full disk, whatever its class, into an error of one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConfigError) or not re.search("No space|Disk quota|File too large|EXHAUSTED", str(error)):
+            raise
+        raise ConfigError(f"{target}: the disk is full; make room, or name a place on another disk") from None
 
 
 @contextmanager
@@ -137,7 +173,27 @@ def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
             )
     if dropped:
         _log.warning("%s: left out %d tensors of the vision tower; this is the text model alone", hf_dir, dropped)
+    if len(slices) > len(expected):
+        _check_tied_head(hf_dir, slices, model)
     return {name: slices[name] for name in expected}
+
+
+def _check_tied_head(hf_dir: Path, slices: dict[str, Any], model: ModelConfig):
+    """Raise ConfigError if a stored head differs from the embedding, which config.json says is the head."""
+    head, embedding = slices["lm_head.weight"], slices["model.embed_tokens.weight"]
+    rows = max(1, _PIECE // (4 * model.hidden_size))
+    for start in range(0, model.vocab_size, rows):
+        a, b = (part[start : min(start + rows, model.vocab_size)].astype(np.float32) for part in (head, embedding))
+        if not np.array_equal(a, b, equal_nan=True):
+            way = (
+                "write tie_word_embeddings: false into config.json if the head is to be used"
+                if "tie_word_embeddings" in model.family.may_set
+                else "a head of its own is not supported in this family"
+            )
+            raise ConfigError(
+                f"{hf_dir}: lm_head.weight differs from the embedding, but config.json ties them (tie_word_embeddings); {way}, or "
+                "remove the tensor"
+            )
 
 
 def _text_name(stored: str, model: ModelConfig) -> str:
@@ -175,6 +231,10 @@ def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
     for part, layer in zip(out if p.stacked else out[None], layers, strict=True):
         name = p.hf_name.format(layer=layer)
         part[...] = weights[name][tuple(rows)].reshape(part.shape)
+        if not np.isfinite(part).all():
+            raise ConfigError(
+                f"tensor {name} holds NaN or infinity; such a model cannot be trained, so use whole weights"
+            )
     return out
 
 

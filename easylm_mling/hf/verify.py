@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from easylm_mling.checkpoint.layout import step_directory
+from easylm_mling.checkpoint.reading import stored_model
 from easylm_mling.config import MeshConfig, ModelConfig
 from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
-from easylm_mling.hf.exporting import open_parameters, plan_shards, stored_model
+from easylm_mling.hf.exporting import open_parameters, plan_shards
 from easylm_mling.hf.importing import DTYPES, open_weights, read_params
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.params import parameter_count

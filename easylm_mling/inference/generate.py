@@ -18,13 +18,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.reading import load_info
 from easylm_mling.config import ModelConfig
-from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, tokenizer_file
-from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER, tokenizer_file
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, fingerprints, stored_fingerprints
 from easylm_mling.errors import ConfigError, check
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import stored_model
 from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
+from easylm_mling.hf.tokenizer import own_tokenizer
 from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
 from easylm_mling.model.decoder import ForwardOptions, Gemma, logits
 from easylm_mling.model.precision import products_in
@@ -67,7 +69,7 @@ def generate(
     seed: int = 0,
     dtype: str = "bfloat16",
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt: at most `max_new_tokens`, and EOS last where the model ended the text.
+    """Return the new tokens of each prompt: at most `max_new_tokens`, and EOS, or another stop token, last where the model ended the text.
 
     Temperature 0 takes the most probable token. Otherwise row b's n-th token is drawn with the key of (seed, b, n): from the
     `top_k` most probable ones, and of those from the smallest set with probability `top_p` or more.
@@ -114,8 +116,9 @@ def continue_texts(
     """
     encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(list(prompts))]
     texts = generate(graph, params, model, encoded, max_new_tokens, **settings)
+    ends = {model.eos_token_id, *model.stop_token_ids}
     # The model may have more rows than the tokenizer has pieces; those stand for no text.
-    return [tokenizer.decode([i for i in ids if i != model.eos_token_id and i < tokenizer.vocab_size]) for ids in texts]
+    return [tokenizer.decode([i for i in ids if i not in ends and i < tokenizer.vocab_size]) for ids in texts]
 
 
 def sample_text(
@@ -127,19 +130,27 @@ def sample_text(
     **settings,
 ) -> list[str]:
     """Call `continue_texts` with the model at `path` and the tokenizer at `tokenizer_path` (default: the model's own)."""
-    tokenizer = Tokenizer(str(tokenizer_path or find_tokenizer(path)))
+    tokenizer = Tokenizer(str(tokenizer_path or find_tokenizer(path, step)))
     graph, params, model = load_model(path, step=step)
     tokenizer.check_model(model)
     return continue_texts(graph, params, model, tokenizer, prompts, max_new_tokens, **settings)
 
 
-def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer's file in `path` or in its tokenizer folder. Raises ConfigError if there is none."""
+def find_tokenizer(path: str | Path, step: int | None = None) -> Path:
+    """Return the tokenizer's file in `path`, or the one in its tokenizer folder that the checkpoint was trained with.
+
+    Raises ConfigError if there is none.
+    """
     files = small_files(path)
-    for folder in (files, files / TOKENIZER_FOLDER):
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            return tokenizer_file(folder)
-    raise ConfigError(f"{path}: no tokenizer.json or tokenizer.model here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
+    if fingerprints(files):
+        return tokenizer_file(files)
+    if fingerprints(files / TOKENIZER_FOLDER):
+        stored = stored_fingerprints(load_info(path, step))
+        folder = own_tokenizer(files, stored)
+        # A run has trained with one of the files; an import leaves the choice.
+        own = [name for name, value in fingerprints(folder).items() if value in stored]
+        return folder / own[0] if own else tokenizer_file(folder)
+    raise ConfigError(f"{path}: no {JSON} or {MODEL} here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):
@@ -169,6 +180,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     """
     model = nnx.merge(graph, params)
     eos = model.config.eos_token_id
+    ends = jnp.asarray([eos, *model.config.stop_token_ids], jnp.int32)
     hidden, caches = _prefill(model, tokens, room, dtype)
     B = tokens.shape[0]
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -187,7 +199,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
         new = new.at[:, n].set(jnp.where(ended, eos, token))
         count = jnp.where(ended, count, n + 1)
         hidden, caches = _decode(model, token, lengths + n, caches, dtype)
-        return n + 1, hidden, caches, new, ended | (token == eos), count
+        return n + 1, hidden, caches, new, ended | jnp.isin(token, ends), count
 
     zero = jnp.zeros((B,), jnp.int32)
     start = (jnp.int32(0), last, caches, jnp.full((B, room), eos, jnp.int32), zero == 1, zero)

@@ -52,8 +52,8 @@ def read_metrics(path: Path, kind: str) -> list[dict]:
 
 
 def read_lines(path: Path, kind: str) -> list[dict]:
-    """All lines of one kind in the order they were written."""
-    return [line for line in read_jsonl(path) if line["kind"] == kind]
+    """All lines of one kind in the order they were written, but for damaged ones."""
+    return [line for line in read_jsonl(path) if line.get("kind") == kind and isinstance(line.get("step"), int)]
 
 
 def step_metrics(metrics: dict, names: list[str]) -> dict:

@@ -1,6 +1,8 @@
 """The data of a run: its catalog, mixing plan and ledger, and whether a checkpoint's data state may go on with them."""
 
+import json
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import orjson
@@ -21,7 +23,7 @@ from easylm_mling.storage.atomic import write_atomically
 
 def open_catalog(run: RunDirectory, config: RunConfig, accept_change: bool) -> Catalog:
     """List the sources. Raises ConfigError when the run began with other files, unless that is accepted."""
-    if run.catalog_file.exists() and not accept_change:
+    if run.catalog_file.exists() and not accept_change and not run.begins_anew:
         return reopen_catalog(Catalog.load(run.catalog_file), config.data)
     return build_catalog(config.data)
 
@@ -36,6 +38,7 @@ class RunData:
     plan: MixingPlan
     ledger: Ledger
     fingerprints: dict[str, str]  # of tokenizer and data
+    estimates_digest: str  # of the numbers that decide the shares
     accept_change: bool
 
     @classmethod
@@ -48,7 +51,8 @@ class RunData:
         estimates = open_estimates(run.estimates_file, catalog, tokenizer)
         plan = make_plan(config.mixer, catalog, tokens_per_byte(estimates))
         ledger = Ledger(catalog, plan, estimates, config.data.sequence_length)
-        return cls(run, config, catalog, plan, ledger, fingerprints(tokenizer, catalog), accept_change)
+        digest = blake2b(json.dumps(estimates, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return cls(run, config, catalog, plan, ledger, fingerprints(tokenizer, catalog), digest, accept_change)
 
     def resume(self, step: int, state: DataState, info: dict) -> tuple[DataState, list[str]]:
         """The state to go on with from the checkpoint of `step`, and a line about each source that has changed.
@@ -65,6 +69,11 @@ class RunData:
             raise ConfigError(
                 f"{self.run.path}: the {changed[0]} is not the one that the checkpoint of step {step} was made with; "
                 "restore it, or go on with --accept-data-change"
+            )
+        if not changed and info.get("estimates", self.estimates_digest) != self.estimates_digest:
+            raise ConfigError(
+                f"{self.run.estimates_file}: not the estimates that the checkpoint of step {step} was made with; restore the "
+                "file from a backup, or remove it: it is made anew from the same files"
             )
         if changed:
             old = Catalog.load(self.run.set_aside_path(self.run.catalog_file, step))

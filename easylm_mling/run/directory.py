@@ -14,6 +14,7 @@ RUN/config.yaml      the resolved config, written once
    /data_states/     the mixer's state at every checkpoint, for `data audit`; see data/state_archive.py
    /checkpoints/     see checkpoint/checkpoint.py; set-aside/ those that were damaged or rewound
    /rewinds.jsonl    see run/rewind.py
+   /history.jsonl    see run/changes.py
    /launch/, logs/   of tpu_scripts: its state, and what every worker printed
    /lease            which process trains the run, locked while it does
 
@@ -27,13 +28,17 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TextIO
 
-from easylm_mling.config import RunConfig, differences, load, to_yaml
+from easylm_mling.checkpoint.layout import ASIDE, checkpoints_folder
+from easylm_mling.config import Change, RunConfig, differences, load, to_yaml
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
+from easylm_mling.storage.jsonl import read_jsonl
 from easylm_mling.storage.lease import LOCK, Lease, file_store
 from easylm_mling.storage.object_store import (
     CONFIG,
@@ -47,17 +52,22 @@ from easylm_mling.storage.object_store import (
 
 # What may lie in a directory that no run has begun in.
 NOT_OF_A_RUN = {"plan.json", "lease", f"lease{LOCK}", "launch", "logs"}
+# Events that are written only once a step is done.
+_AFTER_A_STEP = {"first_step", "progress", "saved", "restored", "rewound", "skipped"}
 
 
 class RunDirectory:
     """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run.
 
-    With `accept_data_change`, other sources or another tokenizer are not something else. Of several processes only the
+    With `accept_data_change`, other sources or another tokenizer are not something else; neither are other values of the
+    keys `change`, and `changes` says which differ. Of several processes only the
     first, number 0, `writes`. `name` is what the config calls the directory, where the checkpoints lie; all other files are
     below `path`.
     """
 
-    def __init__(self, config: RunConfig, accept_data_change: bool = False, process: int = 0):
+    def __init__(
+        self, config: RunConfig, accept_data_change: bool = False, process: int = 0, change: Collection[str] = ()
+    ):
         self.name, self.writes, self._stuck_seconds = config.run_dir, process == 0, config.checkpoint.stuck_minutes * 60
         self._lock: TextIO | None = None
         self._lease: Lease | None = None
@@ -72,11 +82,18 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / "events.jsonl"
         self.rewinds_file = self.path / "rewinds.jsonl"
+        self.history_file = self.path / "history.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.tokenizer_dir = self.path / TOKENIZER_FOLDER
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir={self.path} is a file; name a directory")
-        self.data_settings_changed = False
+        if strange := sorted(set(config.run_dir) & set("[]*?")):
+            raise ConfigError(
+                f"run_dir={config.run_dir}: {' '.join(strange)} in its name would be read as a pattern, and its checkpoints "
+                "not be seen again; choose a name without []*?"
+            )
+        self.data_settings_changed = self.begins_anew = False
+        self.changes: list[Change] = []
         if in_bucket:
             # This machine's own copy of the small files: no other process here may have it at the same time.
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,19 +101,19 @@ class RunDirectory:
             self._take_lock(self.path.with_name(f"{self.path.name}.lock"))
             self.mirror = Mirror(bucket, self.path)
         try:
-            self._check_directory(config, accept_data_change)
+            self._check_directory(config, accept_data_change, change)
         except ConfigError:
             self._unlock()
             raise
 
-    def _check_directory(self, config: RunConfig, accept_data_change: bool):
+    def _check_directory(self, config: RunConfig, accept_data_change: bool, change: Collection[str]):
         if self.mirror:
             there = _pulled(self.mirror)
         else:
             there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         if self.config_file.is_file():
             check_run_format(self.path, self.name)
-            self._check_same_run(config, accept_data_change)
+            self._check_same_run(config, accept_data_change, change)
         # In a bucket, a first push that was killed leaves files, and the lease.
         elif {n.split("/")[0] for n in there} - NOT_OF_A_RUN and not (self.mirror and "lease" in there):
             raise ConfigError(f"run_dir={self.name} is not empty and holds no run; name a new directory")
@@ -165,6 +182,8 @@ class RunDirectory:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.begins_anew:
+            self._begin_anew()
         # The config comes before all that needs it: it is what makes the directory this run's, should anything be killed in between.
         if not self.config_file.exists():
             write_run_format(self.path)
@@ -188,24 +207,66 @@ class RunDirectory:
         elif self.tokenizer_dir.exists():
             shutil.rmtree(self.tokenizer_dir)
 
+    def kept_config(self) -> RunConfig:
+        """The config that the run began with; raises ConfigError that names the run's own file if it is damaged."""
+        try:
+            return load([str(self.config_file)])
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{self.name}/{CONFIG}: the run's own config is damaged, not yours ({one_line(error)}); restore it from a "
+                "backup, or from the `config` in the info of a checkpoint"
+            ) from None
+
+    def _has_begun(self) -> bool:
+        """Whether any step may have been done: if one of the files that tell of steps is there and not empty."""
+        logs = (self.metrics_file, self.rewinds_file)
+        kept = (self.states_dir, checkpoints_folder(self.name), checkpoints_folder(self.name).parent / ASIDE)
+        if any(_tells_of_steps(file) for file in logs):
+            return True
+        if any(event["event"] in _AFTER_A_STEP for event in read_event_log(self.events_file)):
+            return True
+        return any(folder.exists() and any(folder.iterdir()) for folder in kept)
+
+    def _begin_anew(self):
+        """Leave out what a start without a step wrote by its config; it is made again from the new one."""
+        if self._has_begun():
+            raise ConfigError(f"run_dir={self.name} has just been begun by another process; choose another run_dir")
+        for file in (self.config_file, self.catalog_file, self.estimates_file):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.tokenizer_dir, ignore_errors=True)
+
     def replace_config(self, config: RunConfig):
         write_atomically(self.config_file, to_yaml(config).encode())
 
-    def _check_same_run(self, config: RunConfig, accept_data_change: bool):
-        kept = load([str(self.config_file)])
+    def _check_same_run(self, config: RunConfig, accept_data_change: bool, change: Collection[str]):
+        kept = self.kept_config()
         changes = [change for change in differences(kept, config) if not change.setting.free]
         if accept_data_change:
             self.data_settings_changed = any(change.setting.data for change in changes)
             changes = [change for change in changes if not change.setting.data]
+        self.changes = [c for c in changes if c.key in change]
+        changes = [c for c in changes if c.key not in change]
         if changes:
             reasons = [f" ({c.setting.reason})" if c.setting.reason else "" for c in changes]
             listed = [f"{c.key} was {c.old}, now {c.new}{why}" for c, why in zip(changes, reasons, strict=True)]
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            if not self._has_begun():
+                # A first start that failed, or was stopped before a step: nothing was made with the old config.
+                self.begins_anew = True
+                return
             way = ", or go on with --accept-data-change" if all(c.setting.data for c in changes) else ""
+            if all(c.setting.change for c in changes):
+                way = ", or go on with " + " ".join(f"--change {c.key}={c.new}" for c in changes)
             raise ConfigError(
                 f"run_dir={self.name} belongs to a run with another config: {'; '.join(listed[:5])}{more}. "
                 f"Choose another run_dir (with init_from to start from this run's parameters), or restore the old values{way}"
             )
+
+
+def _tells_of_steps(file: Path) -> bool:
+    """Whether a line of the log is about a step that was done."""
+    steps = (line.get("step") for line in read_jsonl(file)) if file.exists() else ()
+    return any(isinstance(step, int) and step > 0 for step in steps)
 
 
 def _pulled(mirror: Mirror) -> list[str]:

@@ -30,7 +30,7 @@ class ReplayCheck:
         if self._every and is_primary():
             self._program = _program(config, mesh, {"left_out": batches_left_out(data.run), **data.fingerprints})
             for line in read_lines(data.run.metrics_file, "digests"):
-                if line["program"] == self._program:
+                if line.get("program") == self._program and isinstance(line.get("digests"), dict):
                     self._remember(line["step"], line["digests"])
 
     def _remember(self, step: int, recorded: dict[str, str]):

@@ -57,4 +57,5 @@ def batches_left_out(run: RunDirectory) -> int:
 
 
 def _past(run: RunDirectory) -> list[dict]:
-    return read_lines(run.rewinds_file, "rewind") if is_primary() and run.rewinds_file.exists() else []
+    lines = read_lines(run.rewinds_file, "rewind") if is_primary() and run.rewinds_file.exists() else []
+    return [line for line in lines if isinstance(line.get("skip_batches"), int)]

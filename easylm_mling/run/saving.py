@@ -85,7 +85,7 @@ class Saver:
             problem = ""
         except OSError as error:
             problem = one_line(error)
-        info |= self._data.fingerprints
+        info |= {**self._data.fingerprints, "estimates": self._data.estimates_digest}
         return self._checkpoints.save(state, data_state._asdict(), info, problem=problem, wait=wait)
 
     def _report(self, result: SaveResult | None):

@@ -1,5 +1,6 @@
 """The setup of a run: devices, directory, data, what is fixed for its life, and the state to go on with."""
 
+from collections.abc import Collection
 from functools import partial
 
 import jax
@@ -7,19 +8,23 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
-from easylm_mling.checkpoint.layout import newest_step
-from easylm_mling.config import RunConfig, load
+from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
+from easylm_mling.config import RunConfig
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.distributed.agreement import process_index
+from easylm_mling.distributed.agreement import broadcast, is_primary, process_index
+from easylm_mling.errors import NoUsableCheckpoint
 from easylm_mling.model.sharding import check_run, make_mesh
 from easylm_mling.monitoring.console import say, warn
+from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.plan.measurements import MeasurementCache
 from easylm_mling.plan.remat import choose_remat, with_remat
+from easylm_mling.run.changes import change_text, check_changes, past_changes, record_changes
 from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.run.host_sync import own_lanes
 from easylm_mling.run.rewind import batches_to_skip
+from easylm_mling.run.starting_model import check_start
 from easylm_mling.training.state import (
     TrainState,
     abstract_params,
@@ -38,13 +43,19 @@ def select_devices(config: RunConfig):
 
 
 def open_run(
-    config: RunConfig, tokenizer: Tokenizer, console: Console, accept_data_change: bool
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    console: Console,
+    accept_data_change: bool,
+    override_model: Collection[str] = (),
+    change: Collection[str] = (),
 ) -> tuple[RunConfig, Mesh, RunData]:
     """Check everything that can be checked, then take the run's directory and open its data.
 
     Returns the config with the remat policy that `auto` stands for, the mesh and the data.
     """
-    run = RunDirectory(config, accept_data_change, process_index())
+    check_changes(config, change)
+    run = RunDirectory(config, accept_data_change, process_index(), change)
     catalog = open_catalog(run, config, accept_data_change)
     for remark in catalog.remarks():
         warn(console, remark)
@@ -54,9 +65,13 @@ def open_run(
     config = with_chosen_remat(config, run, console)
     if config.init_from and not newest_step(run.name):
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
+        check_start(config, tokenizer.fingerprint, override_model)
     run.take_lease()
     if accept_data_change and is_of_other_data(run, tokenizer, catalog):
         run.set_aside(newest_step(run.name))
+        run.replace_config(config)
+    elif run.changes and not run.begins_anew:
+        record_changes(run.history_file, newest_step(run.name) or 0, run.changes)
         run.replace_config(config)
     run.write_start(config)
     data = RunData.open(run, config, catalog, tokenizer, accept_data_change)
@@ -76,9 +91,11 @@ def restore_or_init(
         for step, wrong in restored.damaged:
             warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
         data_state, news = data.resume(restored.step, DataState(**restored.data), restored.info)
+        news += [change_text(c) for c in past_changes(data.run.history_file) if c["step"] == restored.step]
         for line in (f"resumed from the checkpoint of step {restored.step}", *news):
             say(console, line)
         return restored.state, data_state, batches_to_skip(data.run, restored.step, restored.info)
+    _check_none_is_missing(data.run)
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
         params = load_params(config.init_from, abstract)
@@ -88,9 +105,19 @@ def restore_or_init(
     return fresh(), None, 0
 
 
+def _check_none_is_missing(run: RunDirectory):
+    """Raise NoUsableCheckpoint if there were checkpoints of this run, by its events, and none is left. Collective."""
+    saved = [e["step"] for e in read_event_log(run.events_file) if e["event"] in ("saved", "restored")]
+    if step := broadcast(max(saved, default=0) if is_primary() else 0):
+        raise NoUsableCheckpoint(
+            f"{checkpoints_folder(run.name)}: holds no checkpoint, but this run saved one at step {step}; mount or restore the "
+            "folder, or start a new run_dir"
+        )
+
+
 def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
     """The config with `train.remat: auto` resolved: as chosen when the run began, or chosen now. A run keeps its choice."""
-    if config.train.remat == "auto" and run.config_file.is_file():
-        chosen = load([str(run.config_file)]).train
+    if config.train.remat == "auto" and run.config_file.is_file() and not run.begins_anew:
+        chosen = run.kept_config().train
         return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
     return choose_remat(config, MeasurementCache(), console) if config.train.remat == "auto" else config

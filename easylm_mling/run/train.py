@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from rich.console import Console
 from easylm_mling.config import RunConfig, to_yaml
 from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
+from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import is_multiprocess, is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
@@ -24,6 +25,7 @@ from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, c
 from easylm_mling.model.sharding import BATCH_AXES
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
+from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import RunData
 from easylm_mling.run.host_sync import Agreement, HostSync, own_lanes, own_quarantine
 from easylm_mling.run.monitor import Monitor
@@ -32,6 +34,7 @@ from easylm_mling.run.replay_check import ReplayCheck
 from easylm_mling.run.rewind import count_rewinds, rewind
 from easylm_mling.run.saving import Saver, open_checkpoints
 from easylm_mling.run.setup import open_run, restore_or_init, select_devices
+from easylm_mling.run.starting_model import override_names
 from easylm_mling.run.summary import summary_table
 from easylm_mling.run.validation import Validation
 from easylm_mling.training.compilation import compile_ahead, enable_compilation_cache
@@ -78,10 +81,14 @@ def train(
     console: Console | None = None,
     accept_data_change: bool = False,
     max_hours: float | None = None,
+    override_model: Sequence[str] = (),
+    change: Sequence[str] = (),
 ) -> int:
     """Train to the token budget (or `train.stop_at_step`), resuming from the newest checkpoint in `run_dir`.
 
     `accept_data_change`: go on with other files, sources or another tokenizer than before, as data/migration.py says.
+    `change`: keys of the config that may differ from the run's, and are recorded then (run/changes.py).
+    `override_model`: keys of `model`, or `tokenizer`, that may differ from those of the checkpoint in `init_from`.
     `max_hours`: save and end at the first step after so long. Returns the exit code (errors.py). Raises ConfigError for
     anything wrong with the config or the data, before a device is used. Collective.
     """
@@ -93,7 +100,9 @@ def train(
     enable_compilation_cache()
     console = console or make_console(quiet=not is_primary())
     with primary_first(to_yaml(config)):
-        config, mesh, data = open_run(config, tokenizer, console, accept_data_change)
+        config, mesh, data = open_run(
+            config, tokenizer, console, accept_data_change, override_names(override_model), change
+        )
     run = data.run
     steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
     say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
@@ -131,6 +140,8 @@ def run_process(
         state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
         if data_state is not None:
             monitor.restored(int(state.step), time.monotonic() - begun)
+            changed = [change_text(c) for c in past_changes(run.history_file) if c["step"] == int(state.step)]
+            monitor.news(int(state.step), changed)
         quarantine = own_quarantine(run.quarantine_file, list(config.data.sources), data_state)
         with Loader(config.mixer, data.catalog, tokenizer, data_state, lanes, quarantine, data.plan) as loader:
             loop = Loop(
@@ -174,6 +185,11 @@ def run_steps(
             item = next_on_all_hosts(loop.loader)
         if item is None:
             data_ended = loop.loader.ended or "another host's lanes have none left"
+            if done == 0:
+                raise ConfigError(
+                    f"the data ends before the first step: {data_ended}; name more data, raise max_epochs, or lower "
+                    "train.batch_size or data.sequence_length"
+                )
             continue
         batch, consumed = item
         done += 1
@@ -259,12 +275,14 @@ def report_steps(loop: Loop, agreed: Agreement, in_flight: deque[InFlight], left
 
 
 def report_step(loop: Loop, before: DataState | None, launched: InFlight) -> Agreement:
-    """Report one finished step; raises TrainingStopped when too many in a row changed nothing."""
+    """Report one finished step; raises TrainingStopped when too many in a row changed nothing, DataError for bad data."""
     step, metrics, config = launched.step, launched.metrics, loop.config
     agreed, ledger = launched.agreement(), loop.data.ledger
     consumed = agreed.state
     assert consumed is not None
     values = loop.monitor.step(step, metrics, lambda: ledger.sources(consumed))
+    sources, limit = list(config.data.sources), config.data.max_bad_fraction
+    check_bad_records(consumed.lanes, sources, limit, loop.data.run.quarantine_file)
     ends = [order.epochs for order in loop.loader.orders]
     news = ledger.news(before, consumed, ends, loop.loader.lanes_with_data)
     if skipped := skip_news(metrics, values, config.train.spike_sigmas):

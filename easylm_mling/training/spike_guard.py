@@ -4,7 +4,8 @@ A spike is a loss or gradient norm over `sigmas` standard deviations above the m
 OLMo-core (`SkipStepOptimizer`) and levanter, where as in MaxText it must be asked for. (PaLM's authors went back and left
 batches out by hand, arXiv:2204.02311, 5.1: run/rewind.py.) Theirs takes everything into its window, so that one NaN blinds it
 or freezes the run for the next 128 steps. Here what is not finite never enters, and a spike enters as the limit that it
-passed: it cannot hide the next one, and a lasting level (of another data stage, say) is accepted within some steps.
+passed, so it cannot hide the next one. Each further spike in a row doubles the sigmas, so a lasting level (of another data
+stage, say) is accepted within a few steps, and a loss that runs away is not.
 """
 
 from typing import Any, NamedTuple
@@ -22,11 +23,12 @@ class Recent(NamedTuple):
 
     values: Any  # float32 [2, WINDOW], a ring: the loss (nats a target) and the gradient norm
     count: Any  # int32: how many have ever entered
+    in_a_row: Any  # int32: spikes since the last accepted step
 
 
 def nothing_recent() -> Recent:
     """The window of a run that has done no step."""
-    return Recent(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32))
+    return Recent(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def judge(
@@ -44,7 +46,9 @@ def judge(
         there, size = jnp.arange(WINDOW) < entered, jnp.maximum(entered, 1)
         mean = jnp.sum(jnp.where(there, recent.values, 0), axis=1) / size
         square = jnp.where(there, recent.values - mean[:, None], 0) ** 2
-        limits = jnp.where(entered < WINDOW // 2, limits, mean + sigmas * jnp.sqrt(jnp.sum(square, axis=1) / size))
+        allowed = sigmas * jnp.exp2(jnp.minimum(recent.in_a_row, 30).astype(jnp.float32))
+        limits = jnp.where(entered < WINDOW // 2, limits, mean + allowed * jnp.sqrt(jnp.sum(square, axis=1) / size))
     verdict = jnp.where(finite, jnp.where(jnp.any(now > limits), SPIKE, ACCEPTED), NOT_FINITE)
     entering = jnp.where(jnp.arange(WINDOW) == recent.count % WINDOW, jnp.minimum(now, limits)[:, None], recent.values)
-    return verdict, limits, Recent(jnp.where(finite, entering, recent.values), recent.count + finite)
+    in_a_row = jnp.where(verdict == ACCEPTED, 0, recent.in_a_row + (verdict == SPIKE))
+    return verdict, limits, Recent(jnp.where(finite, entering, recent.values), recent.count + finite, in_a_row)

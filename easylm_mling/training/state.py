@@ -57,7 +57,7 @@ def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, optimizer, whole, whole, whole, Recent(whole, whole))
+    return TrainState(whole, params, optimizer, whole, whole, whole, Recent(whole, whole, whole))
 
 
 def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:

@@ -6,9 +6,7 @@ is one unit. A document belongs to the unit in which it starts.
 """
 
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ import orjson
 import pyarrow as pa
 
 from easylm_mling.data.sources.columnar import ROWS, portions
-from easylm_mling.data.sources.lines import MAX_LINE_BYTES, file_lines
+from easylm_mling.data.sources.lines import DAMAGE, MAX_LINE_BYTES, file_lines
 from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry
 
@@ -25,8 +23,6 @@ _TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB"
 # Lines that are joined wait in memory. Where no blank one ends them, they are cut into documents of this size.
 _MAX_JOINED_BYTES = 1 << 26
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# What the libraries raise for a file that is not what its suffix says.
-DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class BadRecord(NamedTuple):

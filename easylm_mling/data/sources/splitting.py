@@ -1,6 +1,7 @@
 """Each file format from outside: its layout's name, the units it can be cut into, and a check that it has the text.
 
-No file's body is read: parquet and Arrow have footers or message headers, and lines are cut by arithmetic.
+No file's body is read, but a sample of a packed one to measure its text: parquet and Arrow have footers or message
+headers, and lines are cut by arithmetic.
 """
 
 from itertools import islice
@@ -9,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from easylm_mling.data.sources.columnar import HEADER_CHUNK, arrow_heads, open_parquet, text_chunk
-from easylm_mling.data.sources.lines import file_lines
+from easylm_mling.data.sources.lines import file_lines, unpacked_size
 from easylm_mling.data.sources.readers import parse_json
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, open_arrow, open_binary
@@ -22,8 +23,6 @@ _SUFFIXES = {
     **{suffix + packed: kind + how for suffix, kind in _LINES.items() for packed, how in _PACKED.items()},
 }
 KNOWN_SUFFIXES = f".parquet, .arrow, .feather, and {', '.join(_LINES)}, each also with {', '.join([*_PACKED][1:])}"
-# Web text is compressed to about a third. Only the sizes of blocks depend on this guess.
-_COMPRESSION = 3
 # The text field is looked for in so many rows that parse, among so many lines.
 _HEAD_ROWS = 100
 _HEAD_LINES = 10_000
@@ -67,7 +66,8 @@ def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: 
         if layout.startswith("jsonl"):
             _check_json_field(path, layout, column, retry)
         if "." in layout:
-            return [(0, 1, size * _COMPRESSION)]
+            # An empty text still is a unit: a reader tells what is wrong with it.
+            return [(0, 1, max(1, unpacked_size(path, layout, size, retry)))]
         return [(a, min(a + unit_bytes, size), min(unit_bytes, size - a)) for a in range(0, size, unit_bytes)]
     return _merge(pieces, unit_bytes)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from easylm_mling.errors import ConfigError
 
 TOKENIZER_FOLDER = "tokenizer"
+# In the order in which they count.
+JSON, MODEL = "tokenizer.json", "tokenizer.model"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -13,6 +15,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    # How texts of the model end and are drawn; the ids of the tokenizer stand in it.
+    "generation_config.json",
 )
 
 
@@ -22,11 +26,11 @@ def tokenizer_file(path: Path, key: str = "") -> Path:
     transformers decides so, too. Raises ConfigError if there is none; the message begins with `key`.
     """
     if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
+        for name in (JSON, MODEL):
             if (path / name).is_file():
                 return path / name
         raise ConfigError(f"{key}{path}: holds no tokenizer.json and no tokenizer.model; copy the model's own into it")
-    if not path.exists() and (path.parent / "tokenizer.json").is_file():
+    if not path.exists() and (path.parent / JSON).is_file():
         raise ConfigError(f"{key}{path}: does not exist; there is only a tokenizer.json in {path.parent}, so name that")
     return path
 
@@ -41,7 +45,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     folder = source.parent if source.is_file() else source
     files = {name: folder / name for name in TOKENIZER_FILES}
     if source.is_file():
-        files["tokenizer.json" if source.suffix == ".json" else "tokenizer.model"] = source
+        files[JSON if source.suffix == ".json" else MODEL] = source
     present = {name: file for name, file in files.items() if file.is_file()}
     if present:
         target.mkdir(parents=True, exist_ok=True)

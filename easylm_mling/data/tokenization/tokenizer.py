@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from easylm_mling.config import ModelConfig
-from easylm_mling.data.tokenization.files import tokenizer_file
+from easylm_mling.data.tokenization.files import JSON, MODEL, tokenizer_file
 from easylm_mling.data.tokenization.huggingface_backend import HuggingFaceBackend
 from easylm_mling.data.tokenization.sentencepiece_backend import SentencePieceBackend, with_controls
 from easylm_mling.data.tokenization.special import SpecialTokens, read_special_tokens
@@ -123,6 +123,17 @@ def fingerprint(file: Path) -> str:
     """
     content, special = file.read_bytes(), read_special_tokens(file.parent)
     return _digest(file, content if file.suffix == ".json" else with_controls(content, special.controls), special)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Return name -> fingerprint for each tokenizer in `folder`: tokenizer.json, tokenizer.model, both or none."""
+    return {name: fingerprint(folder / name) for name in (JSON, MODEL) if (folder / name).is_file()}
+
+
+def stored_fingerprints(info: dict) -> frozenset[str]:
+    """Return the fingerprints in a checkpoint's `info`: a run has one, an import one for each file; empty: not known."""
+    value = info.get("tokenizer") or []
+    return frozenset([value] if isinstance(value, str) else value)
 
 
 def _digest(file: Path, content: bytes, special: SpecialTokens) -> str:

@@ -4,8 +4,10 @@ Every checkpoint leaves its data state in RUN/data_states (see data/state_archiv
 from the newest state before the step: at most checkpoint.every_steps of them.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from easylm_mling.data.catalog import Catalog, reopen_catalog
 from easylm_mling.data.estimates import load_estimates, tokens_per_byte
 from easylm_mling.data.loader import Batch, Loader
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW, DataState, initial_state
-from easylm_mling.data.shuffle import EpochOrder, windows
+from easylm_mling.data.pool import Piece, Pool, is_pooled
+from easylm_mling.data.shuffle import EpochOrder, unit_records, windows
 from easylm_mling.data.state_archive import kept_steps, load_state
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.data.weights import make_plan
@@ -82,14 +85,17 @@ def _rows(
 ) -> list[dict]:
     rows, length = [], config.data.sequence_length
     per_lane = config.batch_size // config.lanes
+    pooled = _pooled_rows(config, tokenizer, orders, before, batch["source"].tolist(), row)
     for lane in range(config.lanes) if row is None else [row // per_lane]:
         readers: dict[int, Iterator[list[dict]]] = {}
         for r in range(lane * per_lane, (lane + 1) * per_lane):
             source = int(batch["source"][r])
-            if source not in readers:
+            if source not in readers and not is_pooled(orders[source].source):
                 cursor = before.lanes[lane, source]
                 readers[source] = _pieces(orders[source], tokenizer, cursor, config.lanes, length)
-            documents = next(readers[source])
+            if row not in (None, r) and source not in readers:
+                continue
+            documents = next(readers[source]) if source in readers else pooled[r]
             tokens = batch["tokens"][r]
             made = np.concatenate([d.pop("ids") for d in documents])
             if not np.array_equal(made, tokens[: len(made)]) or (tokens[len(made) :] != tokenizer.pad_id).any():
@@ -98,6 +104,60 @@ def _rows(
                 name = orders[source].source.name
                 rows.append({"row": r, "lane": lane, "source": name, "tokens": tokens, "documents": documents})
     return rows
+
+
+def _pooled_rows(
+    config: MixerConfig,
+    tokenizer: Tokenizer,
+    orders: list[EpochOrder],
+    before: DataState,
+    sources: list[int],
+    row: int | None,
+) -> dict[int, list[dict]]:
+    """Return the documents of each row, or of one, that is of a pooled source, with the `ids` of each, read anew.
+
+    `sources`: that of each row of the batch.
+    """
+    lanes, per_lane, length = config.lanes, config.batch_size // config.lanes, config.data.sequence_length
+    rows = {}
+    with contextlib.ExitStack() as stack:
+        pools = {}
+        for s in set(sources):
+            if is_pooled(orders[s].source):
+                pools[s] = Pool(orders[s], tokenizer, before.lanes[:, s], range(0))
+                stack.callback(pools[s].close)
+        # Lanes take turns: which documents are left depends on the lanes before.
+        for r in (lane * per_lane + turn for turn in range(per_lane) for lane in range(lanes)):
+            if pool := pools.get(sources[r]):
+                pieces = pool.take(r // per_lane, length)
+                if row in (None, r):
+                    rows[r] = [_document(orders[sources[r]], tokenizer, pool.provenance(p.document), p) for p in pieces]
+    return rows
+
+
+def _document(order: EpochOrder, tokenizer: Tokenizer, provenance: tuple[int, int], piece: Piece) -> dict:
+    unit, number = provenance
+    good = (record for record in unit_records(order.source, unit) if isinstance(record, bytes))
+    text = next(islice(good, number, None))
+    whole = join_documents(tokenizer, [text.decode()])
+    ids = whole[piece.first : piece.first + piece.tokens]
+    about = _about(order, unit, number, piece.epoch, piece.first, text, ids)
+    return {**about, "tokens": piece.tokens}
+
+
+def _about(order: EpochOrder, unit: int, number: int, epoch: int, first: int, text: bytes, ids: np.ndarray) -> dict:
+    index, start, end, _ = order.source.units[unit].tolist()
+    file = order.source.files[index]
+    return {
+        "language": file.language,
+        "file": file.name,
+        "unit": [start, end],
+        "document": number,
+        "epoch": epoch,
+        "first": first,
+        "begins": text[:60].decode(errors="ignore"),
+        "ids": ids,
+    }
 
 
 def _pieces(
@@ -121,7 +181,6 @@ def _pieces(
 def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:
     """Yield a lane's documents from a cursor on, without data/streams.py, which the audit checks, too."""
     epoch, block, skip, first, offset = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET))
-    source = order.source
     while order.epochs is None or epoch < order.epochs:
         blocks = order.blocks(epoch)
         if block >= blocks:
@@ -129,19 +188,8 @@ def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lane
             continue
         for window in windows(order, epoch, block, skip=skip):
             for text, (unit, number) in list(zip(window.documents, window.provenance.tolist(), strict=True))[first:]:
-                index, start, end, _ = source.units[unit].tolist()
-                file = source.files[index]
                 ids = join_documents(tokenizer, [text.decode()])[offset:]
-                yield {
-                    "language": file.language,
-                    "file": file.name,
-                    "unit": [start, end],
-                    "document": number,
-                    "epoch": epoch,
-                    "first": offset,
-                    "begins": text[:60].decode(errors="ignore"),
-                    "ids": ids,
-                }
+                yield _about(order, unit, number, epoch, offset, text, ids)
                 offset = 0
             first = 0
         block, skip = block + lanes, 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
+from easylm_mling.data.loader import lanes_with_data
 from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.weights import ONE, MixingPlan
 
@@ -44,11 +45,11 @@ def forecast(config: MixerConfig, catalog: Catalog, plan: MixingPlan, sizes: dic
     budget = config.total_steps * config.tokens_per_step
     rules = [config.data.sources[name] for name in names]
     limits = [rule.max_epochs * sum(sizes[name]) or float("inf") for rule, name in zip(rules, names, strict=True)]
-    lanes_with_data = [order.blocks_up_to(lanes) for order in open_orders(config, catalog, plan)]
+    own_lanes = lanes_with_data(config, open_orders(config, catalog, plan))
     taken, used_up, now = [0.0] * len(names), {}, 0.0
     while now < budget:
         shares = plan.shares_at(int(now / per_round + 1e-6))
-        rates = _rates([share / ONE for share in shares], [h / lanes for h in lanes_with_data], set(used_up))
+        rates = _rates([share / ONE for share in shares], [h / lanes for h in own_lanes], set(used_up))
         if not sum(rates):
             break
         stage_ends = [start * per_round for start in plan.starts if start * per_round > now + 0.5]
@@ -66,7 +67,7 @@ def forecast(config: MixerConfig, catalog: Catalog, plan: MixingPlan, sizes: dic
         epochs = _language_epochs(sizes[name], rates, rules[i].max_epochs, taken[i])
         sources[name] = SourceForecast(sum(sizes[name]), taken[i], used_up.get(i), epochs)
     # The last row of every lane's stream of a source that ends.
-    padding = sum(lanes_with_data[i] for i in used_up) * config.data.sequence_length
+    padding = sum(own_lanes[i] for i in used_up) * config.data.sequence_length
     return Forecast(now, padding, sources)
 
 

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from easylm_mling.charts import Line, draw_lines, draw_png
 from easylm_mling.config import MixerConfig
-from easylm_mling.data.catalog import build_catalog
+from easylm_mling.data.catalog import Source, build_catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.forecast import forecast
@@ -62,7 +63,7 @@ def inspect_data(config: MixerConfig) -> dict:
             "taken": round(e.taken),
             "share": round(e.taken / max(1.0, expected.tokens), 6),
             "epochs": round(e.epochs, 4),
-            "note": _note(e, config.data.sources[name].when_used_up),
+            "note": _note(e, config.data.sources[name].when_used_up) + _uneven(source, config.lanes),
             "languages": languages,
         }
     budget = config.total_steps * config.tokens_per_step
@@ -155,6 +156,16 @@ def _note(expected, rule: str) -> str:
     if expected.epochs < 1:
         return f"{1 - expected.epochs:.0%} left over"
     return f"read {expected.epochs:.2f} times" if expected.epochs > 1.05 else "read once"
+
+
+def _uneven(source: Source, lanes: int) -> str:
+    """Return what to say of a source that cannot be dealt evenly to the lanes (docs/data.md)."""
+    if is_pooled(source) or len(source.units) >= lanes:
+        return ""
+    return (
+        f"; its {len(source.units)} parts cannot be dealt evenly to {lanes} lanes, which read different epochs side by "
+        "side: write more and smaller files or row groups"
+    )
 
 
 def _source_table(inspection: dict) -> Table:

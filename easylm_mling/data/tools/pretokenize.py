@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from easylm_mling.config import MixerConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
@@ -52,7 +53,8 @@ def blocks(config: MixerConfig, catalog: Catalog, plan: MixingPlan, epochs: int)
     """Yield (index of the source, epoch, block) of the first epochs: first blocks first, in the order lanes need them."""
     orders = open_orders(config, catalog, plan)
     for epoch in range(epochs):
-        counts = [order.blocks(epoch) for order in orders]
+        # A pooled source has no blocks: every host tokenises it when a run begins.
+        counts = [0 if is_pooled(order.source) else order.blocks(epoch) for order in orders]
         for block in range(max(counts, default=0)):
             yield from ((source, epoch, block) for source, count in enumerate(counts) if block < count)
 
