@@ -150,7 +150,7 @@ def find_tokenizer(path: str | Path, step: int | None = None) -> Path:
         # A run has trained with one of the files; an import leaves the choice.
         own = [name for name, value in fingerprints(folder).items() if value in stored]
         return folder / own[0] if own else tokenizer_file(folder)
-    raise ConfigError(f"{path}: no {JSON} or {MODEL} here or in {TOKENIZER_FOLDER}/; name one (--tokenizer)")
+    raise ConfigError(f"{path}: no {MODEL} here or in {TOKENIZER_FOLDER}/, and no {JSON}; name one (--tokenizer)")
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, dtype):
