@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from data_corpus import tokenizer_path
 from flax import nnx
 from transformers import (
     Gemma2Config,
@@ -86,7 +88,7 @@ def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma",
 
 def save(model, directory: Path, **settings) -> Path:
     model.save_pretrained(directory, **settings)
-    (directory / "tokenizer.model").write_bytes(bytes(range(256)))
+    shutil.copy(tokenizer_path(), directory / "tokenizer.model")
     (directory / "tokenizer_config.json").write_text('{"add_bos_token":   true}\r\n')
     return directory
 

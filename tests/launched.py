@@ -98,6 +98,8 @@ def tpu(cloud: Cloud, verb: str, run_file: Path, *flags: str, **environment: str
     return subprocess.Popen(
         [sys.executable, str(TPU), verb, str(run_file), *flags],
         env=env, cwd=cloud.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Tests that run in a shell's background ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -278,13 +278,17 @@ class Checkpoints:
     def _restore_patiently(self, step: int, state: TrainState):
         """Try again before a step is called damaged, which costs all work since the one before. Collective.
 
-        A local step has two tries. One in a bucket has more, with back-off: its answers may be cut short for minutes.
-        Their number is the same in every process.
+        A local step has two tries. One in a bucket has more, with back-off: its answers may be cut short for minutes. Three
+        tries that fail alike in every process are damage.
         """
+        reasons: list[str] = []
         for seconds in _BUCKET_WAITS if self._bucket else (0.0,):
             try:
                 return self.restore(step, state)
-            except DamagedCheckpoint:
+            except DamagedCheckpoint as error:
+                reasons.append(str(error))
+                if all_agree(len(reasons) > 2 and len(set(reasons[-3:])) == 1):
+                    raise
                 time.sleep(seconds)
         return self.restore(step, state)
 

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from easylm_mling.checkpoint.layout import step_directory
 from easylm_mling.config import ModelConfig, from_tree
 from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError, DamagedCheckpoint, check_format
-from easylm_mling.storage.object_store import store_spec
+from easylm_mling.storage.object_store import is_bucket, store_spec
 
 # Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
 _MOST_DATA = 1 << 30
 # Of what a step holds, and of the keys in its `info`.
 FORMAT = 2
+# Seconds before each further try to read a part of a step in a bucket.
+_BUCKET_WAITS = (0.1, 0.2, 0.5, 1.0, 2.0)
 _KINDS = {"params": "parameter", "training": "array", "data": "array"}
 
 
@@ -48,13 +51,14 @@ def read_data(where: Path) -> dict[str, np.ndarray]:
         if store.dtype.name != "int64" or store.size * 8 > _MOST_DATA:
             raise ConfigError(f"{where}: {name} is {(store.shape, store.dtype.name)}, not counters; use another step")
         _check_chunks(where, name, "data", store)
-        arrays[name] = np.asarray(store.read().result())
+        arrays[name] = np.asarray(_patiently(where, lambda store=store: store.read().result()))
     return arrays
 
 
 def read_strings(where: Path) -> dict:
     """The strings of the step's `info`; raises ValueError if there are none."""
-    strings = json.loads(ts.KvStore.open(store_spec(f"{where}/info")).result().read("_strings.json").result().value)
+    store = ts.KvStore.open(store_spec(f"{where}/info")).result()
+    strings = _patiently(where, lambda: json.loads(store.read("_strings.json").result().value))
     if not isinstance(strings, dict) or not isinstance(strings.get("json"), str):
         raise ValueError("it holds no text")
     return strings
@@ -124,11 +128,21 @@ def _open(where: Path, name: str, part: str) -> ts.TensorStore:
     try:
         base = {"driver": "ocdbt", "base": store_spec(f"{where}/{part}")}
         spec = {"driver": "zarr3", "kvstore": base | {"path": f"{name}/"}}
-        return ts.open(spec, open=True, read=True).result()
+        return _patiently(where, lambda: ts.open(spec, open=True, read=True).result())
     except ValueError as error:
         # Without the specification that tensorstore adds to its reasons.
         why = " ".join(re.split(r" \[[a-z_ ]+=", str(error))[0].split())[-300:]
         raise ConfigError(f"{where}: {_KINDS[part]} {name} cannot be read ({why}); use another step") from None
+
+
+def _patiently(where: Path, call: Callable[[], Any]) -> Any:
+    """Return `call()`; where the step is in a bucket it is tried again for a while: an answer may have been cut short."""
+    for seconds in _BUCKET_WAITS if is_bucket(str(where)) else ():
+        try:
+            return call()
+        except ValueError:
+            time.sleep(seconds)
+    return call()
 
 
 def _check_chunks(where: Path, name: str, part: str, store: ts.TensorStore):

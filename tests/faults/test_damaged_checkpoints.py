@@ -139,7 +139,7 @@ def test_another_format_is_refused_by_name_and_nothing_is_set_aside(tmp_path, mo
         patch.setattr(easylm_mling.checkpoint.reading, "FORMAT", 7)
         train_here(tmp_path / "run", "train.stop_at_step=4")
     with pytest.raises(
-        UnknownFormat, match=r"checkpoints/4: this checkpoint has format 7, .* knows format 1; use the version"
+        UnknownFormat, match=r"checkpoints/4: this checkpoint has format 7, .* knows format 2; use the version"
     ):
         train_here(tmp_path / "run")
     with pytest.raises(UnknownFormat, match="this checkpoint has format 7"):
