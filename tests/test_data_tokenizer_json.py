@@ -1,10 +1,15 @@
 """A tokenizer.json gives transformers' ids for every text, no text writes a control token, and bad files are named."""
 
+import gzip
 import json
+import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 from data_corpus import documents
@@ -14,6 +19,7 @@ from test_data_tokenizer import NASTY
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.errors import ConfigError
 
@@ -116,6 +122,28 @@ def test_any_text_has_the_ids_of_transformers(kind, text):
     assert ours.encode([text])[0].tolist() == reference(theirs, text)
 
 
+# A folder with parts of SkyPile, llama2ko, CC-100 and Glot500.
+REAL = Path(os.environ.get("EASYLM_REAL_TEXTS", ""))
+
+
+@pytest.mark.skipif("EASYLM_REAL_TEXTS" not in os.environ, reason="set EASYLM_REAL_TEXTS to a folder of real texts")
+def test_real_texts_have_the_ids_of_transformers(kind):
+    ours, theirs, _ = kind
+    files = [*sorted((REAL / "skypile" / "data").glob("*.jsonl")), *sorted((REAL / "llama2ko").glob("*.gz"))]
+    texts = []
+    for file in files:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
+            texts += [json.loads(line)["text"] for line in islice(lines, 40)]
+    for file in sorted((REAL / "cc100-ja").glob("*.parquet")):
+        texts += next(pq.ParquetFile(file).iter_batches(40, columns=["text"])).column("text").to_pylist()
+    for file in sorted((REAL / "glot500").glob("*/train/*.arrow")):
+        with pa.memory_map(str(file)) as source:
+            texts += pa.ipc.open_stream(source).read_next_batch().column("text")[:5].to_pylist()
+    assert len(texts) > 200
+    for text, ids in zip(texts, ours.encode(texts), strict=True):
+        assert ids.tolist() == reference(theirs, text), text[:60]
+
+
 def test_special_ids_are_of_the_model_s_own_files(tmp_path):
     base = Tokenizer(str(llama3(tmp_path / "base")))
     chat = Tokenizer(str(llama3(tmp_path / "chat", eos_token=EOT)))
@@ -155,6 +183,17 @@ def test_bad_files_are_named_in_one_line(tmp_path, change, message):
 def test_a_tokenizer_model_that_is_not_there_points_to_the_json(tmp_path):
     with pytest.raises(ConfigError, match="only a tokenizer.json"):
         Tokenizer(str(llama3(tmp_path / "t") / "tokenizer.model"))
+
+
+def test_a_tokenizer_model_beside_the_json_of_another_model_is_refused(tmp_path):
+    shape = {k: 8 for k in ("hidden_size", "intermediate_size", "head_dim")}
+    shape |= {k: 1 for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+    model = ModelConfig(vocab_size=4096, **shape)
+    folder = gemma(tmp_path / "t")
+    Tokenizer(str(folder / "tokenizer.model")).check_model(model)
+    llama3(folder)
+    with pytest.raises(ConfigError, match="in the tokenizer.json beside it"):
+        Tokenizer(str(folder / "tokenizer.model")).check_model(model)
 
 
 def edit(folder: Path, change):

@@ -37,11 +37,19 @@ def add_verbs(verbs):
 
 
 def _import(a) -> int:
+    from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, tokenizer_file
+    from easylm_mling.data.tokenization.tokenizer import fingerprints
     from easylm_mling.hf.importing import import_hf
+    from easylm_mling.storage.object_store import small_files
 
     model = import_hf(a.hf_dir, a.checkpoint_dir, a.tokenizer, a.revision)
     if a.tokenizer:
         print(f"the vocabulary now has {model.vocab_size} rows; train with model.vocab_size={model.vocab_size}")
+    files = small_files(a.checkpoint_dir) / TOKENIZER_FOLDER
+    if fingerprints(files):
+        print(
+            f"its tokenizer is {tokenizer_file(files).name}, as in transformers; train with data.tokenizer={a.checkpoint_dir}/{TOKENIZER_FOLDER}"
+        )
     print(
         f"imported {a.hf_dir} to {a.checkpoint_dir}; start from it with `easylm-mling train CONFIG init_from={a.checkpoint_dir}`"
     )

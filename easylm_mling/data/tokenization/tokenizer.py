@@ -1,5 +1,6 @@
 """Text to token ids and back, with the model's own tokenizer: its tokenizer.json or its tokenizer.model."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -14,6 +15,8 @@ from easylm_mling.data.tokenization.sentencepiece_backend import SentencePieceBa
 from easylm_mling.data.tokenization.special import SpecialTokens, read_special_tokens
 from easylm_mling.errors import ConfigError
 
+_MARK = re.compile(r"<.*>|\[.*\]")
+
 
 class Tokenizer:
     """A model's tokenizer. Threads may share one."""
@@ -24,7 +27,7 @@ class Tokenizer:
         Raises ConfigError if it is missing, unreadable, or has no BOS or EOS; the message begins with `key`.
         """
         self.path, self._shown = path, f"{key}{path}"
-        file = tokenizer_file(Path(path), key)
+        self._file = file = tokenizer_file(Path(path), key)
         special = read_special_tokens(file.parent)
         try:
             content = file.read_bytes()
@@ -85,7 +88,10 @@ class Tokenizer:
         return np.array([self._backend.text_bytes(i) for i in range(self.vocab_size)], np.float64)
 
     def check_model(self, model: ModelConfig):
-        """Raise ConfigError unless the model has an embedding row for every id, and the same BOS, EOS and pad ids."""
+        """Raise ConfigError unless the model has an embedding row for every id, and the same BOS, EOS and pad ids.
+
+        Also if it is a tokenizer.model beside another model's tokenizer.json, which transformers would read after an export.
+        """
         if self.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"model.vocab_size={model.vocab_size} is less than the {self.vocab_size} pieces of "
@@ -97,6 +103,21 @@ class Tokenizer:
                 raise ConfigError(
                     f"model.{name}_token_id={theirs}, but {name} is {ours} in {self._shown}; "
                     "set the model's id to the tokenizer's, or use the tokenizer of the model"
+                )
+        self._check_neighbour()
+
+    def _check_neighbour(self):
+        other = self._file.with_name(JSON)
+        if self._file.suffix == ".json" or not other.is_file():
+            return
+        theirs = Tokenizer(str(other), key="")
+        for i in range(min(self.vocab_size, theirs.vocab_size)):
+            ours, their = self.piece(i), theirs.piece(i)
+            # Marks such as <unused7> may have been given names in one of the files.
+            if ours != their and not (_MARK.fullmatch(ours) and _MARK.fullmatch(their)):
+                raise ConfigError(
+                    f"{self._shown}: piece {i} is {ours!r}, but {their!r} in the {JSON} beside it, which transformers reads; "
+                    "put both files of the model there, or the tokenizer.model into a folder of its own"
                 )
 
 
