@@ -100,6 +100,10 @@ def test_no_text_writes_a_control_token_and_a_document_has_one_bos(kind):
     ours, _, name = kind
     (ids,) = ours.encode([CONTROLS[name]])
     assert not ours.control_ids & set(ids.tolist())
+    ours.count_controls()
+    before = ours.texts_with_controls
+    ours.encode([CONTROLS[name], "a < b", ""])
+    assert ours.texts_with_controls == before + 1
     assert {ours.bos_id, ours.eos_id} <= ours.control_ids
     joined = join_documents(ours, [CONTROLS[name], "a", ""])
     assert np.count_nonzero(joined == ours.bos_id) == np.count_nonzero(joined == ours.eos_id) == 3

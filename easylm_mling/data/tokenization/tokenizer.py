@@ -57,6 +57,14 @@ class Tokenizer:
                     "tokenizer_config.json beside it, or use the tokenizer of the model"
                 )
 
+        self._control_names: re.Pattern | None = None
+        self.texts_with_controls = 0  # texts that wrote the name of a control token, since count_controls was called
+
+    def count_controls(self):
+        """Count from now on in `texts_with_controls`. It takes time, so training does without; not for several threads."""
+        names = sorted(filter(None, map(self.piece, self.control_ids)), key=len, reverse=True)
+        self._control_names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
     @property
     def control_ids(self) -> frozenset[int]:
         """The ids that no text can write."""
@@ -64,6 +72,8 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the int32 ids of each text, without BOS or EOS. Control tokens written out in a text stay text."""
+        if self._control_names is not None:
+            self.texts_with_controls += sum(self._control_names.search(text) is not None for text in texts)
         return self._backend.encode(texts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

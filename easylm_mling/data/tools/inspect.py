@@ -31,6 +31,7 @@ def inspect_data(config: MixerConfig) -> dict:
     build_catalog does.
     """
     catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
+    tokenizer.count_controls()
     estimates = estimate(catalog, tokenizer)
     rates = tokens_per_byte(estimates)
     sizes = {name: language_tokens(source, rates[name]) for name, source in catalog.sources.items()}
@@ -67,7 +68,13 @@ def inspect_data(config: MixerConfig) -> dict:
             "languages": languages,
         }
     budget = config.total_steps * config.tokens_per_step
-    return {"budget": budget, "tokens": round(expected.tokens), "padding": round(expected.padding), "sources": sources}
+    return {
+        "budget": budget,
+        "tokens": round(expected.tokens),
+        "padding": round(expected.padding),
+        "texts_with_controls": tokenizer.texts_with_controls,
+        "sources": sources,
+    }
 
 
 def print_inspection(inspection: dict, console: Console):
@@ -89,6 +96,11 @@ def print_inspection(inspection: dict, console: Console):
     console.print(
         f"  padding: at most {inspection['padding'] / max(1, inspection['tokens']):.3%} of the tokens", highlight=False
     )
+    if count := inspection["texts_with_controls"]:
+        console.print(
+            f"  {count} documents of the sample write the name of a control token, such as <eos>: it stays text",
+            highlight=False,
+        )
     for name, source in inspection["sources"].items():
         if len(source["languages"]) > 1:
             console.print(_language_table(name, source["languages"]))
