@@ -7,7 +7,7 @@ imports jax: a config must load in milliseconds on a laptop.
 
 from easylm_mling.config.basics import Duration, Setting
 from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, StageConfig, WeightingConfig
-from easylm_mling.config.loading import build_key, from_tree, load, load_mixer, to_yaml
+from easylm_mling.config.loading import build_key, from_tree, load, load_kept, load_mixer, to_yaml
 from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
 from easylm_mling.config.run import (
     CheckpointConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "from_tree",
     "leaves",
     "load",
+    "load_kept",
     "load_mixer",
     "step_settings",
     "to_tree",

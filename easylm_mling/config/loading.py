@@ -18,7 +18,7 @@ from easylm_mling.config.paths import expanded
 from easylm_mling.config.run import MixerConfig, RunConfig
 from easylm_mling.config.trees import join_path, to_tree
 from easylm_mling.config.yaml12 import read_yaml, write_yaml
-from easylm_mling.errors import ConfigError, check
+from easylm_mling.errors import ConfigError, check, one_line
 
 Schema = typing.TypeVar("Schema")
 
@@ -32,6 +32,17 @@ def load(
     or missing key, or a value of the wrong type. `complete` is given the merged tree, and returns it with more in it.
     """
     return _build(RunConfig, complete(_merged(files, overrides)), "")
+
+
+def load_kept(file: Path) -> RunConfig:
+    """Load the config that a run has kept; raises ConfigError that names the run's own file, and a way out, if it is damaged."""
+    try:
+        return load([str(file)])
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file}: the run's own config is damaged, not yours ({one_line(error)}); restore it from a backup, or from the "
+            "`config` in the info of a checkpoint"
+        ) from None
 
 
 def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:

@@ -6,7 +6,7 @@ RUN/plan.json is the plan that `plan --keep` left. RUN/calibration.json is for p
 import json
 from collections.abc import Callable
 
-from easylm_mling.config import RunConfig, load
+from easylm_mling.config import RunConfig, load_kept
 from easylm_mling.errors import ConfigError, check
 from easylm_mling.monitoring.plan_comparison import CALIBRATION_FILE, FEWEST_STEPS, measured_step, read_plan
 from easylm_mling.storage.object_store import run_files, write_run_file
@@ -22,7 +22,7 @@ def calibrate(run_dir: str, make_plan: Callable[[RunConfig], dict]) -> tuple[flo
     measured = measured_step(run / "metrics.jsonl")
     if measured is None:
         raise ConfigError(f"{run_dir}: fewer than {FEWEST_STEPS} steps in metrics.jsonl; let it train on first")
-    plan = read_plan(run) or make_plan(load([str(run / "config.yaml")]))
+    plan = read_plan(run) or make_plan(load_kept(run / "config.yaml"))
     check(
         "step" in plan, f"{run_dir}: its plan does not fit the slice; plan it again with the mesh.slice that it ran on"
     )

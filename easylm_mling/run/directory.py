@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import TextIO
 
 from easylm_mling.checkpoint.layout import ASIDE, checkpoints_folder
-from easylm_mling.config import Change, RunConfig, differences, load, to_yaml
+from easylm_mling.config import Change, RunConfig, differences, load_kept, to_yaml
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
-from easylm_mling.errors import ConfigError, one_line
+from easylm_mling.errors import ConfigError
 from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
 from easylm_mling.storage.jsonl import read_jsonl
@@ -207,16 +207,6 @@ class RunDirectory:
         elif self.tokenizer_dir.exists():
             shutil.rmtree(self.tokenizer_dir)
 
-    def kept_config(self) -> RunConfig:
-        """The config that the run began with; raises ConfigError that names the run's own file if it is damaged."""
-        try:
-            return load([str(self.config_file)])
-        except (ConfigError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{self.name}/{CONFIG}: the run's own config is damaged, not yours ({one_line(error)}); restore it from a "
-                "backup, or from the `config` in the info of a checkpoint"
-            ) from None
-
     def _has_begun(self) -> bool:
         """Whether any step may have been done: if one of the files that tell of steps is there and not empty."""
         logs = (self.metrics_file, self.rewinds_file)
@@ -239,7 +229,7 @@ class RunDirectory:
         write_atomically(self.config_file, to_yaml(config).encode())
 
     def _check_same_run(self, config: RunConfig, accept_data_change: bool, change: Collection[str]):
-        kept = self.kept_config()
+        kept = load_kept(self.config_file)
         changes = [change for change in differences(kept, config) if not change.setting.free]
         if accept_data_change:
             self.data_settings_changed = any(change.setting.data for change in changes)

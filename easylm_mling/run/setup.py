@@ -9,7 +9,7 @@ from rich.console import Console
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
 from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
-from easylm_mling.config import RunConfig
+from easylm_mling.config import RunConfig, load_kept
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import broadcast, is_primary, process_index
@@ -118,6 +118,6 @@ def _check_none_is_missing(run: RunDirectory):
 def with_chosen_remat(config: RunConfig, run: RunDirectory, console: Console) -> RunConfig:
     """The config with `train.remat: auto` resolved: as chosen when the run began, or chosen now. A run keeps its choice."""
     if config.train.remat == "auto" and run.config_file.is_file() and not run.begins_anew:
-        chosen = run.kept_config().train
+        chosen = load_kept(run.config_file).train
         return with_remat(config, chosen.remat, chosen.remat_first, chosen.remat_first_layers)
     return choose_remat(config, MeasurementCache(), console) if config.train.remat == "auto" else config

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-from easylm_mling.config import ModelConfig, RunConfig, build_key, load, to_tree
+from easylm_mling.config import ModelConfig, RunConfig, build_key, load, load_kept, to_tree
 from easylm_mling.errors import ConfigError, check
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _model_of_run(run_dir: str) -> ModelConfig | None:
     if not newest_step(run_dir):
         return None
     file = small_files(run_dir) / CONFIG
-    return load([str(file)]).model if file.is_file() else None
+    return load_kept(file).model if file.is_file() else None
 
 
 def _stored_tokenizers(start: str) -> frozenset[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from easylm_mling.config import MixerConfig, StageConfig, from_tree, load
+from easylm_mling.config import MixerConfig, StageConfig, from_tree, load_kept
 from easylm_mling.data.catalog import Catalog, reopen_catalog
 from easylm_mling.data.estimates import load_estimates, tokens_per_byte
 from easylm_mling.data.loader import Batch, Loader
@@ -68,7 +68,7 @@ def _state_before(run: Path, step: int, name: str | Path) -> tuple[MixerConfig, 
     # The stages are those that held when the next checkpoint was made: a run may have gone on with other ones.
     info = load_state(run / STATES, later[0]).info
     base = load_state(run / STATES, earlier[-1]) if earlier else None
-    config = load([str(run / "config.yaml")])
+    config = load_kept(run / "config.yaml")
     stages = tuple(from_tree(StageConfig, stage) for stage in info["stages"])
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages))
     prints = {key: (base.info if base else info)[key] for key in ("data", "tokenizer")}

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from easylm_mling.config import RunConfig, load
+from easylm_mling.config import RunConfig, load_kept
 from easylm_mling.monitoring.events import ENDS, read_event_log
 from easylm_mling.monitoring.goodput import Goodput
 from easylm_mling.monitoring.report.curve import Curve
@@ -144,7 +144,7 @@ def collect(run_dir: str | Path) -> RunHistory:
     """Read the history of the run in `run_dir`. Raises ConfigError where there is no run."""
     run = run_files(run_dir)
     config, metrics = run / "config.yaml", run / "metrics.jsonl"
-    history = RunHistory(load([str(config)]), config.read_text(encoding="utf-8"))
+    history = RunHistory(load_kept(config), config.read_text(encoding="utf-8"))
     for line in read_jsonl(metrics) if metrics.is_file() else ():
         if isinstance(line.get("step"), int):
             history.add_metrics(line)
