@@ -159,6 +159,23 @@ def monitored(tmp_path_factory):
     return run_dir, output + train_here(run_dir, *asked)
 
 
+def test_damaged_lines_of_the_records_are_passed_over(tmp_path):
+    whole = b'{"event": "start", "time": "2026-01-01T00:00:00Z", "attempt": 1, "step": 0, "seconds": 1.5}\n'
+    damaged = [
+        b"\xff{[\n",
+        b"[1]\n",
+        b"{}\n",
+        whole.replace(b"2026", b"x"),
+        whole.replace(b"1.5", b'"x"'),
+        whole[:40] + b"\n",
+    ]
+    (tmp_path / "events.jsonl").write_bytes(b"".join([*damaged, whole, *damaged]))
+    assert [event["event"] for event in read_event_log(tmp_path / "events.jsonl")] == ["start"]
+    line = b'{"kind": "rewind", "step": 3, "skip_batches": 1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*damaged, line, line.replace(b"3", b'"x"'), b'{"step": 3}\n']))
+    assert [e["step"] for e in read_lines(tmp_path / "metrics.jsonl", "rewind")] == [3]
+
+
 def test_the_events_of_a_run(monitored):
     run_dir, _ = monitored
     events = [e for e in read_event_log(run_dir / "events.jsonl") if e["event"] != "progress"]

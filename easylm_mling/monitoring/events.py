@@ -70,8 +70,16 @@ class EventLog:
 
 
 def read_event_log(path: Path) -> Iterator[dict]:
-    """The events in the order they were written; none where there is no file."""
-    for event in read_jsonl(path) if path.exists() else ():
-        named = isinstance(event.get("event"), str) and isinstance(event.get("time"), str)
-        if named and isinstance(event.get("attempt"), int) and isinstance(event.get("step"), int):
-            yield event
+    """The events in the order they were written, but for damaged ones; none where there is no file."""
+    return (event for event in (read_jsonl(path) if path.exists() else ()) if _is_whole(event))
+
+
+def _is_whole(event: dict) -> bool:
+    kinds = {"event": str, "time": str, "attempt": int, "step": int}
+    if not all(isinstance(event.get(key), kind) for key, kind in kinds.items()):
+        return False
+    try:
+        datetime.fromisoformat(event["time"])
+    except ValueError:
+        return False
+    return isinstance(event.get("seconds", 0.0), (int, float))
