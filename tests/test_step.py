@@ -233,6 +233,7 @@ LOCAL = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scala
         {"model_type": "gemma2", "attn_logit_softcapping": 2.0, **LOCAL},
         pytest.param({"model_type": "gemma3_text", "rope_local_base_freq": 100.0, **LOCAL}, marks=pytest.mark.slow),
         pytest.param({"model_type": "llama", "tie_word_embeddings": False}, marks=pytest.mark.slow),
+        {"model_type": "qwen2", "sliding_window": 5},
     ],
 )
 def test_every_family_has_its_own_loss_on_any_mesh(family):
