@@ -88,7 +88,11 @@ def _scaling(rope: dict, file: dict, tree: dict, path: Path) -> dict | None:
     rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta") and v is not None}
     if kind == "default":
         return None
-    needed, optional = _READS.get(kind, ((), ())) if isinstance(kind, str) else ((), ())
+    if not isinstance(kind, str) or kind not in _READS:
+        raise ConfigError(
+            f"{path}: rope_type={kind!r} must be one of {', '.join(map(repr, _READS))}; no other scaling is supported"
+        )
+    needed, optional = _READS[kind]
     for key in needed:
         if key not in rest:
             raise ConfigError(
