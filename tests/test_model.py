@@ -331,6 +331,22 @@ def test_golden_sharding(model, sizes):
     assert {k: tuple(v.spec) for k, v in to_flat(shardings).items()} == GOLDEN[model, sizes]
 
 
+def test_biases_are_cut_as_the_heads_of_their_kernels():
+    """Qwen 2.5 0.5B has 14 query heads and 2 key/value heads: four tensor shards are refused, and two share them."""
+    m = ModelConfig(151936, 896, 4864, 24, 14, 2, 64, model_type="qwen2")
+    flat = to_flat(parameter_shardings(m, make_mesh(MeshConfig(1, 4, 2))))
+    names = ("q_bias", "k_bias", "v_bias", "k_proj")
+    specs = {n: tuple(flat[f"layers.self_attn.{n}"].spec) for n in names}
+    assert specs == dict.fromkeys(names[:3], (None, "tensor")) | {"k_proj": (None, "tensor", None, "fsdp")}
+    with pytest.raises(ConfigError, match="heads of size 14 does not divide over the 4 shards"):
+        parameter_shardings(m, make_mesh(MeshConfig(1, 2, 4)))
+    few = parameter_shardings(replace(m, num_attention_heads=16), make_mesh(MeshConfig(1, 2, 4)))
+    specs = {n: tuple(to_flat(few)[f"layers.self_attn.{n}"].spec) for n in names}
+    assert specs == {"q_bias": (None, "tensor"), "k_bias": (None, None), "v_bias": (None, None)} | {
+        "k_proj": (None, None, None, "fsdp")
+    }
+
+
 def test_what_cannot_be_cut_is_refused():
     mesh = make_mesh(MeshConfig(1, 2, 4))
     with pytest.raises(ConfigError, match="layers.self_attn.q_proj: heads of size 6 does not divide over the 4 shards"):
