@@ -21,6 +21,12 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from easylm_mling.config import MeshConfig
@@ -49,6 +55,20 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 32,
+}
+OTHER_YARN = YARN_ROPE | {
+    "original_max_position_embeddings": 256,
+    "beta_fast": 8.0,
+    "beta_slow": 2.0,
+    "attention_factor": 1.5,
+    "truncate": False,
+}
+FAR_BASE = {"rope_type": "default", "rope_theta": 1_000_000.0}
 FAMILIES = {
     "gemma": (GemmaConfig, GemmaForCausalLM, {"rope_parameters": NEAR}),
     "gemma2": (
@@ -67,7 +87,27 @@ FAMILIES = {
         LlamaForCausalLM,
         {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
     ),
+    "llama_linear": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": FAR}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"rope_parameters": NEAR, "sliding_window": 9}),
+    # Scaled frequencies in layers that are all local.
+    "mistral_yarn": (MistralConfig, MistralForCausalLM, {"rope_parameters": YARN_ROPE, "sliding_window": 9}),
+    "mistral_global": (MistralConfig, MistralForCausalLM, {"rope_parameters": NEAR, "sliding_window": None}),
+    "qwen2": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        # The window is there, and switched off.
+        {"rope_parameters": FAR_BASE, "sliding_window": 9, "max_window_layers": 2, "head_dim": 16},
+    ),
+    "qwen2_yarn": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"rope_parameters": FAR_BASE, "tie_word_embeddings": True}),
+    "qwen3_window": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"rope_parameters": OTHER_YARN, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    ),
 }
+# Families whose norms multiply by their weights alone.
+ONES = ("llama", "mistral", "qwen")
 
 
 def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma", kernels=0.05, embedding=0.05):
@@ -80,8 +120,9 @@ def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma",
     model = model_class(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(0, 0.1 if "norm" in name else embedding if "embed" in name else kernels)
-            if "norm" in name and family.startswith("llama"):
+            wide = "norm" in name or "bias" in name
+            p.normal_(0, 0.1 if wide else embedding if "embed" in name else kernels)
+            if "norm" in name and family.startswith(ONES):
                 p += 1
     return model.to(dtype)
 

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 
 # 4.38 is the first with Gemma; it has no Gemma 2 and 3, and its Llama neither a head_dim nor Llama 3's rotary scaling.
+COMMON = ("gemma", "gemma2", "gemma3_text", "llama", "llama3", "llama_linear")
+COMMON += ("mistral", "mistral_global", "qwen2", "qwen3")
 RELEASES = {
     "4.38.2": ("gemma",),
-    "4.57.6": ("gemma", "gemma2", "gemma3_text", "llama", "llama3"),
-    "5.23.0": ("gemma", "gemma2", "gemma3_text", "llama", "llama3"),
+    "4.57.6": (*COMMON, "mistral_yarn", "qwen2_yarn"),
+    "5.23.0": (*COMMON, "mistral_yarn", "qwen2_yarn", "qwen3_window"),
 }
 TOLERANCE = 2e-5
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import FAMILIES, FAR, NEAR, TINY, save, transformers_model
+from hf_published import OTHERS
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
@@ -205,6 +206,7 @@ PUBLISHED = {
         ),
     ),
 }
+PUBLISHED |= OTHERS
 SIZES = Path(__file__).parent.parent / "configs" / "model"
 
 
@@ -240,8 +242,9 @@ def test_transformers_understands_both_dialects_of_ours_as_the_published(name, t
 
     def read(tree):
         config = AutoConfig.for_model(**tree)
-        window = (config.layer_types, config.sliding_window) if getattr(config, "layer_types", None) else None
-        return [getattr(config, n, None) for n in names], window
+        # The older of our dialects names no layer types, and transformers 5 makes them up from the window.
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return [getattr(config, n, None) for n in (*names, "layer_types", "sliding_window")]
 
     expected = read(text)
     assert read(written) == read(new) == read(old) == expected
@@ -279,8 +282,11 @@ LOCAL_FAULTS = {
     },
     "rope_local_base_freq=5, but rope_parameters has 10000.0": {"rope_local_base_freq": 5},
     "attn_logit_softcapping=50.0 does not exist in model_type='gemma3_text'": {"attn_logit_softcapping": 50.0},
-    "rope_type='yarn' must be 'linear' or 'llama3'": {
+    "rope_type must be 'linear' in model_type='gemma3_text'": {
         "rope_parameters": {"full_attention": FAR | {"rope_type": "yarn"}, "sliding_attention": NEAR}
+    },
+    "rope_type='dynamic' must be one of 'linear', 'llama3', 'yarn'": {
+        "rope_parameters": {"full_attention": FAR | {"rope_type": "dynamic"}, "sliding_attention": NEAR}
     },
 }
 

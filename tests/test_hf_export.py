@@ -43,6 +43,10 @@ from easylm_mling.training.state import TrainState, init_params
         ("gemma3_text", "float32", "10MB"),
         ("llama", "float32", "60KB"),
         ("llama3", "bfloat16", "10MB"),
+        ("mistral", "bfloat16", "60KB"),
+        ("qwen2", "float32", "60KB"),
+        ("qwen2_yarn", "bfloat16", "10MB"),
+        ("qwen3", "bfloat16", "60KB"),
     ],
 )
 def test_a_round_trip_keeps_every_bit(tmp_path, family, dtype, shard):

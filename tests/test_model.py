@@ -11,19 +11,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import TypeCheckError
 
-from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig
+from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig, OptimizerConfig
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.attention import attention, cudnn_attention
-from easylm_mling.model.decoder import ForwardOptions, logits, rms_norm, rotary, rotary_frequencies
+from easylm_mling.model.decoder import ForwardOptions, logits, rms_norm
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import activated, gated_down
 from easylm_mling.model.params import parameter_table, to_flat, to_nested
 from easylm_mling.model.projection import project
 from easylm_mling.model.remat import REMAT_POLICIES, Remat
+from easylm_mling.model.rotary import rotary, rotary_frequencies
 from easylm_mling.model.sharding import make_mesh, parameter_shardings, partition_spec
 from easylm_mling.model.splash_attention import splash_attention
 from easylm_mling.training.loss import cross_entropy
+from easylm_mling.training.optimizer import decay_mask
 from easylm_mling.training.state import init_params, model_graph
 
 M = ModelConfig(
@@ -45,7 +47,11 @@ FAMILIES = {
     "gemma2": replace(M, model_type="gemma2", **LOCAL, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
     "gemma3_text": replace(M, model_type="gemma3_text", **LOCAL, rope_theta=1e6, rope_local_base_freq=1e4),
     "llama": replace(M, model_type="llama", tie_word_embeddings=False),
+    "mistral": replace(M, model_type="mistral", sliding_window=3),
+    "qwen2": replace(M, model_type="qwen2"),
+    "qwen3": replace(M, model_type="qwen3", tie_word_embeddings=False),
 }
+ONES = ("llama", "mistral", "qwen2", "qwen3")  # families whose norms multiply by their weights alone
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +79,21 @@ def test_the_table_is_the_model(family):
     assert to_flat(to_nested(to_flat(params))).keys() == to_flat(params).keys()
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
     norms = {p.path for p in parameter_table(m) if p.kind == "norm"}
-    assert len(norms) == {"gemma": 3, "gemma2": 5, "gemma3_text": 7, "llama": 3}[family]
+    counts = {"gemma": 3, "gemma2": 5, "gemma3_text": 7, "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 5}
+    assert len(norms) == counts[family]
+    biases = {p.path for p in parameter_table(m) if p.kind == "bias"}
+    assert len(biases) == (3 if family == "qwen2" else 0)
     for path, value in to_flat(params).items():
-        assert (np.unique(value).tolist() == [float(family == "llama")]) == (path in norms), path
+        constant = 0.0 if path in biases else float(family in ONES)
+        assert (np.unique(value).tolist() == [constant]) == (path in norms | biases), path
+
+
+def test_biases_and_norms_are_not_decayed():
+    m = FAMILIES["qwen2"]
+    mask = to_flat(decay_mask(OptimizerConfig(decay_embedding=True), m))
+    assert {path for path, decayed in mask.items() if not decayed} == {
+        p.path for p in parameter_table(m) if p.kind in ("norm", "bias")
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,6 +123,17 @@ def test_a_local_layer_sees_its_window_and_no_further():
         params = init_params(m, 0)
         changed = np.any(np.asarray(hidden(params, tokens, m=m) != hidden(params, other, m=m))[0], axis=-1)
         assert np.flatnonzero(changed).tolist() == list(reached), (layers, pattern)
+
+
+def test_a_window_without_a_pattern_is_every_layers():
+    """Each of two layers of window 3 reaches two further; without a window all that follows changes."""
+    tokens = random_tokens((1, 12))
+    other = tokens.at[0, 4].set((tokens[0, 4] + 1) % M.vocab_size)
+    for window, reached in ((3, range(4, 9)), (None, range(4, 12))):
+        m = replace(FAMILIES["mistral"], num_hidden_layers=2, sliding_window=window)
+        params = init_params(m, 0)
+        changed = np.any(np.asarray(hidden(params, tokens, m=m) != hidden(params, other, m=m))[0], axis=-1)
+        assert np.flatnonzero(changed).tolist() == list(reached), window
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -300,6 +329,22 @@ def test_golden_sharding(model, sizes):
     mesh = make_mesh(MeshConfig(*sizes))
     shardings = parameter_shardings({"2b": GEMMA_2B, "7b": GEMMA_7B}[model], mesh)
     assert {k: tuple(v.spec) for k, v in to_flat(shardings).items()} == GOLDEN[model, sizes]
+
+
+def test_biases_are_cut_as_the_heads_of_their_kernels():
+    """Qwen 2.5 0.5B has 14 query heads and 2 key/value heads: four tensor shards are refused, and two share them."""
+    m = ModelConfig(151936, 896, 4864, 24, 14, 2, 64, model_type="qwen2")
+    flat = to_flat(parameter_shardings(m, make_mesh(MeshConfig(1, 4, 2))))
+    names = ("q_bias", "k_bias", "v_bias", "k_proj")
+    specs = {n: tuple(flat[f"layers.self_attn.{n}"].spec) for n in names}
+    assert specs == dict.fromkeys(names[:3], (None, "tensor")) | {"k_proj": (None, "tensor", None, "fsdp")}
+    with pytest.raises(ConfigError, match="heads of size 14 does not divide over the 4 shards"):
+        parameter_shardings(m, make_mesh(MeshConfig(1, 2, 4)))
+    few = parameter_shardings(replace(m, num_attention_heads=16), make_mesh(MeshConfig(1, 2, 4)))
+    specs = {n: tuple(to_flat(few)[f"layers.self_attn.{n}"].spec) for n in names}
+    assert specs == {"q_bias": (None, "tensor"), "k_bias": (None, None), "v_bias": (None, None)} | {
+        "k_proj": (None, None, None, "fsdp")
+    }
 
 
 def test_what_cannot_be_cut_is_refused():

@@ -1,7 +1,7 @@
 """Settings of a model's shape, in the names of Hugging Face's `config.json`."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from easylm_mling.config.basics import setting
 from easylm_mling.errors import check
@@ -20,18 +20,30 @@ class Family:
     # Embeddings are multiplied by sqrt(hidden_size).
     scaled_embedding: bool = True
     activation: str = "gelu_pytorch_tanh"
+    # Queries, keys and values have biases.
+    qkv_bias: bool = False
     may_set: tuple[str, ...] = ()
+
+    @property
+    def one_window(self) -> bool:
+        """True where all layers share one sliding window, if there is one."""
+        return "sliding_window" in self.may_set and "sliding_window_pattern" not in self.may_set
 
 
 _LOCAL = ("query_pre_attn_scalar", "sliding_window", "sliding_window_pattern", "final_logit_softcapping")
+_SCALED = ("rope_scaling", "tie_word_embeddings")
+_LLAMA = Family(norm_offset=0.0, scaled_embedding=False, activation="silu", may_set=_SCALED)
+_WINDOWED = replace(_LLAMA, may_set=(*_SCALED, "sliding_window"))
 FAMILIES = {
     "gemma": Family(),
     "gemma2": Family(post_norms=True, may_set=(*_LOCAL, "attn_logit_softcapping")),
     "gemma3_text": Family(post_norms=True, qk_norm=True, may_set=(*_LOCAL, "rope_local_base_freq", "rope_scaling")),
-    "llama": Family(
-        norm_offset=0.0, scaled_embedding=False, activation="silu", may_set=("rope_scaling", "tie_word_embeddings")
-    ),
+    "llama": _LLAMA,
+    "mistral": _WINDOWED,
+    "qwen2": replace(_WINDOWED, qkv_bias=True),
+    "qwen3": replace(_WINDOWED, qk_norm=True),
 }
+_ROPE_TYPES = ("linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,10 @@ class RopeScaling:
     """Rotary frequencies for texts longer than those of the first training.
 
     linear: all are divided by `factor`. llama3: low ones are divided, high ones stay, and between `low_freq_factor` and
-    `high_freq_factor` the change is smooth.
+    `high_freq_factor` the change is smooth. yarn: as llama3 by other bounds, and queries and keys grow too (Peng 2023).
     """
 
-    rope_type: str = setting(help="linear or llama3")
+    rope_type: str = setting(help="linear, llama3 or yarn")
     factor: float = setting(help="divisor of the frequencies")
     low_freq_factor: float = setting(
         1.0, "llama3: frequencies below this are divided by the whole factor", unit="waves in the original length"
@@ -51,24 +63,47 @@ class RopeScaling:
         4.0, "llama3: frequencies above this stay as they are", unit="waves in the original length"
     )
     original_max_position_embeddings: int = setting(
-        8192, "llama3: sequence length of the first training", unit="tokens"
+        8192, "llama3, yarn: sequence length of the first training", unit="tokens"
     )
+    beta_fast: float = setting(
+        32.0, "yarn: frequencies above this stay as they are", unit="waves in the original length"
+    )
+    beta_slow: float = setting(
+        1.0, "yarn: frequencies below this are divided by the whole factor", unit="waves in the original length"
+    )
+    attention_factor: float | None = setting(
+        None, "yarn: queries and keys are multiplied by this; null: by 0.1 * ln(factor) + 1"
+    )
+    truncate: bool = setting(True, "yarn: round the bounds outwards to whole dimensions of a head")
 
     def __post_init__(self):
         key = "model.rope_scaling"
         check(
-            self.rope_type in ("linear", "llama3"), f"{key}.rope_type={self.rope_type!r} must be 'linear' or 'llama3'"
+            self.rope_type in _ROPE_TYPES,
+            f"{key}.rope_type={self.rope_type!r} must be one of {', '.join(map(repr, _ROPE_TYPES))}",
         )
         check(math.isfinite(self.factor) and self.factor >= 1, f"{key}.factor={self.factor} must be at least 1")
         check(
             0 < self.low_freq_factor < self.high_freq_factor and self.original_max_position_embeddings > 0,
             f"{key}: low_freq_factor must be positive and less than high_freq_factor",
         )
+        check(0 < self.beta_slow < self.beta_fast, f"{key}: beta_slow must be positive and less than beta_fast")
+        check(
+            self.attention_factor is None or 0 < self.attention_factor < math.inf,
+            f"{key}.attention_factor={self.attention_factor} must be positive, or null",
+        )
+
+    @property
+    def magnitude(self) -> float:
+        """Factor of rotated queries and of rotated keys."""
+        if self.rope_type != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Gemma 1, 2 or 3 (text) or Llama decoder, in the names of Hugging Face's `config.json`."""
+    """The shape of a decoder of one of the families, in the names of Hugging Face's `config.json`."""
 
     vocab_size: int = setting(help="rows of the embedding")
     hidden_size: int = setting(help="width of the residual stream")
@@ -77,14 +112,14 @@ class ModelConfig:
     num_attention_heads: int = setting(help="query heads of a layer")
     num_key_value_heads: int = setting(help="key and value heads of a layer; must divide the query heads")
     head_dim: int = setting(help="width of a head; must be even")
-    model_type: str = setting("gemma", "family of the model: gemma, gemma2, gemma3_text or llama")
+    model_type: str = setting("gemma", f"family of the model: {', '.join(FAMILIES)}")
     max_position_embeddings: int = setting(8192, "longest sequence", unit="tokens")
     rms_norm_eps: float = setting(1e-6, "added to the mean square in a norm")
     rope_theta: float = setting(10_000.0, "base of the rotary frequencies")
     initializer_range: float = setting(0.02, "standard deviation of freshly initialised parameters")
     pad_token_id: int = setting(0, "token of padding; -1: none")
-    eos_token_id: int = setting(1, "token that ends every document")
-    bos_token_id: int = setting(2, "token that begins every document")
+    eos_token_id: int = setting(1, "token that ends every document; -1: none, and the model cannot be trained")
+    bos_token_id: int = setting(2, "token that begins every document; -1: none, and the model cannot be trained")
     stop_token_ids: tuple[int, ...] = setting(
         (), "tokens that end a generated text besides eos_token_id, such as <end_of_turn>; not used in training"
     )
@@ -94,7 +129,10 @@ class ModelConfig:
     sliding_window: int | None = setting(
         None, "in a local layer a position sees itself and the sliding_window - 1 before it", unit="tokens"
     )
-    sliding_window_pattern: int = setting(1, "every layer whose number is a multiple of this is global")
+    sliding_window_pattern: int = setting(
+        1,
+        "every layer whose number is a multiple of this is global; in families without it a sliding_window is every layer's",
+    )
     attn_logit_softcapping: float | None = setting(None, "cap of attention scores: x becomes cap * tanh(x / cap)")
     final_logit_softcapping: float | None = setting(None, "cap of logits: x becomes cap * tanh(x / cap)")
     rope_local_base_freq: float | None = setting(None, "base of local layers' rotary frequencies; null: rope_theta")
@@ -133,10 +171,14 @@ class ModelConfig:
             value = getattr(self, name)
             check(value is None or value > 0, f"model.{name}={value} must be positive, or null for none")
         check(
-            self.sliding_window_pattern > 0 and (self.sliding_window is None) == (self.sliding_window_pattern == 1),
+            self.family.one_window
+            or (
+                self.sliding_window_pattern > 0 and (self.sliding_window is None) == (self.sliding_window_pattern == 1)
+            ),
             f"model.sliding_window={self.sliding_window} and model.sliding_window_pattern={self.sliding_window_pattern} "
             "belong together: give a window and a pattern of at least 2, or neither",
         )
+        check(self.rope_theta > 1, f"model.rope_theta={self.rope_theta} must be more than 1")
         check(
             self.rope_scaling is None or self.model_type != "gemma3_text" or self.rope_scaling.rope_type == "linear",
             "model.rope_scaling.rope_type must be 'linear' in model_type='gemma3_text'",
@@ -155,4 +197,6 @@ class ModelConfig:
     @property
     def local_layers(self) -> tuple[bool, ...]:
         """For each layer, True if it sees only the sliding window."""
+        if self.family.one_window:
+            return (self.sliding_window is not None,) * self.num_hidden_layers
         return tuple((i + 1) % self.sliding_window_pattern != 0 for i in range(self.num_hidden_layers))

@@ -160,6 +160,11 @@ class RunConfig:
             f"data.sequence_length={self.data.sequence_length} is longer than "
             f"model.max_position_embeddings={self.model.max_position_embeddings}",
         )
+        for name in ("bos_token_id", "eos_token_id"):
+            check(
+                getattr(self.model, name) >= 0,
+                f"model.{name}={getattr(self.model, name)}: every document has this token; set it to the tokenizer's id",
+            )
         check(
             self.profile.window[1] <= self.total_steps,
             f"profile.steps={self.profile.steps} goes beyond the run ({self.total_steps} steps)",

@@ -24,7 +24,15 @@ from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import load_ledger
 
-_FAMILY_NAMES = {"gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "llama": "Llama"}
+_FAMILY_NAMES = {
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen 2",
+    "qwen3": "Qwen 3",
+}
 # A language's folder is named ja or jpn_Jpan; the hub wants the ISO 639 code in it.
 _FOLDER = re.compile(r"([a-z]{2})|([a-z]{3})_[A-Z][a-z]{3}")
 
@@ -196,6 +204,7 @@ def _usage(export: Export) -> str:
         f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
     )
     note = f"adds the one BOS (id {bos}) that the model needs" if export.bos == 1 else note
+    note = "the model has no BOS" if bos < 0 else note
     return f"""## How to load
 
 ```python
@@ -255,7 +264,7 @@ def _base_text(base: Base) -> str:
 
 def _is_gemma(base: Base, model: ModelConfig) -> bool:
     """Return True if the weights derive from Google's, whose terms then apply."""
-    return base.name is not None and model.model_type != "llama"
+    return base.name is not None and model.model_type.startswith("gemma")
 
 
 def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:

@@ -1,10 +1,10 @@
-"""Read and write `config.json` of Gemma 1, 2, 3 (text) and Llama, in the dialects of transformers 4 and 5.
+"""Read and write `config.json` of every family, in the dialects of transformers 4 and 5.
 
-Source: transformers 5.23 `configuration_gemma.py`, `configuration_gemma2.py`, `configuration_gemma3.py` and
-`configuration_llama.py`; 4.x names are those of the published configs.
+Source: transformers 5.23 `configuration_gemma.py`, `configuration_gemma2.py`, `configuration_gemma3.py`,
+`configuration_llama.py`, `configuration_mistral.py`, `configuration_qwen2.py` and `configuration_qwen3.py`; 4.x names are
+those of the published configs. What is rotary or about windows is in hf/rotary.py and hf/windows.py.
 """
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -14,12 +14,23 @@ from easylm_mling.config import FAMILIES, ModelConfig, from_tree
 from easylm_mling.data.tokenization.files import JSON, MODEL
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
+from easylm_mling.hf.rotary import read_rope, written_rope
+from easylm_mling.hf.windows import read_window, written_window
 
 _SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 _REQUIRED = (*_SHAPES, "num_attention_heads", "num_key_value_heads")
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id")
 # Where a file leaves one of these out, transformers assumes ModelConfig's default.
 _OPTIONAL = ("max_position_embeddings", "rms_norm_eps", "initializer_range", *_IDS)
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+    "pad_token_id": -1,
+    "bos_token_id": -1,
+    "eos_token_id": -1,
+    "tie_word_embeddings": False,
+}
 # What it assumes for other keys. Published multimodal Gemma 3 files leave out most of their text model.
 _DEFAULTS = {
     "gemma2": {
@@ -48,13 +59,29 @@ _DEFAULTS = {
         "eos_token_id": 2,
         "tie_word_embeddings": False,
     },
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+        "pad_token_id": -1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
 }
+# Their head_dim is the width over the number of heads.
+_DIVIDED_WIDTH = ("llama", "mistral", "qwen2")
 _NULL_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 # Settings that have one value here; a file that leaves them out, or says null, means that value.
 _FIXED = {
@@ -66,6 +93,7 @@ _FIXED = {
     "is_causal": True,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
+    "use_mrope": False,
 }
 # Keys that change nothing of what is computed from tokens to logits. Older transformers wrote many of generation here.
 _HARMLESS = {
@@ -93,9 +121,11 @@ _HARMLESS = {
     *("typical_p", "num_beams", "num_beam_groups", "length_penalty", "repetition_penalty", "diversity_penalty"),
     *("num_return_sequences", "is_decoder", "hidden_act", "hidden_activation", "layer_types", "quantization_config"),
     *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "tie_word_embeddings", "text_config"),
+    *("use_sliding_window", "max_window_layers", "original_max_position_embeddings"),
 }
 GENERATION = "generation_config.json"
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+# Any of these makes a mixture of experts of a config, whatever its model_type.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _log = logging.getLogger(__name__)
 
 
@@ -113,6 +143,12 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
             raise ConfigError(f"{path}: text_config is missing; use the config.json that came with the weights")
         file = {"model_type": "gemma3_text", **{k: file[k] for k in _IDS if k in file}, **text}
     kind = file.get("model_type")
+    experts = [key for key in _EXPERTS if file.get(key)]
+    if experts or "moe" in str(kind):
+        raise ConfigError(
+            f"{path}: model_type={kind!r} is a mixture of experts ({', '.join(experts) or 'by its name'}), which is not "
+            "supported; use a dense model"
+        )
     if kind not in FAMILIES:
         raise ConfigError(f"{path}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)} or gemma3")
     _check_fixed(file, path)
@@ -121,7 +157,7 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
     missing = [key for key in _REQUIRED if tree.get(key) is None]
     if missing:
         raise ConfigError(f"{path}: {missing[0]} is missing; add it, as the tensors' shapes and the model's card say")
-    tree |= _rope(file, tree, path) | _window(file, tree, path)
+    tree |= read_rope(file, tree, path) | read_window(file, tree, path)
     _correct_query_scale(tree, path)
     try:
         return from_tree(ModelConfig, tree)
@@ -139,9 +175,17 @@ def _settings(file: dict) -> dict:
         if file.get(key) is not None or (key in file and key in _NULL_MEANS_NONE):
             tree[key] = file[key]
     width, heads = file.get("hidden_size"), file.get("num_attention_heads")
-    if kind == "llama" and "head_dim" not in tree and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+    if (
+        kind in _DIVIDED_WIDTH
+        and "head_dim" not in tree
+        and isinstance(width, int)
+        and isinstance(heads, int)
+        and heads > 0
+    ):
         tree["head_dim"] = width // heads
-    if kind == "llama" and heads is not None:
+    if not kind.startswith("gemma") and heads is not None:
+        if "num_key_value_heads" in file and file["num_key_value_heads"] is None:
+            tree["num_key_value_heads"] = heads
         tree.setdefault("num_key_value_heads", heads)  # as in files from before there were groups
     return tree
 
@@ -170,12 +214,14 @@ def _ends(file: dict, directory: Path) -> list[int]:
 
 def _with_default(file: dict, ends: list[int]) -> list[int]:
     eos = _DEFAULTS.get(file["model_type"], {}).get("eos_token_id", ModelConfig.eos_token_id)
-    return [eos, *(i for i in ends if i != eos)]
+    return ends if eos < 0 else [eos, *(i for i in ends if i != eos)]
 
 
 def _check_fixed(file: dict, path: Path):
     kind = file["model_type"]
-    fixed = _FIXED if kind == "llama" else _FIXED | {"tie_word_embeddings": True}
+    fixed = _FIXED | {"attention_bias": FAMILIES[kind].qkv_bias}
+    if "tie_word_embeddings" not in FAMILIES[kind].may_set:
+        fixed |= {"tie_word_embeddings": True}
     for key, wanted in fixed.items():
         if file.get(key) is not None and file[key] != wanted:
             raise ConfigError(f"{path}: {key}={file[key]!r} is not supported; a {kind} model here has {wanted}")
@@ -192,77 +238,11 @@ def _check_fixed(file: dict, path: Path):
     for key in ("hidden_act", "hidden_activation"):
         if file.get(key) not in known:
             raise ConfigError(f"{path}: {key}={file[key]!r} is not supported; a {kind} model here has {wanted!r}")
-    kinds = file.get("layer_types")
-    if (
-        "sliding_window" not in FAMILIES[kind].may_set
-        and kinds is not None
-        and (not isinstance(kinds, list) or any(layer != _FULL for layer in kinds))
-    ):
-        raise ConfigError(
-            f"{path}: layer_types={kinds!r} is not supported; every layer of a {kind} model here is {_FULL!r}"
-        )
     optional = {key for family in FAMILIES.values() for key in family.may_set}
     known = _HARMLESS | fixed.keys() | optional | {*_REQUIRED, *_OPTIONAL}
     unknown = [f"{key}={value!r}"[:80] for key, value in file.items() if key not in known and value]
     if unknown:
         _log.warning("%s: not known here and not taken into account: %s", path, ", ".join(unknown))
-
-
-def _rope(file: dict, tree: dict, path: Path) -> dict:
-    """Return the rotary settings, from `rope_theta` and its like (4.x) or `rope_parameters` (5.x); both must agree."""
-    for key in ("rope_parameters", "rope_scaling"):
-        for rope in (file.get(key) or {}, *(file.get(key) or {}).values()) if isinstance(file.get(key), dict) else ():
-            if isinstance(rope, dict) and rope.get("partial_rotary_factor") not in (None, 1):
-                raise ConfigError(
-                    f"{path}: {key}: partial_rotary_factor is not supported; here all of a head is rotated"
-                )
-        if not isinstance(file.get(key), (dict, type(None))):
-            raise ConfigError(f"{path}: {key}={file[key]!r} must be an object; download the file again")
-    new = file.get("rope_parameters") or {}
-    by_layer = _FULL in new or _SLIDING in new
-    far, near = (new.get(_FULL) or {}, new.get(_SLIDING) or {}) if by_layer else (new, {})
-    if _scaling(near):
-        raise ConfigError(f"{path}: rope_parameters of {_SLIDING} are scaled, which is not supported")
-    out = {}
-    for key, old, value in (
-        ("rope_theta", file.get("rope_theta"), far.get("rope_theta")),
-        ("rope_local_base_freq", file.get("rope_local_base_freq"), near.get("rope_theta")),
-        ("rope_scaling", _scaling(file.get("rope_scaling") or {}), _scaling(far)),
-    ):
-        written_twice = old is not None and (value is not None or (key == "rope_scaling" and far))
-        if written_twice and old != value:
-            raise ConfigError(f"{path}: {key}={old!r}, but rope_parameters has {value!r}; make them equal")
-        chosen = old if old is not None else value
-        out[key] = chosen if chosen is not None else tree.get(key, getattr(ModelConfig, key))
-    return out
-
-
-def _scaling(rope: dict) -> dict | None:
-    """Return RopeScaling's fields of a `rope_scaling` or one entry of `rope_parameters`; None when nothing is scaled."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta") and v is not None}
-    return None if kind == "default" else {"rope_type": kind, **rest}
-
-
-def _window(file: dict, tree: dict, path: Path) -> dict:
-    """Return the sliding window and its pattern, from `layer_types` if the file has them."""
-    kinds, pattern = file.get("layer_types"), tree.get("sliding_window_pattern", 1)
-    if "sliding_window" not in FAMILIES[tree["model_type"]].may_set:
-        return {}
-    if kinds is not None:
-        layers = len(kinds) if isinstance(kinds, list) else 0
-        pattern = next((n for n in range(1, layers + 2) if kinds == _layer_types(layers, n)), None)
-        if pattern is None or layers != tree["num_hidden_layers"]:
-            raise ConfigError(
-                f"{path}: layer_types is not, for each layer, {_FULL!r} in every n-th and {_SLIDING!r} in all others; "
-                "no other pattern is supported"
-            )
-    window = tree["sliding_window"] if pattern != 1 else None
-    return {"sliding_window": window, "sliding_window_pattern": pattern if window is not None else 1}
-
-
-def _layer_types(layers: int, pattern: int) -> list[str]:
-    return [_SLIDING if (i + 1) % pattern else _FULL for i in range(layers)]
 
 
 def _correct_query_scale(tree: dict, path: Path):
@@ -276,8 +256,7 @@ def _correct_query_scale(tree: dict, path: Path):
 def hf_config(model: ModelConfig, dtype: str) -> dict:
     """Make the config.json for weights of `dtype` ("bfloat16" or "float32"), which transformers 4 and 5 read alike."""
     fields = {name: getattr(model, name) for name in (*_REQUIRED, *_OPTIONAL)}
-    if model.pad_token_id < 0:
-        fields["pad_token_id"] = None
+    fields |= {name: None for name in _IDS if fields[name] < 0}
     if model.stop_token_ids:
         fields["eos_token_id"] = [model.eos_token_id, *model.stop_token_ids]
     activation = model.family.activation
@@ -285,46 +264,25 @@ def hf_config(model: ModelConfig, dtype: str) -> dict:
         "architectures": [_ARCHITECTURES[model.model_type]],
         "model_type": model.model_type,
         **fields,
-        "attention_bias": False,
+        **({} if model.family.qkv_bias else {"attention_bias": False}),  # transformers has no such key there
         "attention_dropout": 0.0,
         "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
         "hidden_act": activation,
         "hidden_activation": activation,
-        **_local_attention(model),
-        **_written_rope(model),
+        **_caps(model),
+        **written_window(model),
+        **written_rope(model),
         "torch_dtype": dtype,  # transformers 4
         "dtype": dtype,  # transformers 5
     }
 
 
-def _local_attention(model: ModelConfig) -> dict:
-    if "sliding_window" not in model.family.may_set:
+def _caps(model: ModelConfig) -> dict:
+    if "query_pre_attn_scalar" not in model.family.may_set:
         return {}
-    out = {
-        "query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim,
-        "sliding_window": model.sliding_window,
-        "layer_types": _layer_types(model.num_hidden_layers, model.sliding_window_pattern),
-        "attn_logit_softcapping": model.attn_logit_softcapping,
-        "final_logit_softcapping": model.final_logit_softcapping,
-    }
-    # Older transformers 4 have no layer_types: they read this for Gemma 3, and know only every second layer for Gemma 2.
-    return out | {"sliding_window_pattern": model.sliding_window_pattern} if model.model_type == "gemma3_text" else out
-
-
-def _written_rope(model: ModelConfig) -> dict:
-    scaling = None
-    if model.rope_scaling is not None:
-        scaling = dataclasses.asdict(model.rope_scaling)
-        if model.rope_scaling.rope_type == "linear":
-            scaling = {key: scaling[key] for key in ("rope_type", "factor")}
-    far = {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})}
-    old = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
-    if model.model_type != "gemma3_text":
-        return old | {"rope_parameters": far}
-    local = model.rope_local_base_freq or model.rope_theta
-    near = {"rope_theta": local, "rope_type": "default"}
-    return old | {"rope_local_base_freq": local, "rope_parameters": {_FULL: far, _SLIDING: near}}
+    caps = {name: getattr(model, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return {"query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim} | caps
 
 
 def hf_generation_config(model: ModelConfig, kept: dict) -> dict:

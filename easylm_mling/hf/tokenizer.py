@@ -54,9 +54,9 @@ def complete_tokenizer(folder: Path):
 def bos_seen(folder: Path, model: ModelConfig, shown: str | Path) -> tuple[int | None, list[str]]:
     """Return how many BOS transformers' tokenizer puts before a text, and warnings that call the folder `shown`.
 
-    None: there is no tokenizer here, it cannot be loaded, or transformers is not installed.
+    None: there is no tokenizer here, it cannot be loaded, transformers is not installed, or the model has no BOS.
     """
-    if not any((folder / name).is_file() for name in (MODEL, JSON)):
+    if model.bos_token_id < 0 or not any((folder / name).is_file() for name in (MODEL, JSON)):
         return None, []
     if importlib.util.find_spec("transformers") is None:
         return None, []

@@ -112,9 +112,10 @@ def continue_texts(
 ) -> list[str]:
     """Return the text that the model writes after each prompt, without the prompt. `settings` are those of `generate`.
 
-    Puts one BOS before each prompt. With none, or with two, Gemma's text is far worse.
+    Puts one BOS before each prompt, if the model has one. With none, or with two, Gemma's text is far worse.
     """
-    encoded = [[model.bos_token_id, *ids.tolist()] for ids in tokenizer.encode(list(prompts))]
+    first = [model.bos_token_id] if model.bos_token_id >= 0 else []
+    encoded = [[*first, *ids.tolist()] for ids in tokenizer.encode(list(prompts))]
     texts = generate(graph, params, model, encoded, max_new_tokens, **settings)
     ends = {model.eos_token_id, *model.stop_token_ids}
     # The model may have more rows than the tokenizer has pieces; those stand for no text.

@@ -1,12 +1,13 @@
-"""The decoder of Gemma 1, 2, 3 and Llama: a stack of layers of one form, run by one scan.
+"""The decoder of all families, Gemma to Qwen: a stack of layers of one form, run by one scan.
 
 What differs from layer to layer (the window, the rotary frequencies) is scanned beside the parameters; what differs
 from family to family is in config/model.py's table of families.
 
 Axis letters: B batch, T positions, D embed, F mlp, N query heads, K key/value heads, H head_dim, L layers, V vocabulary.
 Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`, `modeling_gemma2.py`,
-`modeling_gemma3.py`. Activations and kernels have the compute dtype. Norms, rotary angles and softmax are float32, as
-in those files: bfloat16 is too coarse for them.
+`modeling_gemma3.py`, `modeling_llama.py`, `modeling_mistral.py`, `modeling_qwen2.py` and `modeling_qwen3.py`. Activations
+and kernels have the compute dtype. Norms, rotary angles and softmax are float32, as in those files: bfloat16 is too
+coarse for them.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from easylm_mling.config import ModelConfig, RopeScaling
+from easylm_mling.config import ModelConfig
 from easylm_mling.model.attention import attention, capped
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import gated_down
 from easylm_mling.model.projection import project
 from easylm_mling.model.remat import Remat
+from easylm_mling.model.rotary import rotary, rotary_frequencies, scaled_frequencies
 from easylm_mling.model.sharding import constrain
 
 
@@ -57,8 +59,9 @@ class LayerTraits(NamedTuple):
 
 def layer_traits(m: ModelConfig) -> LayerTraits:
     """Compute every layer's rotary frequencies and window."""
-    far = scaled_frequencies(rotary_frequencies(m.rope_theta, m.head_dim), m.rope_scaling)
-    near = rotary_frequencies(m.rope_local_base_freq or m.rope_theta, m.head_dim)
+    far = near = scaled_frequencies(rotary_frequencies(m.rope_theta, m.head_dim), m.rope_scaling, m.rope_theta)
+    if not m.family.one_window:
+        near = rotary_frequencies(m.rope_local_base_freq or m.rope_theta, m.head_dim)
     local = np.asarray(m.local_layers)
     frequencies = jnp.where(local[:, None], near, far)
     if m.sliding_window is None:
@@ -78,6 +81,8 @@ class Attention(nnx.Module):
         self.o_proj = _kernel(ko, (D, N, H), m)
         if m.family.qk_norm:
             self.q_norm, self.k_norm = _norm_weight(H, m), _norm_weight(H, m)
+        if m.family.qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros(n * H, jnp.float32)) for n in (N, K, K))
         self.config = nnx.static(m)
 
     def __call__(
@@ -88,10 +93,13 @@ class Attention(nnx.Module):
         q = project("btd,nhd->btnh", x, self.q_proj[...])
         k = project("btd,khd->btkh", x, self.k_proj[...])
         v = project("btd,khd->btkh", x, self.v_proj[...])
+        if m.family.qkv_bias:
+            q, k, v = _add_bias(q, self.q_bias), _add_bias(k, self.k_bias), _add_bias(v, self.v_bias)
         if m.family.qk_norm:
             q, k = _norm(q, self.q_norm, m), _norm(k, self.k_norm, m)
-        q = checkpoint_name(rotary(q, positions, frequencies, scale=m.query_scale), "q")
-        k = checkpoint_name(rotary(k, positions, frequencies), "k")
+        magnitude = m.rope_scaling.magnitude if m.rope_scaling else 1.0
+        q = checkpoint_name(rotary(q, positions, frequencies, scale=magnitude * m.query_scale), "q")
+        k = checkpoint_name(rotary(k, positions, frequencies, scale=magnitude), "k")
         v = checkpoint_name(v, "v")
         q = constrain(q, "batch", "position", "heads", "head_dim")
         k = constrain(k, "batch", "position", "kv_heads", "head_dim")
@@ -191,7 +199,7 @@ class Gemma(nnx.Module):
             layer, traits, cache = scanned
             return layer(x, positions, traits.frequencies, lambda q, k, v: attend(q, k, v, traits.window, cache))
 
-        # Cast before the scan, so that stacked gradients are held in `dtype` too. Norms' weights (ndim 2) stay float32.
+        # Cast before the scan, so that stacked gradients are held in `dtype` too. Norms and biases (ndim 2) stay float32.
         layers = self.layers
         if not options.float32_reduction:
             layers = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, layers)
@@ -215,41 +223,6 @@ def rms_norm(
     return (wide * (offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
-def rotary_frequencies(theta: float, head_dim: int) -> Float32[Array, "{head_dim//2}"]:
-    """Compute theta ** (-2i / H) radians a position, for i from 0."""
-    half = head_dim // 2
-    return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-
-
-def scaled_frequencies(frequencies: Float32[Array, "half"], scaling: RopeScaling | None) -> Float32[Array, "half"]:
-    """Scale rotary frequencies for longer texts. Source: transformers `modeling_rope_utils.py`, `linear` and `llama3`."""
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    waves = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
-    return frequencies * kept + frequencies / scaling.factor * (1.0 - kept)
-
-
-def rotary(
-    x: Float[Array, "B T heads H"], positions: Ids, frequencies: Float32[Array, "H//2"], scale: float = 1.0
-) -> Float[Array, "B T heads H"]:
-    """Half-split rotary embedding of x, times `scale`, in x's dtype.
-
-    Angles are float32: in bfloat16 positions would be wrong from 257 on.
-    """
-    angles = positions.astype(jnp.float32)[..., None, None] * jnp.concatenate([frequencies, frequencies])
-    # The other half of each pair, signed. A product with ones and minus ones is exact, and one pass over x on a TPU; a
-    # concatenation would be three.
-    half = x.shape[-1] // 2
-    swap = np.roll(np.eye(x.shape[-1]), half, axis=1) * np.repeat([[1.0], [-1.0]], half, axis=0)
-    other = jnp.einsum("btnh,hi->btni", x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST)
-    wide, other = x.astype(jnp.float32), other.astype(jnp.float32)
-    return (wide * (jnp.cos(angles) * scale) + other * (jnp.sin(angles) * scale)).astype(x.dtype)
-
-
 def logits(
     hidden: Float[Array, "*shape D"], head: Float[Array, "V D"], soft_cap: float | None
 ) -> Float32[Array, "*shape V"]:
@@ -260,6 +233,11 @@ def logits(
 
 def _kernel(key, shape, m: ModelConfig) -> nnx.Param:
     return nnx.Param(m.initializer_range * jax.random.normal(key, shape, jnp.float32))
+
+
+def _add_bias(x: Float[Array, "B T heads H"], bias: nnx.Param) -> Float[Array, "B T heads H"]:
+    """Add a float32 bias [heads * H], rounded to x's dtype last; its gradient is summed in float32."""
+    return (x.astype(jnp.float32) + bias[...].reshape(x.shape[2:])).astype(x.dtype)
 
 
 def _norm_weight(size: int, m: ModelConfig) -> nnx.Param:

@@ -7,7 +7,7 @@ A Hugging Face tensor is therefore a plain reshape of one layer's slice: import 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from easylm_mling.config import ModelConfig
 
@@ -21,7 +21,7 @@ class Parameter:
     axes: tuple[str, ...]  # logical names, which model/sharding.py maps to mesh axes
     hf_name: str  # holds `{layer}` for a stack
     hf_shape: tuple[int, ...]  # of one Hugging Face tensor: one layer of a stack
-    kind: str  # "kernel", "norm" or "embedding": decides the initial value and weight decay
+    kind: str  # "kernel", "bias", "norm" or "embedding": decides the initial value and weight decay
 
     @property
     def stacked(self) -> bool:
@@ -48,6 +48,11 @@ def _layer_rows(m: ModelConfig) -> list[Parameter]:
         hf_name = f"model.layers.{{layer}}.{name}.weight"
         return Parameter(f"layers.{name}", (L, *shape), ("layers", *axes), hf_name, hf_shape, kind)
 
+    def bias(name, heads, axis):
+        # Flat, unlike the kernels: with two axes it is kept in float32 among the layers, as norms are.
+        made = row(f"self_attn.{name}_bias", (heads * H,), (axis,), (heads * H,), "bias")
+        return replace(made, hf_name=f"model.layers.{{layer}}.self_attn.{name}_proj.bias")
+
     def norm(name, size, axis="embed"):
         return row(name, (size,), (axis,), (size,), "norm")
 
@@ -67,6 +72,8 @@ def _layer_rows(m: ModelConfig) -> list[Parameter]:
         rows += [norm("pre_feedforward_layernorm", D), norm("post_feedforward_layernorm", D)]
     if m.family.qk_norm:
         rows += [norm("self_attn.q_norm", H, "head_dim"), norm("self_attn.k_norm", H, "head_dim")]
+    if m.family.qkv_bias:
+        rows += [bias("q", N, "heads"), bias("k", K, "kv_heads"), bias("v", K, "kv_heads")]
     return rows
 
 

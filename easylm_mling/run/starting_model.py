@@ -11,6 +11,7 @@ from easylm_mling.errors import ConfigError, check
 
 _log = logging.getLogger(__name__)
 _FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig)}
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 TOKENIZER = "tokenizer"
 
 
@@ -85,8 +86,8 @@ def _differences(stored: ModelConfig, values: dict[str, Any]) -> dict[str, tuple
     out = {}
     for name in values:
         pair = _meaning(theirs, name), _meaning(ours, name)
-        # A checkpoint without a token for padding leaves the choice to the tokenizer.
-        if pair[0] != pair[1] and not (name == "pad_token_id" and theirs[name] < 0):
+        # A checkpoint without a token for padding, or for the ends of a document, leaves the choice to the tokenizer.
+        if pair[0] != pair[1] and not (name in _IDS and theirs[name] < 0):
             out[name] = theirs[name], ours[name]
     return out
 
