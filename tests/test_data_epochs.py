@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from easylm_mling.config import SourceConfig
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.estimates import estimate, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DOCUMENTS, EPOCH, EXTRA, PADDING, TOKENS, initial_state
 from easylm_mling.data.pool import Pool

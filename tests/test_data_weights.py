@@ -1,9 +1,13 @@
 """Shares by number, size, temperature and UniMax; sources that end; weights that change at a token count."""
 
 import dataclasses
+import gzip
+import json
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_corpus import (
     data_config,
@@ -22,7 +26,7 @@ from jax.experimental import multihost_utils
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.data import estimates, pool
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, estimate, load_estimates, open_estimates, pinned_fingerprints
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
 from easylm_mling.data.shuffle import EpochOrder
@@ -139,7 +143,11 @@ def test_one_text_has_one_share_in_every_layout(tmp_path, by):
     vectors = pa.array([[0.5] * 64] * len(texts))
     table = pa.table({"text": texts})
     for name in ("lines.jsonl", "meta.jsonl", "packed.jsonl.gz", "plain.txt", "plain.txt.gz"):
-        as_row = {"meta.jsonl": lambda t: json.dumps({"text": t, "url": "u" * 200}), "plain.txt": str, "plain.txt.gz": str}
+        as_row = {
+            "meta.jsonl": lambda t: json.dumps({"text": t, "url": "u" * 200}),
+            "plain.txt": str,
+            "plain.txt.gz": str,
+        }
         rows = map(as_row.get(name, lambda t: json.dumps({"text": t})), texts)
         data = "".join(row + "\n" for row in rows).encode()
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.estimates import estimate, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.mixture import (
     EXTRA,
     PADDING,

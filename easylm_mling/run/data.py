@@ -7,7 +7,7 @@ import orjson
 
 from easylm_mling.config import RunConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog, reopen_catalog
-from easylm_mling.data.estimates import load_estimates, open_estimates, pinned_fingerprints, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, load_estimates, open_estimates, pinned_fingerprints
 from easylm_mling.data.ledger import Ledger
 from easylm_mling.data.migration import carry_over
 from easylm_mling.data.mixture import DataState

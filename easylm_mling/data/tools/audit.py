@@ -14,7 +14,7 @@ import numpy as np
 
 from easylm_mling.config import MixerConfig, StageConfig, from_tree, load
 from easylm_mling.data.catalog import Catalog, reopen_catalog
-from easylm_mling.data.estimates import load_estimates, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, load_estimates
 from easylm_mling.data.loader import Batch, Loader
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW, DataState, initial_state
 from easylm_mling.data.pool import Piece, Pool, is_pooled

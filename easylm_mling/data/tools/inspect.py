@@ -11,7 +11,7 @@ from rich.table import Table
 from easylm_mling.charts import Line, draw_lines, draw_png
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Source, build_catalog
-from easylm_mling.data.estimates import estimate, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer

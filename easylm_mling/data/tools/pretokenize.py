@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from easylm_mling.config import MixerConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.estimates import estimate, catalog_rates
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.token_cache import TokenCache
