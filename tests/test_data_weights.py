@@ -136,8 +136,9 @@ def test_shares_by_bytes_tokens_temperature_and_unimax(root):
     assert epochs.max() < 2.001 and share[0] > share[1] and epochs[1] == pytest.approx(2, rel=0.01)
 
 
-@pytest.mark.parametrize("by", ["bytes", "tokens"])
-def test_one_text_has_one_share_in_every_layout(tmp_path, by):
+# Of tokens there is the error of a sample of 64 kB, too.
+@pytest.mark.parametrize("by, error", [("bytes", 0.03), ("tokens", 0.06)])
+def test_one_text_has_one_share_in_every_layout(tmp_path, by, error):
     """Not that of its packing: field names, escapes and other fields, dictionary encoding, an embedding column."""
     texts = [t for t in dict.fromkeys(documents(300)) if t.strip() and "\n" not in t] * 4
     vectors = pa.array([[0.5] * 64] * len(texts))
@@ -161,7 +162,7 @@ def test_one_text_has_one_share_in_every_layout(tmp_path, by):
     sources = {n.replace(".", "_"): SourceConfig(paths=(str(tmp_path / n),)) for n in names}
     config = run_config(data_config(sources, length=T, tokenizer=tokenizer_path(), data={"weighting": weighting}), 8)
     share, _ = shares(config, build_catalog(config.data))
-    np.testing.assert_allclose(share, 1 / len(names), rtol=0.03)
+    np.testing.assert_allclose(share, 1 / len(names), rtol=error)
 
 
 def test_a_weight_of_zero_leaves_a_source_out_of_every_weighting(root):
