@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from easylm_mling.config import SourceConfig
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DOCUMENTS, EPOCH, EXTRA, PADDING, TOKENS, initial_state
 from easylm_mling.data.pool import Pool
@@ -101,7 +101,7 @@ def test_a_capped_source_keeps_its_share_until_it_ends_and_the_forecast_knows_wh
     with Loader(config.mixer, catalog, tokenizer()) as loader:
         drawn = list(itertools.islice(loader, 100))
     rows = [int((b["source"] == 0).sum()) for b, _ in drawn]
-    rates = tokens_per_byte(estimate(catalog, tokenizer()))
+    rates = catalog_rates(estimate(catalog, tokenizer()))
     sizes = {n: language_tokens(s, rates[n]) for n, s in catalog.sources.items()}
     expected = forecast(config.mixer, catalog, make_plan(config.mixer, catalog, rates), sizes)
     ends = round(expected.sources["a"].used_up_at / (16 * T))

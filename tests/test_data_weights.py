@@ -1,9 +1,13 @@
 """Shares by number, size, temperature and UniMax; sources that end; weights that change at a token count."""
 
 import dataclasses
+import gzip
+import json
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_corpus import (
     data_config,
@@ -22,7 +26,7 @@ from jax.experimental import multihost_utils
 from easylm_mling.config import SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.data import estimates, pool
 from easylm_mling.data.catalog import build_catalog
-from easylm_mling.data.estimates import estimate, load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, estimate, load_estimates, open_estimates, pinned_fingerprints
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import EXTRA, PADDING, ROWS, TOKENS
 from easylm_mling.data.shuffle import EpochOrder
@@ -110,7 +114,7 @@ def draw(config, catalog, steps, state=None):
 
 
 def shares(config, catalog, budget=None):
-    rates = tokens_per_byte(estimate(catalog, tokenizer()))
+    rates = catalog_rates(estimate(catalog, tokenizer()))
     plan = make_plan(config.mixer, catalog, rates)
     sizes = {n: sum(language_tokens(s, rates[n])) for n, s in catalog.sources.items()}
     return np.array(plan.shares[0]) / ONE, np.array(list(sizes.values()))
@@ -122,14 +126,43 @@ def test_shares_by_bytes_tokens_temperature_and_unimax(root):
     np.testing.assert_allclose(share, tokens / tokens.sum(), rtol=1e-6)
     np.testing.assert_allclose(by(by="temperature", temperature=0.5)[0], tokens**0.5 / (tokens**0.5).sum(), rtol=1e-6)
     config, catalog = mixture(root, weighting=WeightingConfig(by="bytes"))
-    sizes = np.array([s.units[:, 3].sum() for s in catalog.sources.values()])
-    np.testing.assert_allclose(shares(config, catalog)[0], sizes / sizes.sum(), rtol=1e-6)
+    sizes = np.array([sum(map(len, epoch_documents(EpochOrder(s, 0, 2000)))) for s in catalog.sources.values()])
+    np.testing.assert_allclose(shares(config, catalog)[0], sizes / sizes.sum(), rtol=0.1)
     # books and many are under the cap of two epochs only if the budget is small.
     budget = int(tokens.sum() * 1.2)
     config, catalog = mixture(root, budget=budget, weighting=WeightingConfig(by="unimax", max_epochs=2))
     share, _ = shares(config, catalog)
     epochs = share * budget / tokens
     assert epochs.max() < 2.001 and share[0] > share[1] and epochs[1] == pytest.approx(2, rel=0.01)
+
+
+# Of tokens there is the error of a sample of 64 kB, too.
+@pytest.mark.parametrize("by, error", [("bytes", 0.03), ("tokens", 0.06)])
+def test_one_text_has_one_share_in_every_layout(tmp_path, by, error):
+    """Not that of its packing: field names, escapes and other fields, dictionary encoding, an embedding column."""
+    texts = [t for t in dict.fromkeys(documents(300)) if t.strip() and "\n" not in t] * 4
+    vectors = pa.array([[0.5] * 64] * len(texts))
+    table = pa.table({"text": texts})
+    for name in ("lines.jsonl", "meta.jsonl", "packed.jsonl.gz", "plain.txt", "plain.txt.gz"):
+        as_row = {
+            "meta.jsonl": lambda t: json.dumps({"text": t, "url": "u" * 200}),
+            "plain.txt": str,
+            "plain.txt.gz": str,
+        }
+        rows = map(as_row.get(name, lambda t: json.dumps({"text": t})), texts)
+        data = "".join(row + "\n" for row in rows).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    pq.write_table(table, tmp_path / "table.parquet")
+    with pa.OSFile(str(tmp_path / "wide.arrow"), "wb") as sink:
+        wide = table.append_column("embedding", vectors)
+        with pa.ipc.new_stream(sink, wide.schema) as writer:
+            writer.write_table(wide)
+    weighting = WeightingConfig(by=by)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    sources = {n.replace(".", "_"): SourceConfig(paths=(str(tmp_path / n),)) for n in names}
+    config = run_config(data_config(sources, length=T, tokenizer=tokenizer_path(), data={"weighting": weighting}), 8)
+    share, _ = shares(config, build_catalog(config.data))
+    np.testing.assert_allclose(share, 1 / len(names), rtol=error)
 
 
 def test_a_weight_of_zero_leaves_a_source_out_of_every_weighting(root):
@@ -156,7 +189,7 @@ def test_estimates_are_near_the_truth_and_do_not_depend_on_the_order_of_asking(r
         order = EpochOrder(source, 0, 2000)
         texts = epoch_documents(order)
         truth = sum(len(ids) + 2 for ids in tokenizer().encode(texts))
-        assert sum(language_tokens(source, tokens_per_byte(estimates)[name])) == pytest.approx(truth, rel=0.1), name
+        assert sum(language_tokens(source, catalog_rates(estimates)[name])) == pytest.approx(truth, rel=0.1), name
 
 
 @pytest.mark.parametrize(
@@ -205,7 +238,7 @@ def test_no_document_is_read_more_often_than_the_cap(root, temperature, by):
     rule = {"max_epochs": 3, "when_used_up": "redistribute"}
     many = {"language_by": by, "language_temperature": temperature, "language_max_repeats": 1000, **rule}
     config, catalog = mixture(root, many=many)
-    known = tokens_per_byte(estimate(catalog, tokenizer()))
+    known = catalog_rates(estimate(catalog, tokenizer()))
     plan = make_plan(config.mixer, catalog, known)
     order = EpochOrder(catalog.sources["many"], 0, 2000, plan.language_rates["many"])
     counts = Counter(text for epoch in range(order.epochs) for text in epoch_documents(order, epoch))
@@ -216,7 +249,7 @@ def test_no_document_is_read_more_often_than_the_cap(root, temperature, by):
 def test_unimax_inside_a_source_gives_equal_tokens_up_to_the_cap(root):
     rule = {"max_epochs": 4, "when_used_up": "redistribute", "language_by": "unimax"}
     config, catalog = mixture(root, many=rule)
-    known = tokens_per_byte(estimate(catalog, tokenizer()))
+    known = catalog_rates(estimate(catalog, tokenizer()))
     xx, yy = language_tokens(catalog.sources["many"], known["many"])
     for budget, want in ((yy * 4, 2.0), (yy * 12, 4.0)):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, budget_tokens=round(budget)))

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.shuffle import seeded_order, unit_records
+from easylm_mling.data.sources.columnar import open_parquet
 from easylm_mling.data.sources.lines import file_lines
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.data.weights import TokensPerByte
+from easylm_mling.data.weights import Rate, Rates
 from easylm_mling.errors import ConfigError, check_format, one_line
 from easylm_mling.storage.atomic import write_atomically
+from easylm_mling.storage.files import open_binary
 
 # Units read of each source; at least one of each language.
 _UNITS = 8
@@ -74,10 +76,10 @@ def _read(path: Path) -> dict:
     return saved
 
 
-def tokens_per_byte(estimates: Estimates) -> TokensPerByte:
-    """Return tokens per byte of the catalog, as `make_plan` takes them."""
+def catalog_rates(estimates: Estimates) -> Rates:
+    """Return text and tokens per byte of the catalog, as `make_plan` takes them."""
     return {
-        name: {language: e.text_per_byte * e.tokens_per_text for language, e in of.items()}
+        name: {language: Rate(e.text_per_byte, e.text_per_byte * e.tokens_per_text) for language, e in of.items()}
         for name, of in estimates.items()
     }
 
@@ -99,12 +101,15 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
     texts, size, text_size = [], 0, 0
     for unit in units:
         read, records, is_complete = 0, 0, True
+        # An Arrow batch is mapped or in memory as a whole, and its size says nothing of a part of it.
+        in_parts = not source.files[int(source.units[unit, 0])].layout.startswith("arrow")
         for record in unit_records(source, unit):
             records += 1
             if isinstance(record, bytes):
-                texts.append(record)
+                if read <= _READ_BYTES:
+                    texts.append(record)
                 read += len(record)
-            if read > _READ_BYTES:
+            if in_parts and read > _READ_BYTES:
                 is_complete = False
                 break
         # The catalog's size is of the whole unit.
@@ -124,9 +129,17 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
 
 
 def _size_of_first(source: Source, unit: int, records: int, text: int) -> int:
-    """Return the catalog's bytes of a unit's first `records` records: for JSON those of their lines, else their `text`."""
-    index, start, end, _ = source.units[unit].tolist()
+    """Return the catalog's bytes of a unit's first `records` records.
+
+    For JSON those of their lines, for parquet their part of the encoded column, else their `text`.
+    """
+    index, start, end, encoded = source.units[unit].tolist()
     file = source.files[index]
+    if file.layout == "parquet":
+        with open_binary(file.name, source.retry) as binary:
+            metadata = open_parquet(binary).metadata
+            groups = range(start, end)
+            return max(1, encoded * records // sum(metadata.row_group(g).num_rows for g in groups))
     if not file.layout.startswith("jsonl") or source.settings["row"] == "line":
         return text
     size = 0

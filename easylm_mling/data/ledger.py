@@ -3,7 +3,7 @@
 import numpy as np
 
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.estimates import Estimates, tokens_per_byte
+from easylm_mling.data.estimates import Estimates, catalog_rates
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, PADDING, ROWS, TOKENS, DataState
 from easylm_mling.data.weights import ONE, MixingPlan, language_tokens
 
@@ -13,7 +13,7 @@ class Ledger:
 
     def __init__(self, catalog: Catalog, plan: MixingPlan, estimates: Estimates, sequence_length: int):
         self._plan, self._length = plan, sequence_length
-        rates = tokens_per_byte(estimates)
+        rates = catalog_rates(estimates)
         self._sizes = {name: language_tokens(s, rates.get(name, {})) for name, s in catalog.sources.items()}
         self._languages = {name: s.languages for name, s in catalog.sources.items()}
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.mixture import (
     EXTRA,
     PADDING,
@@ -75,7 +75,7 @@ class Loader:
         self._config, self._tokenizer = config, tokenizer
         self._lanes = range(config.lanes) if lanes is None else lanes
         if plan is None:
-            rates = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
+            rates = catalog_rates(estimate(catalog, tokenizer)) if needs_estimates(config) else None
             plan = make_plan(config, catalog, rates)
         self._plan = plan
         self.orders = open_orders(config, catalog, plan)

@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,17 @@ from easylm_mling.errors import ConfigError
 
 ONE = 1 << 32
 
-# Source -> language -> tokens per byte of the catalog, estimated by data/estimates.py.
-TokensPerByte = dict[str, dict[str, float]]
+
+class Rate(NamedTuple):
+    """Bytes of text, and tokens, per byte of the catalog, whose bytes are of a format's packing, too."""
+
+    text: float
+    tokens: float
+
+
+# Source -> language -> rate, estimated by data/estimates.py.
+Rates = dict[str, dict[str, Rate]]
+_UNKNOWN = Rate(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -44,24 +54,26 @@ class MixingPlan:
         return [sum(n * s for n, s in zip(lengths, of, strict=True)) for of in zip(*self.shares, strict=True)]
 
 
-def make_plan(config: MixerConfig, catalog: Catalog, tokens_per_byte: TokensPerByte | None) -> MixingPlan:
-    """Return the plan of a run; `tokens_per_byte` may be None unless `needs_estimates(config)`."""
-    assert tokens_per_byte is not None or not needs_estimates(config)
-    tokens = {n: language_tokens(s, (tokens_per_byte or {}).get(n, {})) for n, s in catalog.sources.items()}
-    starts, shares = _stages(config, catalog, tokens)
+def make_plan(config: MixerConfig, catalog: Catalog, estimated: Rates | None) -> MixingPlan:
+    """Return the plan of a run; `estimated` may be None unless `needs_estimates(config)`."""
+    assert estimated is not None or not needs_estimates(config)
+    rates = estimated or {}
+    tokens = {n: language_tokens(s, rates.get(n, {})) for n, s in catalog.sources.items()}
+    texts = {n: language_text(s, rates.get(n, {})) for n, s in catalog.sources.items()}
+    starts, shares = _stages(config, texts if config.data.weighting.by == "bytes" else tokens)
     plan = MixingPlan(starts, shares, {})
     rows = config.total_steps * config.batch_size
     lane_rows = plan.target(rows // config.lanes)
     for i, (name, source) in enumerate(catalog.sources.items()):
         budget = lane_rows[i] / ONE * config.lanes * config.data.sequence_length
-        plan.language_rates[name] = language_rates(source, tokens[name], budget)
+        plan.language_rates[name] = language_rates(source, tokens[name], budget, texts[name])
     return plan
 
 
 def needs_estimates(config: MixerConfig) -> bool:
-    """Return True if shares depend on how many tokens the sources or languages hold."""
-    by = config.data.weighting.by
-    return by not in ("number", "bytes") or any(s.language_by != "bytes" for s in config.data.sources.values())
+    """Return True if shares depend on how much text, or how many tokens, the sources or languages hold."""
+    flattened = (s.language_by != "bytes" or s.language_temperature != 1 for s in config.data.sources.values())
+    return config.data.weighting.by != "number" or any(flattened)
 
 
 def language_bytes(source: Source) -> list[float]:
@@ -70,11 +82,18 @@ def language_bytes(source: Source) -> list[float]:
     return sizes.tolist()
 
 
-def language_tokens(source: Source, tokens_per_byte: dict[str, float]) -> list[float]:
+def language_text(source: Source, rates: dict[str, Rate]) -> list[float]:
+    """Return the estimated bytes of text of each language, every document that is trained on counted once."""
+    fraction = source.settings["sample_fraction"]
+    texts = [rates.get(language, _UNKNOWN).text * fraction for language in source.languages]
+    return [size * text for size, text in zip(language_bytes(source), texts, strict=True)]
+
+
+def language_tokens(source: Source, rates: dict[str, Rate]) -> list[float]:
     """Return the estimated tokens of each language, every document that is trained on counted once."""
     fraction = source.settings["sample_fraction"]
-    rates = [tokens_per_byte.get(language, 0.0) * fraction for language in source.languages]
-    return [size * rate for size, rate in zip(language_bytes(source), rates, strict=True)]
+    tokens = [rates.get(language, _UNKNOWN).tokens * fraction for language in source.languages]
+    return [size * rate for size, rate in zip(language_bytes(source), tokens, strict=True)]
 
 
 def integer_weights(weights: list[float]) -> list[int]:
@@ -111,11 +130,11 @@ def spread(sizes: list[float], total: float, temperature: float, cap: float) -> 
     return rates
 
 
-def language_rates(source: Source, tokens: list[float], budget: float) -> np.ndarray:
+def language_rates(source: Source, tokens: list[float], budget: float, texts: list[float] | None = None) -> np.ndarray:
     """Return how often each language is read in an average epoch, int64 [languages] in units of 2**-32.
 
     An epoch keeps the source's size. `tokens`: each language's, or empty if unknown; then only weights by bytes have an
-    effect. `budget`: the tokens that the run takes of the source, for UniMax.
+    effect. `texts`: each language's bytes of text; by default the catalog's. `budget`: the tokens that the run takes of the source, for UniMax.
     """
     by, count = source.settings["language_by"], len(source.languages)
     temperature = source.settings["language_temperature"]
@@ -126,7 +145,7 @@ def language_rates(source: Source, tokens: list[float], budget: float) -> np.nda
         whole = sum(n * size for n, size in zip(epochs, tokens, strict=True)) / max(sum(tokens), 1e-9)
         rates = [n / whole for n in epochs] if whole > 0 else [1.0] * count
     else:
-        sizes = language_bytes(source) if by == "bytes" else tokens
+        sizes = (texts or language_bytes(source)) if by == "bytes" else tokens
         rates = spread(sizes, sum(sizes), temperature, source.settings["language_max_repeats"])
     return np.array([max(1, round(rate * ONE)) for rate in rates], np.int64)
 
@@ -142,10 +161,10 @@ def planned_as_if(plan: MixingPlan, lanes: int, rounds: int) -> np.ndarray:
     return np.diff((edges[None, :] + phases[:, None]) // ONE, axis=1).astype(np.int64)
 
 
-def _stages(config: MixerConfig, catalog: Catalog, tokens: dict) -> tuple[tuple[int, ...], tuple[list[int], ...]]:
+def _stages(config: MixerConfig, sizes: dict[str, list[float]]) -> tuple[tuple[int, ...], tuple[list[int], ...]]:
     data = config.data
     if data.weighting.by != "number":
-        return (0,), (integer_weights(_natural_weights(config, catalog, tokens)),)
+        return (0,), (integer_weights(_natural_weights(config, sizes)),)
     weights = {0: [source.weight or 0.0 for source in data.sources.values()]}
     for stage in data.stages:
         # The first round that begins at from_tokens or later; of two stages in one round, the later one holds.
@@ -153,17 +172,14 @@ def _stages(config: MixerConfig, catalog: Catalog, tokens: dict) -> tuple[tuple[
     return tuple(weights), tuple(integer_weights(w) for w in weights.values())
 
 
-def _natural_weights(config: MixerConfig, catalog: Catalog, tokens: dict) -> list[float]:
+def _natural_weights(config: MixerConfig, of_languages: dict[str, list[float]]) -> list[float]:
     weighting, used = config.data.weighting, [s.weight is None for s in config.data.sources.values()]
-    if weighting.by == "bytes":
-        sizes = [sum(language_bytes(s)) * s.settings["sample_fraction"] for s in catalog.sources.values()]
-    else:
-        sizes = [sum(tokens[name]) for name in catalog.sources]
-        if not any(size for size, use in zip(sizes, used, strict=True) if use):
-            raise ConfigError(
-                f"data.weighting.by={weighting.by}: no good document was found in a sample of any source, so their tokens "
-                "cannot be estimated; look at the files with `data inspect`, or give weights (data.weighting.by=number)"
-            )
+    sizes = [sum(of) for of in of_languages.values()]
+    if not any(size for size, use in zip(sizes, used, strict=True) if use):
+        raise ConfigError(
+            f"data.weighting.by={weighting.by}: no good document was found in a sample of any source, so their sizes "
+            "cannot be estimated; look at the files with `data inspect`, or give weights (data.weighting.by=number)"
+        )
     sizes = [size if use else 0.0 for size, use in zip(sizes, used, strict=True)]
     if weighting.by == "temperature":
         return [size**weighting.temperature if size else 0.0 for size in sizes]

@@ -9,7 +9,7 @@ import orjson
 
 from easylm_mling.config import RunConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog, reopen_catalog
-from easylm_mling.data.estimates import load_estimates, open_estimates, pinned_fingerprints, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, load_estimates, open_estimates, pinned_fingerprints
 from easylm_mling.data.ledger import Ledger
 from easylm_mling.data.migration import carry_over
 from easylm_mling.data.mixture import DataState
@@ -49,7 +49,7 @@ class RunData:
         if run.writes:
             catalog.save(run.catalog_file)
         estimates = open_estimates(run.estimates_file, catalog, tokenizer)
-        plan = make_plan(config.mixer, catalog, tokens_per_byte(estimates))
+        plan = make_plan(config.mixer, catalog, catalog_rates(estimates))
         ledger = Ledger(catalog, plan, estimates, config.data.sequence_length)
         digest = blake2b(json.dumps(estimates, sort_keys=True).encode(), digest_size=8).hexdigest()
         return cls(run, config, catalog, plan, ledger, fingerprints(tokenizer, catalog), digest, accept_change)
@@ -132,5 +132,5 @@ def load_ledger(config: RunConfig, run_dir: str | Path) -> Ledger:
     if not estimates_file.is_file():
         raise ConfigError(f"{run_dir}: holds no estimates.json; run `train` again, which writes it")
     catalog, estimates = Catalog.load(Path(run_dir) / "catalog.json"), load_estimates(estimates_file)
-    plan = make_plan(config.mixer, catalog, tokens_per_byte(estimates))
+    plan = make_plan(config.mixer, catalog, catalog_rates(estimates))
     return Ledger(catalog, plan, estimates, config.data.sequence_length)

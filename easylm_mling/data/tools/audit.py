@@ -14,7 +14,7 @@ import numpy as np
 
 from easylm_mling.config import MixerConfig, StageConfig, from_tree, load_kept
 from easylm_mling.data.catalog import Catalog, reopen_catalog
-from easylm_mling.data.estimates import load_estimates, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, load_estimates
 from easylm_mling.data.loader import Batch, Loader
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW, DataState, initial_state
 from easylm_mling.data.pool import Piece, Pool, is_pooled
@@ -48,7 +48,7 @@ def audit(run_dir: str | Path, step: int, row: int | None = None) -> list[dict]:
             f"{run_dir}: step {step} was drawn before the data was changed (--accept-data-change); only later steps can be audited"
         )
     catalog = reopen_catalog(catalog, config.data)
-    plan = make_plan(config, catalog, tokens_per_byte(load_estimates(run / ESTIMATES)))
+    plan = make_plan(config, catalog, catalog_rates(load_estimates(run / ESTIMATES)))
     state, drawn = before
     if state is None:
         languages = sum(len(source.languages) for source in catalog.sources.values())

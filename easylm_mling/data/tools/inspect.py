@@ -11,7 +11,7 @@ from rich.table import Table
 from easylm_mling.charts import Line, draw_lines, draw_png
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Source, build_catalog
-from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def inspect_data(config: MixerConfig) -> dict:
     catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
     tokenizer.count_controls()
     estimates = estimate(catalog, tokenizer)
-    rates = tokens_per_byte(estimates)
+    rates = catalog_rates(estimates)
     sizes = {name: language_tokens(source, rates[name]) for name, source in catalog.sources.items()}
     if not config.budget_tokens:
         used = [size for name, size in sizes.items() if config.data.sources[name].weight != 0]

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from easylm_mling.config import MixerConfig, from_tree, to_tree
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.estimates import estimate, tokens_per_byte
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.token_cache import TokenCache
@@ -35,7 +35,7 @@ def tokenize(config: MixerConfig, catalog: Catalog, epochs: int, address: str | 
     except ImportError:
         raise ConfigError("Ray is not installed; run: pip install 'easylm-mling[ray]'") from None
     tokenizer = Tokenizer(config.data.tokenizer)
-    rates = tokens_per_byte(estimate(catalog, tokenizer)) if needs_estimates(config) else None
+    rates = catalog_rates(estimate(catalog, tokenizer)) if needs_estimates(config) else None
     plan = make_plan(config, catalog, rates)
     work = list(blocks(config, catalog, plan, epochs))
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
