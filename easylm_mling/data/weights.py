@@ -134,7 +134,8 @@ def language_rates(source: Source, tokens: list[float], budget: float, texts: li
     """Return how often each language is read in an average epoch, int64 [languages] in units of 2**-32.
 
     An epoch keeps the source's size. `tokens`: each language's, or empty if unknown; then only weights by bytes have an
-    effect. `texts`: each language's bytes of text; by default the catalog's. `budget`: the tokens that the run takes of the source, for UniMax.
+    effect. `texts`: each language's bytes of text; by default the catalog's. `budget`: the tokens that the run takes of the
+    source, for UniMax.
     """
     by, count = source.settings["language_by"], len(source.languages)
     temperature = source.settings["language_temperature"]
