@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from easylm_mling.config import SourceConfig, StageConfig
 from easylm_mling.data import pool
 from easylm_mling.data.catalog import Catalog, File, Source, build_catalog
+from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EXTRA, PADDING, ROWS, TOKENS, initial_state, whole_state
 from easylm_mling.data.shuffle import EpochOrder
@@ -126,7 +127,7 @@ def check_mixture(root, mixture, data):
         state = pieces[-1][1] if pieces else None
     assert_same(pieces, whole)
 
-    plan = make_plan(config.mixer, catalog, None)
+    plan = make_plan(config.mixer, catalog, catalog_rates(estimate(catalog, tokenizer())))
     for i, (name, source) in enumerate(catalog.sources.items()):
         check_documents(read_documents(whole, i, lanes), name, source, sources[name])
     if not whole:
