@@ -96,10 +96,9 @@ def tpu(cloud: Cloud, verb: str, run_file: Path, *flags: str, **environment: str
     """The launcher, on a laptop with Google's command line (the stand-in), and what else `environment` has."""
     env = {"PATH": f"{cloud.folder}/bin:/usr/bin:/bin", "HOME": str(cloud.folder), "LANG": "C.UTF-8", **environment}
     return subprocess.Popen(
-        [sys.executable, str(TPU), verb, str(run_file), *flags],
-        env=env, cwd=cloud.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         # Tests that run in a shell's background ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ["env", "--default-signal=INT", sys.executable, str(TPU), verb, str(run_file), *flags],
+        env=env, cwd=cloud.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 

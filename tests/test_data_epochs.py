@@ -14,7 +14,7 @@ from easylm_mling.config import SourceConfig
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.loader import Loader
-from easylm_mling.data.mixture import DOCUMENTS, EPOCH, EXTRA, PADDING, TOKENS, initial_state
+from easylm_mling.data.mixture import COUNTERS, DOCUMENTS, EPOCH, EXTRA, PADDING, TOKENS, initial_state
 from easylm_mling.data.pool import Pool
 from easylm_mling.data.shuffle import EpochOrder, _even_blocks
 from easylm_mling.data.tools.forecast import forecast
@@ -82,7 +82,7 @@ def test_a_cap_is_exact_whatever_the_number_of_lanes(tmp_path, documents_there, 
     while pieces := [p for lane in range(lanes) for p in pool.take(lane, T)]:
         counts.update(p.document for p in pieces if p.first == 0)
     assert set(counts) == set(range(documents_there)) and set(counts.values()) == {2}
-    state = np.zeros((lanes, 11), np.int64)
+    state = np.zeros((lanes, len(COUNTERS)), np.int64)
     pool.write_to(state)
     assert state[:, DOCUMENTS].sum() == 2 * documents_there and (state[:, EPOCH] == 2).all()
     assert state[:, TOKENS].sum() == 2 * sum(len(ids) + 2 for ids in tokenizer().encode(texts))

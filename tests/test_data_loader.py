@@ -74,7 +74,7 @@ def test_shapes_and_types(undisturbed):
         "loss_mask": ((BATCH, T), np.dtype(np.float32)),
         "source": ((BATCH,), np.dtype(np.int32)),
     }
-    assert state.lanes.shape == (LANES, 3, 11) and state.languages.shape == (4, 3)
+    assert state.lanes.shape == (LANES, 3, len(COUNTERS)) and state.languages.shape == (4, 3)
     assert state.lanes.dtype == state.languages.dtype == np.int64
 
 

@@ -118,7 +118,7 @@ def test_a_row_s_arrays_are_those_of_its_documents(lengths, skip, width):
 
 def test_a_state_of_another_mixture_is_refused():
     state = initial_state(4, 2, range(4))
-    with pytest.raises(ConfigError, match=r"data.lanes=8 with 2 sources.*\(4, 2, 11\)"):
+    with pytest.raises(ConfigError, match=r"data.lanes=8 with 2 sources.*\(4, 2, 12\)"):
         own_state(state, 8, 2, range(8))
 
 

@@ -62,7 +62,8 @@ def recomputed(loaded, prompt: list[int], count: int) -> list[int]:
     graph, params, model = loaded
     tokens = list(prompt)
     width = -(-(len(prompt) + count) // 64) * 64
-    while len(tokens) < len(prompt) + count and tokens[-1] != model.eos_token_id:
+    # A prompt may end with what is another family's EOS.
+    while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] != model.eos_token_id):
         row = jnp.asarray([tokens + [0] * (width - len(tokens))])
         tokens.append(int(jnp.argmax(all_scores(graph, params, row)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]

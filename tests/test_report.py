@@ -168,12 +168,12 @@ def test_whatever_a_run_is_called_stays_text(tmp_path):
 def test_a_source_named_like_markup_stays_text_in_every_place(tmp_path, monkeypatch):
     """Even if a config let such a name through: in curves, legends, tooltips and rows, and as every word of an event."""
 
-    def load_hostile(files):
-        config = load(files)
+    def load_hostile(file):
+        config = load([str(file)])
         config.data.sources[HOSTILE] = config.data.sources.pop("glot500")
         return config
 
-    monkeypatch.setattr("easylm_mling.monitoring.report.collect.load", load_hostile)
+    monkeypatch.setattr("easylm_mling.monitoring.report.collect.load_kept", load_hostile)
     folder = make_run(tmp_path / "run")
     for name in ("metrics.jsonl", "events.jsonl"):
         text = (folder / name).read_text(encoding="utf-8").replace('"glot500"', json.dumps(HOSTILE))
