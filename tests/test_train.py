@@ -20,6 +20,7 @@ from easylm_mling.checkpoint.reading import load_data_state, load_info, packed
 from easylm_mling.cli.main import main
 from easylm_mling.config import load
 from easylm_mling.errors import ConfigError, NoUsableCheckpoint, TrainingStopped
+from easylm_mling.hf.exporting import export_hf
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
 from easylm_mling.monitoring.report.page import write_report
@@ -314,7 +315,9 @@ def test_another_learning_rate_holds_from_the_next_step_on_and_survives_stops(un
     before = {e["step"]: e["learning_rate"] for e in read_metrics(undisturbed / "metrics.jsonl", "train")}
     assert rates[8] == before[8] and rates[9] != before[9]
     write_report(tmp_path / "once")
-    assert "optimizer.learning_rate was changed from" in (tmp_path / "once/report.html").read_text()
+    export_hf(tmp_path / "once", tmp_path / "hf")
+    for page in ("once/report.html", "hf/README.md"):
+        assert "optimizer.learning_rate was changed from" in (tmp_path / page).read_text(), page
 
 
 def test_what_no_run_may_change_is_refused_by_name(undisturbed, tmp_path):

@@ -1,6 +1,7 @@
 """Training: `train`."""
 
 from easylm_mling.cli.config import add_config, add_override_model, load_config
+from easylm_mling.errors import check
 
 
 def add_verbs(verbs):
@@ -35,6 +36,8 @@ def add_verbs(verbs):
 
 
 def _train(a) -> int:
+    for item in a.change:
+        check("=" in item, f"--change {item}: write KEY=VALUE")
     a.config += a.change
     config = load_config(a)
     from easylm_mling.distributed.joining import find_process_group, joined_processes

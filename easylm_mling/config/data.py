@@ -64,7 +64,7 @@ class SourceConfig:
     )
     language_by: str = setting(
         "bytes",
-        "size of a language that sets its share of an epoch: bytes or tokens (estimated), to the power of "
+        "size of a language that sets its share of an epoch: bytes of text or tokens, estimated, to the power of "
         "language_temperature. unimax: equal shares of what the run takes of this source, but of no language more than "
         "max_epochs epochs (arXiv:2304.09151)",
     )
@@ -112,7 +112,7 @@ class WeightingConfig:
 
     by: str = setting(
         "number",
-        "number: each source's weight. bytes or tokens (estimated by a sample): as large as the sources are. temperature: "
+        "number: each source's weight. bytes (of text) or tokens, estimated by a sample: as large as the sources are. temperature: "
         "tokens to the power of temperature. unimax: equal shares, but of no source more than max_epochs epochs of its "
         "estimated tokens under the budget (arXiv:2304.09151; the exact limit is each source's own max_epochs)",
     )

@@ -1,6 +1,7 @@
 """How many tokens a corpus holds, estimated from a sample of each of its languages."""
 
 import json
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from easylm_mling.errors import ConfigError, check_format, one_line
 from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import open_binary
 
-# Units read of each source; at least one of each language.
-_UNITS = 8
+# Units read of each source; at least one of each language, and more of them where they are small: these bytes of a source.
+_UNITS, _LEAST_BYTES = 8, 1_000_000
 # At most so many bytes are read of a unit, and tokenised of a language.
 _READ_BYTES = 4_000_000
 _TOKENISED_BYTES = 64_000
@@ -85,13 +86,16 @@ def catalog_rates(estimates: Estimates) -> Rates:
 
 
 def _estimate_source(source: Source, tokenizer: Tokenizer) -> dict[str, Estimate]:
-    each = max(1, _UNITS // len(source.languages))
+    each, least = max(1, _UNITS // len(source.languages)), _LEAST_BYTES // len(source.languages)
     order = seeded_order(len(source.units), source.name, "estimate")
     chosen: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
     for unit in order.tolist():
-        units = chosen.setdefault(int(source.unit_languages[unit]), [])
-        if len(units) < each:
+        language = int(source.unit_languages[unit])
+        units = chosen.setdefault(language, [])
+        if len(units) < each or sizes[language] < least:
             units.append(unit)
+            sizes[language] = sizes.get(language, 0) + int(source.units[unit, 3])
     return {
         language: _estimate_units(source, chosen.get(i, []), tokenizer) for i, language in enumerate(source.languages)
     }
@@ -116,11 +120,13 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
         size += int(source.units[unit, 3]) if is_complete else _size_of_first(source, unit, records, read)
         text_size += read
     sample, tokenised = [], 0
-    for i in seeded_order(len(texts), source.name, "sample").tolist():
+    # In an order of the texts' own, so that a corpus has one estimate in every file format and under every name.
+    for text in sorted(texts, key=lambda text: blake2b(text, digest_size=8).digest()):
         if tokenised >= _TOKENISED_BYTES:
             break
-        sample.append(texts[i][:_TOKENISED_BYTES].decode(errors="ignore"))
-        tokenised += len(texts[i][:_TOKENISED_BYTES])
+        part = text[:_TOKENISED_BYTES]
+        sample.append(part.decode(errors="ignore"))
+        tokenised += len(part)
     if not tokenised:
         return Estimate(0.0, 0.0)
     # Every document has a BOS and an EOS, too.

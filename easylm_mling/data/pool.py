@@ -43,7 +43,8 @@ class Pool:
 
     `counters`, int64 [V, C] (mixture.COUNTERS), says where the lanes are. EPOCH and WINDOW, alike in all lanes: the
     epoch that is dealt, and how many of its documents are. DOCUMENT: one more than the number of the document that the
-    lane is in, or 0; OFFSET: the tokens of it that are consumed; BLOCK: the epoch it was dealt in. Totals are kept for the host's `own` lanes only.
+    lane is in, or 0; OFFSET: the tokens of it that are consumed; BLOCK: the epoch it was dealt in. Totals are kept for the
+    host's `own` lanes only.
     `languages`, int64 [source's languages, 3], counts what own lanes have consumed since the pool was opened.
     """
 

@@ -88,8 +88,8 @@ def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, s
     """Sums [B], and gradients, of a device's rows; `head` is this device's part of the vocabulary.
 
     The head is [D, V] here, and so is its gradient: pieces of D, as they come from the devices and go to them, then lie
-    one after another in memory. The gradient is added up over the chunks in float32: in bfloat16 it would lose 1.3 % after
-    64 of them, and 5 % after 256, most of it in the rows of rare tokens.
+    one after another in memory. The gradient is added up over the chunks in float32: in bfloat16 its error was 0.5 % after
+    64 of them, and 2.5 % after 256 (tests/test_head_shards.py measures it).
     """
     B, T, D = hidden.shape
     padding = -T % chunk

@@ -16,7 +16,7 @@ from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.forecast import forecast
-from easylm_mling.data.weights import language_bytes, language_tokens, make_plan
+from easylm_mling.data.weights import language_text, language_tokens, make_plan
 from easylm_mling.formatting import tokens_text
 
 # Languages printed of a source: so many of the most, and of the least repeated ones.
@@ -26,8 +26,8 @@ _SHOWN = 8
 def inspect_data(config: MixerConfig) -> dict:
     """Return everything the tables show, as plain data. Reads about a unit of each language (see data/estimates.py).
 
-    `bytes` are the catalog's: of text, where the files say so. `tokens` is the size of all documents once, and `taken`
-    what the run takes of them; both are estimates. A budget that is not known is all data once. Raises ConfigError as
+    `bytes` (of text) and `tokens` are the size of all documents once, and `taken` is what the run takes of them; all are
+    estimates. A budget that is not known is all data once. Raises ConfigError as
     build_catalog does.
     """
     catalog, tokenizer = build_catalog(config.data), Tokenizer(config.data.tokenizer)
@@ -43,10 +43,16 @@ def inspect_data(config: MixerConfig) -> dict:
     sources = {}
     for name, source in catalog.sources.items():
         e = expected.sources[name]
-        columns = (source.languages, language_bytes(source), sizes[name], e.language_epochs, estimates[name].values())
+        columns = (
+            source.languages,
+            language_text(source, rates[name]),
+            sizes[name],
+            e.language_epochs,
+            estimates[name].values(),
+        )
         languages = {
             language: {
-                "bytes": int(size),
+                "bytes": round(size),
                 "tokens": round(tokens),
                 "tokens_per_byte": round(f.tokens_per_text, 4),
                 "taken": round(tokens * epochs),
