@@ -19,7 +19,7 @@ from easylm_mling.config import load
 from easylm_mling.data import pool
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.loader import Loader
-from easylm_mling.data.mixture import DOCUMENTS, EPOCH, OFFSET, ROWS, TOKENS
+from easylm_mling.data.mixture import COUNTERS, DOCUMENTS, EPOCH, OFFSET, PADDING, ROWS, TOKENS
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.audit import audit
 from easylm_mling.errors import ConfigError
@@ -298,9 +298,9 @@ def test_a_change_of_the_data_is_refused_and_can_be_accepted(corpora, tmp_path):
     run(copy, run_dir, *more)
     assert (run_dir / "config-to-step-10.yaml").exists() and (run_dir / "catalog-to-step-10.json").exists()
     after = load_data_state(run_dir, 20)["lanes"]
-    assert after.shape == (4, 5, 11) and after[..., ROWS].sum() == 160
+    assert after.shape == (4, 5, len(COUNTERS)) and after[..., ROWS].sum() == 160
     assert (after[:, :4, DOCUMENTS] >= before["lanes"][..., DOCUMENTS]).all()
-    assert after[..., TOKENS].sum() + after[..., 10].sum() == 160 * 32
+    assert after[..., TOKENS].sum() + after[..., PADDING].sum() == 160 * 32
     drawn = [row for step in range(11, 21) for row in audit(run_dir, step)]
     share = Counter(row["source"] for row in drawn)
     assert share["more"] == pytest.approx(80 / 6, abs=4)

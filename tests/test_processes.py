@@ -27,7 +27,7 @@ from processes import (
     wait_for_step,
 )
 
-from easylm_mling.data.mixture import BLOCK, DataState
+from easylm_mling.data.mixture import BLOCK, COUNTERS, DataState
 from easylm_mling.distributed.joining import ProcessGroup, find_process_group, roll_call
 from easylm_mling.errors import ConfigError
 from easylm_mling.run.host_sync import HostSync, own_quarantine
@@ -204,7 +204,7 @@ def test_the_place_of_a_process(monkeypatch):
 def test_what_processes_say_is_put_together(monkeypatch):
     """Large counts keep all their bits, the largest wish counts, and processes that share lanes are counted once."""
     rng = np.random.default_rng(0)
-    whole = DataState(rng.integers(0, 1 << 60, (4, 3, 11)), rng.integers(0, 1 << 60, (5, 3)))
+    whole = DataState(rng.integers(0, 1 << 60, (4, 3, len(COUNTERS))), rng.integers(0, 1 << 60, (5, 3)))
     said = []
     for start_, stop_request, part in ((0, 0, 0.25), (2, 2, 0.75), (2, 0, 0.75)):
         languages = whole.languages // 4 if part == 0.25 else whole.languages - whole.languages // 4
@@ -221,7 +221,7 @@ def test_the_first_forgets_what_processes_that_are_gone_had_read_ahead(tmp_path)
     entry = {"source": "a", "lane": 0, "epoch": 0, "block": 4, "window": 0}
     for name in ("quarantine.jsonl", "quarantine-of-process-1.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps({**entry, "block": block}) + "\n" for block in (0, 4)))
-    state = DataState(np.zeros((1, 1, 11), np.int64), np.zeros((1, 3), np.int64))
+    state = DataState(np.zeros((1, 1, len(COUNTERS)), np.int64), np.zeros((1, 3), np.int64))
     state.lanes[0, 0, BLOCK] = 4
     assert own_quarantine(tmp_path / "quarantine.jsonl", ["a"], state) == tmp_path / "quarantine.jsonl"
     # Its own list is the loader's to see to.
