@@ -58,14 +58,19 @@ def _import(a) -> int:
 
 def _export(a) -> int:
     from easylm_mling.checkpoint.layout import step_directory
+    from easylm_mling.errors import one_line
     from easylm_mling.hf.exporting import export_hf, note_export
 
     step = int(step_directory(a.checkpoint_dir, a.step).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
     for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages):
         print(f"warning: {warning}", file=sys.stderr)
-    if not note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype):
-        print("warning: the run is being trained, so the export is not noted in its metrics.jsonl", file=sys.stderr)
+    try:
+        reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype) else "the run is being trained"
+    except OSError as error:  # a run of somebody else's, which may only be read; the export is whole
+        reason = one_line(error)
+    if reason:
+        print(f"warning: the export is not noted in the run's metrics.jsonl: {reason}", file=sys.stderr)
     print(f"exported step {step} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
     if a.verify:
         from easylm_mling.hf.verify import verify_export

@@ -35,7 +35,7 @@ from typing import TextIO
 from easylm_mling.checkpoint.layout import ASIDE, checkpoints_folder
 from easylm_mling.config import Change, RunConfig, differences, load_kept, to_yaml
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
 from easylm_mling.storage.jsonl import read_jsonl
@@ -98,7 +98,7 @@ class RunDirectory:
             # This machine's own copy of the small files: no other process here may have it at the same time.
             self.path.parent.mkdir(parents=True, exist_ok=True)
             bucket = Bucket(config.run_dir)
-            self._take_lock(self.path.with_name(f"{self.path.name}.lock"))
+            self._take_lock(open(self.path.with_name(f"{self.path.name}.lock"), "a+"))
             self.mirror = Mirror(bucket, self.path)
         try:
             self._check_directory(config, accept_data_change, change)
@@ -126,10 +126,16 @@ class RunDirectory:
         if self.writes and self.mirror:
             self._take_lease(self.mirror.bucket.store)
         elif self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
             try:
-                self._take_lock(self.path / "lease")
-            except OSError:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = open(self.path / "lease", "a+")
+            except OSError as error:
+                raise ConfigError(
+                    f"run_dir={self.name}: cannot be written to ({one_line(error)}); name a directory that can"
+                ) from error
+            try:
+                self._take_lock(file)
+            except OSError:  # a file system without locks
                 self._take_lease(file_store(self.path))
 
     def push(self):
@@ -158,8 +164,8 @@ class RunDirectory:
         if self._lock:
             self._lock.close()
 
-    def _take_lock(self, file: Path):
-        self._lock = open(file, "a+")
+    def _take_lock(self, file: TextIO):
+        self._lock = file
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,8 +11,9 @@ import time
 
 import pytest
 from data_corpus import data_config, documents, run_config, tokenizer, tokenizer_path
-from processes import assert_same_bits, ends, outcome, printed, run, start, train_here
+from processes import SMALL, assert_same_bits, ends, outcome, printed, run, start, train_here
 
+from easylm_mling.cli.main import main
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.monitoring.events import read_event_log
@@ -150,3 +151,51 @@ def test_a_full_disk_neither_stops_nor_blocks_the_record(tmp_path):
     with pytest.raises(OSError, match="denied"):
         full._file = type("Denied", (Small,), {"write": lambda *_: (_ for _ in ()).throw(PermissionError("denied"))})()
         full.append({})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    train_here(run_dir, "train.stop_at_step=2")
+    return run_dir
+
+
+def test_a_run_that_may_only_be_read_can_be_used(trained, tmp_path, capsys):
+    """Another person's run, or a disk that is mounted for reading: what only reads it ends well."""
+    (tmp_path / "theirs").mkdir()
+    shutil.copytree(trained, tmp_path / "run")
+    binds = ["mount", "--bind", str(tmp_path / "run"), str(tmp_path / "theirs")]
+    if subprocess.run(binds, capture_output=True).returncode:
+        pytest.skip("only root may mount a folder for reading")
+    run_dir = str(tmp_path / "theirs")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", run_dir], check=True)
+        assert main(["export-hf", run_dir, str(tmp_path / "hf")]) == 0
+        assert "not noted in the run's metrics.jsonl" in capsys.readouterr().err
+        assert main(["summary", run_dir]) == 0
+        assert main(["data", "audit", run_dir, "--step", "2", "--row", "0"]) == 0
+        assert main(["report", run_dir, "--output", str(tmp_path / "report.html")]) == 0
+        assert main(["sample", run_dir, "--prompt", "a", "--max-new-tokens", "2"]) == 0
+        capsys.readouterr()
+        assert main(["train", "configs/demo.yaml", *SMALL, "mesh.cpu_devices=0", f"run_dir={run_dir}"]) == 2
+        assert "cannot be written to (" in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", "-l", run_dir], check=True)
+
+
+@pytest.mark.parametrize("size", ["60k", "400k"])
+def test_a_model_for_which_there_is_no_room(trained, tmp_path, capsys, size):
+    with small_disk(tmp_path / "small", f"size={size}") as small:
+        assert main(["export-hf", str(trained), str(small / "hf")]) == 1
+        assert "No space left on device" in one_error(capsys)
+        assert not list(small.iterdir())
+        assert main(["export-hf", str(trained), str(tmp_path / "hf")]) == 0
+        capsys.readouterr()
+        assert main(["import-hf", str(tmp_path / "hf"), str(small / "imported")]) == 2
+        assert "make room" in one_error(capsys)
+        assert not list(small.iterdir())
+
+
+def one_error(capsys) -> str:
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
+    return line
