@@ -232,6 +232,11 @@ def test_checkpoints_that_are_gone_do_not_begin_the_run_again(undisturbed, tmp_p
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(NoUsableCheckpoint, match="holds no checkpoint, but this run saved one at step 10"):
         run(tmp_path / "run")
+    # The record of events may be gone with them, and an attempt that fails begins a new one.
+    (tmp_path / "run/events.jsonl").unlink()
+    for _ in range(2):
+        with pytest.raises(NoUsableCheckpoint, match="holds no checkpoint, but this run saved one at step 8"):
+            run(tmp_path / "run")
 
 
 def test_a_directory_in_which_no_step_was_done_may_be_begun_anew(tmp_path):

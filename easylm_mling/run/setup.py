@@ -11,6 +11,7 @@ from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, l
 from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
 from easylm_mling.config import RunConfig, load_kept
 from easylm_mling.data.mixture import DataState
+from easylm_mling.data.state_archive import kept_steps
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import broadcast, is_primary, process_index
 from easylm_mling.errors import NoUsableCheckpoint
@@ -106,8 +107,15 @@ def restore_or_init(
 
 
 def _check_none_is_missing(run: RunDirectory):
-    """Raise NoUsableCheckpoint if there were checkpoints of this run, by its events, and none is left. Collective."""
-    saved = [e["step"] for e in read_event_log(run.events_file) if e["event"] in ("saved", "restored")]
+    """Raise NoUsableCheckpoint if there were checkpoints of this run, by its events, and none is left. Collective.
+
+    Where the events are gone, too, the data states tell: one is kept just before each checkpoint, so of two the first was
+    followed by a checkpoint, unless an event says that it failed.
+    """
+    events = list(read_event_log(run.events_file))
+    saved = [e["step"] for e in events if e["event"] in ("saved", "restored")]
+    if not any(e["event"] == "save_failed" for e in events):
+        saved += kept_steps(run.states_dir)[:-1]
     if step := broadcast(max(saved, default=0) if is_primary() else 0):
         raise NoUsableCheckpoint(
             f"{checkpoints_folder(run.name)}: holds no checkpoint, but this run saved one at step {step}; mount or restore the "
