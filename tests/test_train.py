@@ -239,6 +239,19 @@ def test_checkpoints_that_are_gone_do_not_begin_the_run_again(undisturbed, tmp_p
             run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_neither_file_of_the_runs_tokenizer_may_change(undisturbed, tmp_path, name):
+    """Training reads one of them, and an export ships both."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    file = tmp_path / "run/tokenizer" / name
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
+    with pytest.raises(ConfigError, match="damaged, or not the tokenizer that the checkpoint was trained with"):
+        export_hf(tmp_path / "run", tmp_path / "hf")
+    if name == "tokenizer.json":
+        with pytest.raises(ConfigError, match="run/tokenizer: holds another tokenizer file than when the checkpoint"):
+            run(tmp_path / "run")
+
+
 def test_a_directory_in_which_no_step_was_done_may_be_begun_anew(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError):

@@ -18,7 +18,7 @@ from easylm_mling.checkpoint.layout import step_directory
 from easylm_mling.checkpoint.reading import load_info, open_store, stored_model
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
-from easylm_mling.data.tokenization.tokenizer import stored_fingerprints
+from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import Export, write_card
 from easylm_mling.hf.config import GENERATION, hf_config, hf_generation_config, read_json, write_json
@@ -67,7 +67,7 @@ def export_hf(
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
     step_dir = step_directory(checkpoint_dir, step)
     step, files = int(step_dir.name), small_files(checkpoint_dir)
-    tokenizer = own_tokenizer(files, stored_fingerprints(load_info(checkpoint_dir, step)))
+    tokenizer = own_tokenizer(files, shipped_fingerprints(load_info(checkpoint_dir, step)))
     check_inside(tokenizer)
     model = stored_model(checkpoint_dir, step)
     target = DTYPES[_TAGS[dtype]]

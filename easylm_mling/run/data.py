@@ -15,6 +15,7 @@ from easylm_mling.data.migration import carry_over
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.state_archive import KeptState, forget_after, keep_state
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.data.tokenization.tokenizer import fingerprints as file_fingerprints
 from easylm_mling.data.weights import MixingPlan, make_plan
 from easylm_mling.errors import ConfigError
 from easylm_mling.run.directory import RunDirectory
@@ -38,6 +39,7 @@ class RunData:
     plan: MixingPlan
     ledger: Ledger
     fingerprints: dict[str, str]  # of tokenizer and data
+    beside: list[str]  # fingerprints of the run's other tokenizer file, which it ships and does not read
     estimates_digest: str  # of the numbers that decide the shares
     accept_change: bool
 
@@ -52,7 +54,9 @@ class RunData:
         plan = make_plan(config.mixer, catalog, catalog_rates(estimates))
         ledger = Ledger(catalog, plan, estimates, config.data.sequence_length)
         digest = blake2b(json.dumps(estimates, sort_keys=True).encode(), digest_size=8).hexdigest()
-        return cls(run, config, catalog, plan, ledger, fingerprints(tokenizer, catalog), digest, accept_change)
+        beside = sorted({*file_fingerprints(run.tokenizer_dir).values()} - {tokenizer.fingerprint})
+        prints = fingerprints(tokenizer, catalog)
+        return cls(run, config, catalog, plan, ledger, prints, beside, digest, accept_change)
 
     def resume(self, step: int, state: DataState, info: dict) -> tuple[DataState, list[str]]:
         """The state to go on with from the checkpoint of `step`, and a line about each source that has changed.
@@ -74,6 +78,11 @@ class RunData:
             raise ConfigError(
                 f"{self.run.estimates_file}: not the estimates that the checkpoint of step {step} was made with; restore the "
                 "file from a backup, or remove it: it is made anew from the same files"
+            )
+        if not changed and self.run.writes and info.get("tokenizer_beside", self.beside) != self.beside:
+            raise ConfigError(
+                f"{self.run.tokenizer_dir}: holds another tokenizer file than when the checkpoint of step {step} was made; "
+                "copy the tokenizer's own here again"
             )
         if changed:
             old = Catalog.load(self.run.set_aside_path(self.run.catalog_file, step))

@@ -86,6 +86,7 @@ class Saver:
         except OSError as error:
             problem = one_line(error)
         info |= {**self._data.fingerprints, "estimates": self._data.estimates_digest}
+        info["tokenizer_beside"] = self._data.beside
         return self._checkpoints.save(state, data_state._asdict(), info, problem=problem, wait=wait)
 
     def _report(self, result: SaveResult | None):

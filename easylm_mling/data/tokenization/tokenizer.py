@@ -167,6 +167,11 @@ def stored_fingerprints(info: dict) -> frozenset[str]:
     return frozenset([value] if isinstance(value, str) else value)
 
 
+def shipped_fingerprints(info: dict) -> frozenset[str]:
+    """Return those of all tokenizer files that lay with a checkpoint, the unused one of a run, too."""
+    return stored_fingerprints(info) | frozenset(info.get("tokenizer_beside", ()))
+
+
 def _digest(file: Path, content: bytes, special: SpecialTokens) -> str:
     """`content` is the file's; of a tokenizer.model, with the controls of `special`."""
     return blake2b(content + (special.digestible() if file.suffix == ".json" else b""), digest_size=16).hexdigest()
