@@ -1,4 +1,6 @@
-"""Format token counts and durations for people."""
+"""Format token counts, durations and tables for people."""
+
+from collections.abc import Sequence
 
 
 def tokens_text(n: float | None) -> str:
@@ -18,3 +20,9 @@ def duration_text(seconds: float | None) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h {m:02}m" if hours else f"{m}m {s:02}s"
+
+
+def markdown_table(heads: tuple[object, ...], rows: Sequence[tuple[object, ...]], rule: str = "---:") -> list[str]:
+    """Make the lines of a Markdown table; `rule` aligns all columns but the first, by default to the right."""
+    lines = [heads, ("---", *[rule] * (len(heads) - 1)), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]

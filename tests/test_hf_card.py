@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_corpus import data_config, documents, run_config, tokenizer, write
 from hf_models import save, transformers_model
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.cli.main import main
 from easylm_mling.config import SourceConfig, to_tree
 from easylm_mling.data.catalog import Catalog, build_catalog
 from easylm_mling.data.estimates import open_estimates
@@ -179,3 +181,22 @@ def test_the_base_is_found_through_the_runs_between(tmp_path, monkeypatch):
         build_catalog(config.data).save(tmp_path / name / "catalog.json")
     text = card(tmp_path / "second", step=0)[1]
     assert "https://huggingface.co/google/gemma-2-2b) at abc" in text and "No text was held out" in text
+
+
+def test_an_average_has_the_runs_card_and_says_what_it_is(run, tmp_path, capsys):
+    assert (
+        main(["export-hf", str(run), str(tmp_path / "mean"), "--average", "1", "--dtype", "float32", "--verify"]) == 0
+    )
+    assert "exported the mean of the steps 3" in capsys.readouterr().out
+    export_hf(run, tmp_path / "step", dtype="float32")
+    assert (tmp_path / "mean" / "model.safetensors").read_bytes() == (
+        tmp_path / "step" / "model.safetensors"
+    ).read_bytes()
+    text = (tmp_path / "mean" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| run, step 3 \| model \| 1 \| `[0-9a-f]{32}` \|", text) and "SECRET" not in text
+    without = text[: text.index("## How it was made")] + text[text.index("## Data") :]
+    plain = (tmp_path / "step" / "README.md").read_text(encoding="utf-8")
+    assert without.replace("mean", "step") == plain.replace("mean", "step")
+    assert main(["export-hf", str(run), str(tmp_path / "more"), "--average", "2"]) == 2
+    assert main(["export-hf", str(run), str(tmp_path / "more"), "--average", "1", "--step", "3"]) == 2
+    assert not (tmp_path / "more").exists()

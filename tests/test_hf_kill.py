@@ -1,7 +1,8 @@
-"""`kill -9` at any moment of an export: the directory is whole or not there, and the next export ends well."""
+"""`kill -9` at any moment of an export or a merge: the directory is whole or not there, and the next one ends well."""
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.hf.exporting import export_hf
+from easylm_mling.merge.recipe import MergeRecipe, ModelRef
+from easylm_mling.merge.writing import merge_to_hf
 from easylm_mling.storage.atomic import atomic_directory, atomic_file
 from easylm_mling.training.state import init_params
 
@@ -20,14 +23,23 @@ from easylm_mling.training.state import init_params
 EXPORT_AND_KILL = """
 import os, signal, sys, time
 from easylm_mling.hf.exporting import export_hf
+from easylm_mling.merge.recipe import MergeRecipe, ModelRef
+from easylm_mling.merge.writing import merge_to_hf
 
 checkpoint, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def write(out):
+    if sys.argv[4] == "merge":
+        recipe = MergeRecipe("linear", (ModelRef(checkpoint), ModelRef(checkpoint + "2")))
+        merge_to_hf(recipe, out, dtype="float32", max_shard_bytes=4e6)
+    else:
+        export_hf(checkpoint, out, dtype="float32", max_shard_bytes=4e6)
 
 def export(name):
     child = os.fork()
     if not child:
         try:
-            export_hf(checkpoint, f"{folder}/{name}/out", dtype="float32", max_shard_bytes=4e6)
+            write(f"{folder}/{name}/out")
         except BaseException as error:
             os.write(2, f"{error!r}\\n".encode())
             os._exit(1)
@@ -60,18 +72,25 @@ for i in range(kills):
 """
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_kill_leaves_all_or_nothing(tmp_path, kills):
+@pytest.mark.parametrize(
+    "what, kills", [("export", 20), ("merge", 10), pytest.param("export", 100, marks=pytest.mark.slow)]
+)
+def test_a_kill_leaves_all_or_nothing(tmp_path, what, kills):
     model = ModelConfig(2000, 256, 512, 8, 4, 2, 64)
     params = jax.jit(lambda: init_params(model, 0))()
     with Checkpoints(tmp_path / "checkpoint") as checkpoints:
         checkpoints.save_params(params, {"model": to_tree(model)})
-    export_hf(tmp_path / "checkpoint", tmp_path / "right" / "out", dtype="float32", max_shard_bytes=4e6)
+    if what == "merge":
+        shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint2")
+        recipe = MergeRecipe("linear", tuple(ModelRef(f"{tmp_path}/checkpoint{n}") for n in ("", "2")))
+        merge_to_hf(recipe, tmp_path / "right" / "out", "float32", max_shard_bytes=4e6)
+    else:
+        export_hf(tmp_path / "checkpoint", tmp_path / "right" / "out", dtype="float32", max_shard_bytes=4e6)
     right = contents(tmp_path / "right" / "out")
     assert sum(name.endswith(".safetensors") for name in right) > 4
     for i in range(kills):
         (tmp_path / f"killed{i}").mkdir()
-    command = [sys.executable, "-c", EXPORT_AND_KILL, tmp_path / "checkpoint", tmp_path, str(kills)]
+    command = [sys.executable, "-c", EXPORT_AND_KILL, tmp_path / "checkpoint", tmp_path, str(kills), what]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     moments = done.stdout.splitlines()
     assert len(moments) == kills

@@ -20,6 +20,9 @@ def add_verbs(verbs):
     exporter.add_argument("checkpoint_dir", help="a run's directory, or one made by import-hf")
     exporter.add_argument("hf_dir")
     exporter.add_argument("--step", type=int, help="default: the newest")
+    exporter.add_argument(
+        "--average", type=int, metavar="K", help="the mean of a run's K newest checkpoints (docs/merge.md)"
+    )
     exporter.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     exporter.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
     exporter.add_argument(
@@ -63,7 +66,14 @@ def _export(a) -> int:
 
     step = int(step_directory(a.checkpoint_dir, a.step).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
-    for warning in export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages):
+    merged = None
+    if a.average is not None:
+        merged, warnings = _export_average(a, shard_bytes, languages)
+        what = f"the mean of the steps {', '.join(str(s.step) for s in merged.sources[::-1])}"
+    else:
+        warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages)
+        what = f"step {step}"
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
         reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype) else "the run is being trained"
@@ -71,14 +81,36 @@ def _export(a) -> int:
         reason = one_line(error)
     if reason:
         print(f"warning: the export is not noted in the run's metrics.jsonl: {reason}", file=sys.stderr)
-    print(f"exported step {step} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
+    print(f"exported {what} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
     if a.verify:
-        from easylm_mling.hf.verify import verify_export
-
-        for line in verify_export(a.checkpoint_dir, a.hf_dir, step):
+        for line in _verify(a, step, merged):
             print(f"verified: {line}" if not line.startswith("not checked") else line)
     if a.push_to_hub:
         from easylm_mling.hf.hub import push
 
         print(f"uploaded to {push(a.hf_dir, a.push_to_hub)}")
     return 0
+
+
+def _export_average(a, shard_bytes: float, languages: tuple[str, ...]):
+    """Export the mean of the newest checkpoints; returns what was merged, and warnings."""
+    from easylm_mling.errors import check
+    from easylm_mling.merge.recipe import MergeRecipe
+    from easylm_mling.merge.writing import merge_to_hf
+
+    check(
+        a.step is None, "--average takes the newest steps; leave out --step, or use `merge --average RUN --from --to`"
+    )
+    recipe = MergeRecipe("average", run=a.checkpoint_dir, last=a.average)
+    return merge_to_hf(recipe, a.hf_dir, a.dtype, shard_bytes, a.push_to_hub, languages)
+
+
+def _verify(a, step: int, merged) -> list[str]:
+    if merged is not None:
+        from easylm_mling.merge.verify import verify_merge
+
+        # Its recipe names the steps: the run may have newer ones by now.
+        return verify_merge(merged.recipe, a.hf_dir)
+    from easylm_mling.hf.verify import verify_export
+
+    return verify_export(a.checkpoint_dir, a.hf_dir, step)

@@ -16,7 +16,7 @@ from easylm_mling.config import ModelConfig, RunConfig, from_tree
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError
-from easylm_mling.formatting import tokens_text
+from easylm_mling.formatting import markdown_table, tokens_text
 from easylm_mling.hf.config import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
 from easylm_mling.model.params import parameter_count
@@ -36,6 +36,7 @@ _FAMILY_NAMES = {
 # A language's folder is named ja or jpn_Jpan; the hub wants the ISO 639 code in it.
 _FOLDER = re.compile(r"([a-z]{2})|([a-z]{3})_[A-Z][a-z]{3}")
 
+PRETRAINED = "This is a pretrained model. It continues text, follows no instructions, and was not made safe."
 _DATA_CHANGED = "## Data\n\nThe run went on with other data after this step; the card of a later step has the table.\n"
 
 
@@ -61,18 +62,19 @@ class Base:
     on_hub: bool = False
 
 
-def write_card(folder: Path, export: Export, languages: tuple[str, ...] = ()):
+def write_card(folder: Path, export: Export, languages: tuple[str, ...] = (), made: str = ""):
     """Write README.md, Markdown with YAML front matter, into `folder`, and the picture of the losses if there are any.
 
-    `languages` are ISO 639 codes beside those that the data's folders name. Raises ConfigError for one that is no code.
+    `languages` are ISO 639 codes beside those that the data's folders name, and `made` a section on how the weights were
+    made from the run's. Raises ConfigError for one that is no code.
     """
     info = load_info(export.checkpoint_dir, export.step)
     run, step = export.files, export.step
     is_run = (run / "catalog.json").is_file()
     catalog = Catalog.load(run / "catalog.json") if is_run else None
     by_source = {source: s.languages for source, s in catalog.sources.items()} if catalog else {}
-    base, codes = _base(info), _codes(languages, by_source)
-    parts = [_front_matter(base, export.model, codes), _summary(base, export, info, codes)]
+    base, codes = _base(info), language_codes(languages, by_source)
+    parts = [_front_matter(base, export.model, codes), _summary(base, export, info, codes), made]
     if catalog:
         config = from_tree(RunConfig, info["config"])
         evaluations, training = (_up_to(run, kind, step) for kind in ("eval", "train"))
@@ -85,19 +87,21 @@ def write_card(folder: Path, export: Export, languages: tuple[str, ...] = ()):
             _scores(run, step),
             _recipe(config, step, training, past_changes(run / "history.jsonl")),
         ]
-    text = "\n".join([*filter(None, parts), _usage(export), _limits(base, export.model)])
+    text = "\n".join([*filter(None, parts), usage(export), limits(is_gemma(base, export.model), base.name is not None)])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _front_matter(base: Base, model: ModelConfig, codes: list[str]) -> str:
-    values: dict = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["continued-pretraining"],
-    }
+    values: dict = {"tags": ["continued-pretraining"]}
     if base.on_hub:
         values["base_model"] = base.name
-    if _is_gemma(base, model):
+    return front_matter(values, is_gemma(base, model), codes)
+
+
+def front_matter(values: dict, gemma: bool, codes: list[str]) -> str:
+    """Return the YAML at the top of a card: `values` and what every card has; `codes` are languages."""
+    values = {"library_name": "transformers", "pipeline_tag": "text-generation", **values}
+    if gemma:
         values["license"] = "gemma"
     if codes:
         values["language"] = codes
@@ -137,7 +141,7 @@ def _data(config: RunConfig, catalog: Catalog, run: Path, state: dict) -> str:
         "Epochs are tokens consumed over the estimated tokens of the corpus. A corpus is sampled if it was not read whole.",
         *(f"Languages of {name}: {', '.join(tags)}." for name, tags in tagged.items()),
     ]
-    return "\n".join(["## Data", "", *_table(heads, rows), "", "\n\n".join(notes), ""])
+    return "\n".join(["## Data", "", *markdown_table(heads, rows), "", "\n\n".join(notes), ""])
 
 
 def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
@@ -149,7 +153,7 @@ def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
     for name in (*names, None):
         values = [e["loss"] if name is None else e["sources"].get(name) for e in shown]
         rows.append((name or "**all**", *("-" if v is None else f"{v:.4f}" for v in values)))
-    table = _table(("corpus", *(f"step {e['step']:,}" for e in shown)), rows)
+    table = markdown_table(("corpus", *(f"step {e['step']:,}" for e in shown)), rows)
     note = "Nats a token on held-out documents of the same corpora, which were never trained on."
     picture = [f"![losses]({LOSSES})", "", "Faint lines: losses of the training batches.", ""]
     return "\n".join(["## Losses", "", note, "", *table, "", *(picture if drawn else [])])
@@ -169,7 +173,7 @@ def _scores(run: Path, step: int) -> str:
                     rows.append((task, versions.get(task, "-"), shots.get(task, "-"), shown, f"{value:.4f}"))
     heads = ("task", "version", "shots", "measure", "value")
     note = "By [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)."
-    return "\n".join(["## Evaluation", "", note, "", *_table(heads, rows), ""]) if rows else ""
+    return "\n".join(["## Evaluation", "", note, "", *markdown_table(heads, rows), ""]) if rows else ""
 
 
 def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[dict]) -> str:
@@ -195,10 +199,11 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
     rows += [("changed", change_text(line)) for line in changes if line["step"] <= step]
     if rates:
         rows.append(("speed", f"{tokens_text(statistics.median(rates))} tokens a second (median of the steps logged)"))
-    return "\n".join(["## Training", "", *_table(("setting", "value"), rows, "---"), ""])
+    return "\n".join(["## Training", "", *markdown_table(("setting", "value"), rows, "---"), ""])
 
 
-def _usage(export: Export) -> str:
+def usage(export: Export) -> str:
+    """Return the section on how to load it."""
     name, bos = export.name, export.model.bos_token_id
     note = f"the model needs exactly one BOS (id {bos}) here; " + (
         f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
@@ -220,12 +225,13 @@ In transformers 4 `dtype` is called `torch_dtype`.
 """
 
 
-def _limits(base: Base, model: ModelConfig) -> str:
-    if _is_gemma(base, model):
+def limits(gemma: bool, derived: bool, kind: str = PRETRAINED) -> str:
+    """Return the section on licence and limits; `kind` says what sort of model it is."""
+    if gemma:
         licence = (
             "Derived from Gemma: the Gemma Terms of Use (https://ai.google.dev/gemma/terms) apply to these weights."
         )
-    elif base.name:
+    elif derived:
         licence = "Derived from other weights: their licence applies to these too."
     else:
         licence = "Not derived from other weights: whoever publishes them chooses the licence, and names it here."
@@ -233,9 +239,9 @@ def _limits(base: Base, model: ModelConfig) -> str:
 
 {licence} The corpora have licences of their own.
 
-This is a pretrained model. It continues text, follows no instructions, and was not made safe. It repeats what its
-corpora say, also what is false or offensive, and is weaker in languages that it read little of. Losses on held-out text
-do not say how useful it is: evaluate it for your use.
+{kind}
+It repeats what its corpora say, also what is false or offensive, and is weaker in languages that it read little of.
+Losses on held-out text do not say how useful it is: evaluate it for your use.
 """
 
 
@@ -262,12 +268,13 @@ def _base_text(base: Base) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name}){revision}" if base.on_hub else f"`{base.name}`"
 
 
-def _is_gemma(base: Base, model: ModelConfig) -> bool:
+def is_gemma(base: Base, model: ModelConfig) -> bool:
     """Return True if the weights derive from Google's, whose terms then apply."""
     return base.name is not None and model.model_type.startswith("gemma")
 
 
-def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
+def language_codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
+    """Return the sorted ISO 639 codes of `languages` and of the data's folders. Raises ConfigError for one that is no code."""
     for code in languages:
         if not re.fullmatch(r"[a-z]{2,3}", code):
             raise ConfigError(f"language {code!r} is no ISO 639 code; write two or three letters, such as ja")
@@ -288,9 +295,3 @@ def _bytes_text(n: float) -> str:
     while n >= 999.5:
         n, unit = n / 1000, next(units)
     return f"{n:.3g} {unit}"
-
-
-def _table(heads: tuple, rows: list[tuple], rule: str = "---:") -> list[str]:
-    """Make the lines of a Markdown table; `rule` aligns all columns but the first, by default to the right."""
-    lines = [heads, ("---", *[rule] * (len(heads) - 1)), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]

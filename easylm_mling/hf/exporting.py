@@ -6,7 +6,7 @@ Source of the format: safetensors README (8-byte little-endian header length, JS
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,41 +61,64 @@ def export_hf(
     Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other
     shapes than its config, and an `hf_dir` with content.
     """
-    if dtype not in _TAGS:
-        raise ConfigError(f"dtype={dtype!r} cannot be exported; use one of {', '.join(_TAGS)}")
-    if max_shard_bytes <= 0:
-        raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    tag = dtype_tag(dtype, max_shard_bytes)
     step_dir = step_directory(checkpoint_dir, step)
     step, files = int(step_dir.name), small_files(checkpoint_dir)
     tokenizer = own_tokenizer(files, shipped_fingerprints(load_info(checkpoint_dir, step)))
     check_inside(tokenizer)
     model = stored_model(checkpoint_dir, step)
-    target = DTYPES[_TAGS[dtype]]
+    target = DTYPES[tag]
     read = open_parameters(step_dir, model, target)
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with atomic_directory(hf_dir) as partial:
-        tokenizer_files = copy_tokenizer(tokenizer, partial)
-        write_json(partial / "config.json", hf_config(model, dtype))
-        kept = read_json(partial / GENERATION) if GENERATION in tokenizer_files else {}
-        write_json(partial / GENERATION, hf_generation_config(model, kept))
-        complete_tokenizer(partial)
-        bos, warnings = bos_seen(partial, model, hf_dir)
+        tokenizer_files, bos, warnings = write_settings(partial, tokenizer, model, dtype, hf_dir)
         write_card(
             partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages
         )
-        for file_name, tensors in shards.items():
-            with open(partial / file_name, "xb") as file:
-                file.write(shard_header(tensors, _TAGS[dtype]))
-                for tensor in tensors:
-                    for values in read(tensor):
-                        file.write(values.view(np.uint8).data)
-        if len(shards) > 1:
-            write_json(partial / INDEX, shard_index(shards))
+        write_shards(partial, shards, tag, read)
     if {"tokenizer.model", "tokenizer.json"} & {*tokenizer_files}:
         return warnings
     return [
         f"{checkpoint_dir}: no {TOKENIZER_FOLDER}/ folder here, so {hf_dir} has no tokenizer; copy the base model's files into it"
     ]
+
+
+def dtype_tag(dtype: str, max_shard_bytes: float) -> str:
+    """Return the safetensors tag of the dtype of an export; raises ConfigError for what cannot be written."""
+    if dtype not in _TAGS:
+        raise ConfigError(f"dtype={dtype!r} cannot be exported; use one of {', '.join(_TAGS)}")
+    if not max_shard_bytes > 0:
+        raise ConfigError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    return _TAGS[dtype]
+
+
+def write_settings(
+    partial: Path, tokenizer: Path, model: ModelConfig, dtype: str, hf_dir: str | Path
+) -> tuple[list[str], int | None, list[str]]:
+    """Write all of a Hugging Face directory but weights and card: the tokenizer's files, config and generation config.
+
+    Returns the tokenizer's files, how many BOS transformers' tokenizer adds (hf/tokenizer.py), and warnings.
+    """
+    tokenizer_files = copy_tokenizer(tokenizer, partial)
+    write_json(partial / "config.json", hf_config(model, dtype))
+    kept = read_json(partial / GENERATION) if GENERATION in tokenizer_files else {}
+    write_json(partial / GENERATION, hf_generation_config(model, kept))
+    complete_tokenizer(partial)
+    return tokenizer_files, *bos_seen(partial, model, hf_dir)
+
+
+def write_shards(
+    folder: Path, shards: dict[str, list[Tensor]], tag: str, read: Callable[[Tensor], Iterable[np.ndarray]]
+):
+    """Write the .safetensors files, each tensor as `read` yields it (flat pieces in the dtype of `tag`), and the index."""
+    for file_name, tensors in shards.items():
+        with open(folder / file_name, "xb") as file:
+            file.write(shard_header(tensors, tag))
+            for tensor in tensors:
+                for values in read(tensor):
+                    file.write(values.view(np.uint8).data)
+    if len(shards) > 1:
+        write_json(folder / INDEX, shard_index(shards))
 
 
 def note_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype: str) -> bool:

@@ -68,15 +68,13 @@ def import_hf(
     if tokenizer is not None:
         source["vocab_size"] = model.vocab_size
         weights, model = extend_vocabulary(weights, model, directory, Path(tokenizer))
-    _check_room(checkpoint_dir, model)
-    with _new_directory(checkpoint_dir) as (folder, checkpoints_dir):
+    check_room(checkpoint_dir, model)
+    with new_directory(checkpoint_dir) as (folder, checkpoints_dir):
         params = read_params(weights, model, widest_mesh(model))
         info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
         copied = copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
         info["tokenizer"] = sorted(fingerprints(folder / TOKENIZER_FOLDER).values())
-        largest = max(array.nbytes for array in to_flat(params).values())
-        with _full_disk_told(checkpoint_dir), Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
-            checkpoints.save_params(params, info)
+        save_checkpoint(checkpoint_dir, checkpoints_dir, params, info)
         if tokenizer is not None and (directory / GENERATION).is_file():
             shutil.copyfile(directory / GENERATION, folder / TOKENIZER_FOLDER / GENERATION)
     if not {JSON, MODEL} & {*copied}:
@@ -86,12 +84,19 @@ def import_hf(
     return model
 
 
-def _check_room(target: str | Path, model: ModelConfig):
-    """Raise ConfigError where the disk has no room for the float32 parameters."""
+def save_checkpoint(target: str | Path, checkpoints_dir: str | Path, params: dict, info: dict):
+    """Save parameters as step 0; beside them no more than the largest is in memory. Raises ConfigError on a full disk."""
+    largest = max(array.nbytes for array in to_flat(params).values())
+    with _full_disk_told(target), Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
+        checkpoints.save_params(params, info)
+
+
+def check_room(target: str | Path, model: ModelConfig, copies: int = 1):
+    """Raise ConfigError where the disk has no room for so many copies of the float32 parameters."""
     if is_bucket(target):
         return
     folder = next(p for p in Path(target).absolute().parents if p.exists())
-    needed, free = 4 * parameter_count(model), shutil.disk_usage(folder).free
+    needed, free = 4 * copies * parameter_count(model), shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
             f"{target}: the float32 parameters need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room, "
@@ -111,7 +116,7 @@ def _full_disk_told(target: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
+def new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
     """Yield a folder for files and a directory for checkpoints; both become `target` when the block ends without an error."""
     if not is_bucket(target):
         with atomic_directory(target) as partial:

@@ -39,7 +39,7 @@ def verify_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int | No
     lines = [_same_config(hf_dir, model), _same_bytes(step_directory(checkpoint_dir, step), Path(hf_dir), model)]
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         return [*lines, "not checked: logits and tokenizer (install torch and transformers to compare them)"]
-    return [*lines, _one_bos(Path(hf_dir), model), _same_logits(Path(hf_dir), model)]
+    return [*lines, one_bos(Path(hf_dir), model), same_logits(Path(hf_dir), model)]
 
 
 def _same_config(hf_dir: str | Path, model: ModelConfig) -> str:
@@ -72,7 +72,7 @@ def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
     )
 
 
-def _one_bos(hf_dir: Path, model: ModelConfig) -> str:
+def one_bos(hf_dir: Path, model: ModelConfig) -> str:
     """Check that a text starts with one BOS. Without it Gemma's 0.67 on LAMBADA is 0.004 (lm-evaluation-harness PR 1465)."""
     if not any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return "not checked: tokenizer (there is none here)"
@@ -86,7 +86,7 @@ def _one_bos(hf_dir: Path, model: ModelConfig) -> str:
     return "transformers' tokenizer starts a text with exactly one BOS"
 
 
-def _same_logits(hf_dir: Path, model: ModelConfig) -> str:
+def same_logits(hf_dir: Path, model: ModelConfig) -> str:
     needed, memory = 9 * parameter_count(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         return (

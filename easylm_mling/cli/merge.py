@@ -1,0 +1,105 @@
+"""Merging: `merge`."""
+
+import sys
+
+from easylm_mling.errors import ConfigError, check
+
+
+def add_verbs(verbs):
+    """Add `merge` to the parser's `verbs`."""
+    p = verbs.add_parser(
+        "merge",
+        help="average checkpoints, add a chat vector, or mix models, into a Hugging Face directory or a checkpoint",
+    )
+    p.add_argument("recipe", nargs="?", help="a YAML file (docs/merge.md); or say it with the flags below")
+    p.add_argument("output", help="the new directory")
+    kinds = p.add_argument_group("instead of a recipe, models as PATH, RUN@STEP or OWNER/NAME@REVISION")
+    kinds.add_argument("--average", metavar="RUN", help="the mean of steps of a run: --last K, or --from and --to")
+    kinds.add_argument("--last", type=int, metavar="K", help="the K newest steps")
+    kinds.add_argument("--from", type=int, metavar="STEP", dest="first_step")
+    kinds.add_argument("--to", type=int, metavar="STEP", dest="last_step")
+    kinds.add_argument("--linear", nargs="+", metavar="MODEL", help="the weighted mean of models")
+    kinds.add_argument(
+        "--chat-vector",
+        nargs=3,
+        metavar=("CONTINUED", "BASE", "INSTRUCT"),
+        help="CONTINUED + weight * (INSTRUCT - BASE); the weight is 1 by default",
+    )
+    kinds.add_argument("--slerp", nargs=2, metavar="MODEL", help="between two models; the weight is the second's")
+    kinds.add_argument("--weights", type=float, nargs="+", default=[], metavar="W", help="one for each model or step")
+    kinds.add_argument("--vocabulary", choices=("same", "first_rows", "leave_embedding"))
+    kinds.add_argument("--tokenizer", metavar="MODEL", help="the merged model whose tokenizer's files are taken")
+    p.add_argument("--checkpoint", action="store_true", help="write a checkpoint for init_from (float32)")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
+    p.add_argument("--verify", action="store_true", help="merge again and compare every bit; logits with transformers")
+    p.add_argument("--language", action="append", default=[], help="for the model card: an ISO 639 code, such as ja")
+    p.set_defaults(run=_merge)
+
+
+def _merge(a) -> int:
+    from easylm_mling.merge.recipe import load_recipe
+
+    flags = [name for name in ("average", "linear", "chat_vector", "slerp") if getattr(a, name)]
+    check(len(flags) + (a.recipe is not None) == 1, "say what to merge: a recipe, or one of --average, --linear, ...")
+    given = [n for n in ("last", "first_step", "last_step", "weights", "vocabulary", "tokenizer") if getattr(a, n)]
+    if a.recipe is not None and given:
+        raise ConfigError(f"--{given[0].split('_')[0]} goes with the flags; write it into {a.recipe}")
+    recipe = load_recipe(a.recipe) if a.recipe is not None else _recipe(a, flags[0])
+    if a.checkpoint:
+        from easylm_mling.merge.writing import merge_to_checkpoint
+
+        check(not a.verify, "--verify compares a Hugging Face directory; leave out --checkpoint or --verify")
+        opened, warnings = merge_to_checkpoint(recipe, a.output), []
+    else:
+        from easylm_mling.merge.writing import merge_to_hf
+
+        opened, warnings = merge_to_hf(recipe, a.output, a.dtype, a.max_shard_gb * 1e9, None, tuple(a.language))
+    _tell(a, opened, warnings)
+    if a.verify:
+        from easylm_mling.merge.verify import verify_merge
+
+        for line in verify_merge(opened.recipe, a.output):
+            print(f"verified: {line}" if not line.startswith("not checked") else line)
+    return 0
+
+
+def _tell(a, opened, warnings):
+    from easylm_mling.merge.card import record
+
+    for note in opened.notes:
+        print(f"note: {note}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for model in record(opened)["models"]:
+        print(f"{model['role']:6} {model['model']}  weight {model['weight']}  digest {model['digest']}")
+    if a.checkpoint:
+        print(f"merged into {a.output}; start from it with `easylm-mling train CONFIG init_from={a.output}`")
+    else:
+        print(f"merged in {a.dtype} into {a.output}")
+
+
+def _recipe(a, flag: str):
+    """Make the recipe that the flags say."""
+    from easylm_mling.config import from_tree
+    from easylm_mling.merge.recipe import MergeRecipe, model_ref
+
+    rest = {n: v for n in ("vocabulary", "tokenizer") if (v := getattr(a, n))}
+    if flag == "average":
+        spans = {n: v for n in ("last", "first_step", "last_step") if (v := getattr(a, n)) is not None}
+        return from_tree(MergeRecipe, {"kind": "average", "run": a.average, "weights": a.weights, **spans, **rest})
+    check(a.last is None and a.first_step is None and a.last_step is None, "--last, --from and --to go with --average")
+    if flag == "chat_vector":
+        continued, base, _ = map(model_ref, a.chat_vector)
+        check(len(a.weights) <= 1, f"--chat-vector has one weight, and here are {len(a.weights)}")
+        models = (model_ref(a.chat_vector[2], *a.weights),)
+        return MergeRecipe("task_arithmetic", models, base=base, start=continued, **rest)
+    names = getattr(a, flag)
+    if flag == "slerp":
+        check(len(a.weights) <= 1, f"--slerp has one weight, and here are {len(a.weights)}")
+        return MergeRecipe("slerp", (model_ref(names[0]), model_ref(names[1], *(a.weights or [0.5]))), **rest)
+    weights = a.weights or [1.0] * len(names)
+    check(
+        len(weights) == len(names), f"--weights has {len(weights)} numbers for {len(names)} models; give one for each"
+    )
+    return MergeRecipe("linear", tuple(map(model_ref, names, weights)), **rest)

@@ -1,0 +1,1 @@
+"""Merging checkpoints after training: averages, task arithmetic (the chat vector), and slerp, tensor by tensor."""

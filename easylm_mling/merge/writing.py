@@ -1,0 +1,89 @@
+"""Write a merge: into a Hugging Face directory, or into a checkpoint that training starts from."""
+
+import shutil
+from pathlib import Path
+
+from easylm_mling.config import to_tree
+from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
+from easylm_mling.data.tokenization.tokenizer import fingerprints
+from easylm_mling.errors import ConfigError
+from easylm_mling.hf.exporting import dtype_tag, plan_shards, write_settings, write_shards
+from easylm_mling.hf.importing import (
+    DTYPES,
+    check_room,
+    new_directory,
+    open_weights,
+    read_params,
+    save_checkpoint,
+    widest_mesh,
+)
+from easylm_mling.merge.card import record, title, write_merge_card
+from easylm_mling.merge.opening import Opened, open_merge
+from easylm_mling.merge.recipe import MergeRecipe
+from easylm_mling.storage.atomic import atomic_directory
+
+
+def merge_to_hf(
+    recipe: MergeRecipe,
+    hf_dir: str | Path,
+    dtype: str = "bfloat16",
+    max_shard_bytes: float = 5e9,
+    name: str | None = None,
+    languages: tuple[str, ...] = (),
+) -> tuple[Opened, list[str]]:
+    """Write a merged model for transformers; returns what was merged and warnings, one line each.
+
+    Values are computed as float32 and rounded once to `dtype`. In memory are a piece of a tensor of each model, and for slerp
+    one tensor of both. Raises ConfigError for models that do not fit each other, values that are not finite, and an
+    `hf_dir` with content; then nothing is left.
+    """
+    tag = dtype_tag(dtype, max_shard_bytes)
+    opened = open_merge(recipe)
+    shards = plan_shards(opened.model, DTYPES[tag].itemsize, max_shard_bytes)
+    _check_room(hf_dir, sum(t.nbytes for group in shards.values() for t in group))
+    with atomic_directory(hf_dir) as partial:
+        tokenizer_files, bos, warnings = write_settings(partial, opened.tokenizer, opened.model, dtype, hf_dir)
+        write_shards(partial, shards, tag, opened.merging.rounded(DTYPES[tag]))
+        # The digests of the models are known only now.
+        write_merge_card(partial, opened, dtype, name or Path(hf_dir).name, bos, languages)
+    if not {"tokenizer.model", "tokenizer.json"} & {*tokenizer_files}:
+        warnings.append(f"{opened.tokenizer}: holds no tokenizer, so {hf_dir} has none; copy the model's files into it")
+    return opened, warnings
+
+
+def merge_to_checkpoint(recipe: MergeRecipe, checkpoint_dir: str | Path) -> Opened:
+    """Write a merged model as a float32 checkpoint, step 0 of `checkpoint_dir`, for `init_from` and `export-hf`.
+
+    The merged weights lie on the disk of `checkpoint_dir` for a while (4 bytes a parameter, besides the checkpoint's), and
+    then on the devices, as in import-hf. Raises ConfigError as `merge_to_hf`.
+    """
+    opened = open_merge(recipe)
+    model = opened.model
+    check_room(checkpoint_dir, model, copies=2)
+    with new_directory(checkpoint_dir) as (folder, checkpoints_dir):
+        scratch = folder / "merged"
+        scratch.mkdir()
+        write_shards(scratch, plan_shards(model, 4, float("inf")), "F32", opened.merging.read)
+        params = read_params(open_weights(scratch, model), model, widest_mesh(model))
+        shutil.rmtree(scratch)
+        copy_tokenizer(opened.tokenizer, folder / TOKENIZER_FOLDER)
+        info = {
+            "source": {"name": title(opened), "revision": None, "hub": False},
+            "model": to_tree(model),
+            "source_dtype": "float32",
+            "merge": record(opened),
+            "tokenizer": sorted(fingerprints(folder / TOKENIZER_FOLDER).values()),
+        }
+        save_checkpoint(checkpoint_dir, checkpoints_dir, params, info)
+    return opened
+
+
+def _check_room(target: str | Path, needed: int):
+    """Raise ConfigError where the disk has no room for the weights."""
+    folder = next(p for p in Path(target).absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{target}: the weights need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room, or name "
+            "a place on another disk"
+        )
