@@ -13,7 +13,7 @@ from easylm_mling.checkpoint.layout import step_directory
 from easylm_mling.checkpoint.reading import load_info, stored_model
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import check_inside
-from easylm_mling.data.tokenization.tokenizer import stored_fingerprints
+from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import Tensor, open_parameters, plan_shards
@@ -95,7 +95,7 @@ def _open_checkpoint(ref: ModelRef) -> Source:
     where = step_directory(ref.model, ref.step)
     step = int(where.name)
     info, model = load_info(ref.model, step), stored_model(ref.model, step)
-    tokenizer = own_tokenizer(small_files(ref.model), stored_fingerprints(info))
+    tokenizer = own_tokenizer(small_files(ref.model), shipped_fingerprints(info))
     check_inside(tokenizer)
     pieces = open_parameters(where, model, np.dtype(np.float32))
     return Source(ref, model, tokenizer, False, info, step, pieces)
