@@ -186,7 +186,7 @@ def test_chunked_attention_is_attention(window, soft_cap):
         return jnp.einsum("bnts,bskh->btnh", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30)), v)
 
     def chunked(q, k, v):
-        return attention(q, k, v, segments, None if window is None else jnp.int32(window), soft_cap)
+        return attention(q, k, v, segments, window, soft_cap)
 
     def summed(f):
         return lambda *x: jnp.sum(jnp.sin(f(*x)))
@@ -425,28 +425,27 @@ def test_a_wide_weight_s_gradient_is_summed_over_devices_in_its_own_dtype(spec, 
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, window, cap, local",
+    "heads, kv_heads, window, cap",
     [
-        (4, 2, 100, 0.7, True),
-        pytest.param(4, 2, None, None, False, marks=pytest.mark.slow),
-        pytest.param(2, 2, 100, 0.7, False, marks=pytest.mark.slow),
-        pytest.param(4, 1, 384, None, True, marks=pytest.mark.slow),
+        (4, 2, 100, 0.7),
+        pytest.param(4, 2, None, None, marks=pytest.mark.slow),
+        pytest.param(2, 2, None, 0.7, marks=pytest.mark.slow),
+        pytest.param(4, 1, 384, None, marks=pytest.mark.slow),
     ],
 )
-def test_the_tpu_kernel_is_attention(heads, kv_heads, window, cap, local):
+def test_the_tpu_kernel_is_attention(heads, kv_heads, window, cap):
     """In interpret mode; the kernel's compiled form needs a TPU."""
     keys = jax.random.split(jax.random.key(0), 4)
     B, T, H = 2, 512, 128
     q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=False))
     q = q / H**0.5
     segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (B, T)), axis=1).astype(jnp.int32) + 1
-    reach = None if window is None else jnp.int32(window if local else 2**31 - 1)
 
     def kernel(q, k, v):
-        return splash_attention(q, k, v, segments, reach, cap, window, 128, interpret=True)
+        return splash_attention(q, k, v, segments, window, cap, 128, interpret=True)
 
     def plain(q, k, v):
-        return attention(q, k, v, segments, reach, cap)
+        return attention(q, k, v, segments, window, cap)
 
     np.testing.assert_allclose(kernel(q, k, v), plain(q, k, v), atol=2e-6)
 
@@ -465,7 +464,7 @@ def test_the_tpu_kernel_is_attention_on_a_mesh():
     # Two key/value heads over four shards: each shard's queries must find their own.
     mesh = make_mesh(MeshConfig(1, 2, 4))
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda q, k, v, s: splash_attention(q, k, v, s, None, None, None, 128, interpret=True))
+        run = jax.jit(lambda q, k, v, s: splash_attention(q, k, v, s, None, None, 128, interpret=True))
         on_mesh = np.asarray(run(q, k, v, segments))
     np.testing.assert_allclose(on_mesh, attention(q, k, v, segments, None, None), atol=2e-6)
 
@@ -477,11 +476,10 @@ def test_what_cudnn_is_asked_for_is_attention(heads, kv_heads, window):
     B, T, H = 4, 256, 32
     q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=False))
     segments = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (B, T)), axis=1).astype(jnp.int32) + 1
-    reach = None if window is None else jnp.int32(window)
 
     def gradients(attend):
-        by = jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x, segments, reach, None))), (0, 1, 2))
-        return attend(q, k, v, segments, reach, None), by(q, k, v)
+        by = jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x, segments, window, None))), (0, 1, 2))
+        return attend(q, k, v, segments, window, None), by(q, k, v)
 
     with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
         on_mesh = jax.jit(lambda: gradients(partial(cudnn_attention, implementation="xla")))()

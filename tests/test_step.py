@@ -301,7 +301,7 @@ def test_products_of_float32_are_exact_on_a_tpu(attention):
     mesh = make_mesh(config.mesh, jax.devices()[:4])
     c = step_config(config, mesh)
     if attention == "splash":
-        c = replace(c, attention=partial(splash_attention, local_window=None, block=128))
+        c = replace(c, attention=partial(splash_attention, block=128))
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         trained = jax.jit(partial(train_step, c=c)).trace(state, batch)

@@ -1,10 +1,9 @@
 """Generate text: a key/value cache, one prefill, and one compiled loop over new tokens.
 
-Axis letters: B prompts, P prompt slots, S cache slots (P and room for new tokens), L layers, K key/value heads,
-H head_dim, V vocabulary.
+Axis letters: B prompts, P prompt slots, S cache slots, K key/value heads, H head_dim, V vocabulary.
 
-Each row's prompt begins in slot 0, and a new token takes the slot after the last token of its row. So a slot's number is
-its position, and the mask is that of model/attention.py.
+Position p of a row lies in slot p modulo S. A global layer has a slot for every position, P and the room for new tokens. A
+local layer has one for each position of its window, and a new token takes the place of the oldest.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import stored_model
 from easylm_mling.hf.importing import open_weights, read_params, widest_mesh
 from easylm_mling.hf.tokenizer import own_tokenizer
-from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention, sees
+from easylm_mling.model.attention import QUERY_CHUNK, attention, masked_attention
 from easylm_mling.model.decoder import ForwardOptions, Gemma, logits
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
@@ -182,7 +181,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     model = nnx.merge(graph, params)
     eos = model.config.eos_token_id
     ends = jnp.asarray([eos, *model.config.stop_token_ids], jnp.int32)
-    hidden, caches = _prefill(model, tokens, room, dtype)
+    hidden, caches = _prefill(model, tokens, lengths, room, dtype)
     B = tokens.shape[0]
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
@@ -208,8 +207,8 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     return new, count
 
 
-def _prefill(model: Gemma, tokens, room: int, dtype):
-    """Compute the prompts' hidden states [B, P, D], and caches (k, v) [L, B, P + room, K, H] with P slots filled.
+def _prefill(model: Gemma, tokens, lengths, room: int, dtype):
+    """Compute the prompts' hidden states [B, P, D], and each layer's cache (k, v) [B, S, K, H] of the prompts.
 
     Padding needs no mask: it stands to the right of every real token, and its slots are overwritten before a later token can
     see them.
@@ -217,22 +216,37 @@ def _prefill(model: Gemma, tokens, room: int, dtype):
     B, P = tokens.shape
 
     def attend(q, k, v, window, _):
-        widen = [(0, 0), (0, room), (0, 0), (0, 0)]
+        slots = min(window or P + room, P + room)
         context = attention(q, k, v, jnp.ones((B, P), jnp.int32), window, model.config.attn_logit_softcapping)
-        return context, (jnp.pad(k, widen), jnp.pad(v, widen))
+        return context, (_in_slots(k, lengths, slots), _in_slots(v, lengths, slots))
 
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
     return model.run(tokens, positions, attend, None, ForwardOptions(dtype, Remat("none")))
+
+
+def _in_slots(x, lengths, slots: int):
+    """Return [B, S, K, H], each slot with the newest of its positions before `lengths`, of the prompts' [B, P, K, H]."""
+    if slots >= x.shape[1]:
+        return jnp.pad(x, [(0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)])
+    held = _held(lengths - 1, slots)
+    return jnp.take_along_axis(x, jnp.maximum(held, 0)[..., None, None], axis=1)
+
+
+def _held(newest, slots: int):
+    """Return the position in each slot [B, S] when position `newest` [B] was the last written; negative: none."""
+    return newest[:, None] - (newest[:, None] - jnp.arange(slots)) % slots
 
 
 def _decode(model: Gemma, token, position, caches, dtype):
     """Compute the hidden states [B, D] of one more `token` [B] at `position` [B], and the caches with it."""
     row = jnp.arange(token.shape[0])
 
-    def attend(q, k, v, window, cache):
-        keys, values = (slots.at[row, position].set(new[:, 0]) for slots, new in zip(cache, (k, v), strict=True))
-        mask = sees(position[:, None], jnp.arange(keys.shape[1]), window)
-        return masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping), (keys, values)
+    def attend(q, k, v, _, cache):
+        slots = cache[0].shape[1]
+        keys, values = (old.at[row, position % slots].set(new[:, 0]) for old, new in zip(cache, (k, v), strict=True))
+        mask = _held(position, slots) >= 0  # what the window hides is not there
+        context = masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping)
+        return context, (keys, values)
 
     options = ForwardOptions(dtype, Remat("none"))
     hidden, caches = model.run(token[:, None], position[:, None], attend, caches, options)

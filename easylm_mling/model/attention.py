@@ -20,7 +20,7 @@ from easylm_mling.model.sharding import BATCH_AXES
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
 Segments = Int32[Array, "B T"]
-Window = Int32[Array, ""] | int | None  # positions, which may be traced; None: no limit
+Window = int | None  # positions; None: no limit
 QUERY_CHUNK = 512
 
 

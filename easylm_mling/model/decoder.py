@@ -1,7 +1,7 @@
-"""The decoder of all families, Gemma to Qwen: a stack of layers of one form, run by one scan.
+"""The decoder of all families, Gemma to Qwen: stacks of layers, run by scans over the periods of their kinds.
 
-What differs from layer to layer (the window, the rotary frequencies) is scanned beside the parameters; what differs
-from family to family is in config/model.py's table of families.
+What differs from layer to layer is in model/layer_kinds.py; what differs from family to family is in config/model.py's
+table of families.
 
 Axis letters: B batch, T positions, D embed, F mlp, N query heads, K key/value heads, H head_dim, L layers, V vocabulary.
 Sources: google/gemma_pytorch `model.py` and transformers' `modeling_gemma.py`, `modeling_gemma2.py`,
@@ -12,11 +12,11 @@ coarse for them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -26,9 +26,11 @@ from easylm_mling.config import ModelConfig
 from easylm_mling.model.attention import attention, capped
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import gated_down
+from easylm_mling.model.layer_kinds import LayerKind, layer_kinds, runs, stacks
 from easylm_mling.model.projection import project
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.rotary import rotary, rotary_frequencies, scaled_frequencies
+from easylm_mling.model.scanning import cut, scan_periods
 from easylm_mling.model.sharding import constrain
 
 
@@ -45,28 +47,16 @@ class ForwardOptions:
 Hidden = Float[Array, "B T D"]
 Ids = Int32[Array, "B T"]
 # (q, k, v, window, cache) of one layer -> (context [B, T, N, H], the cache with k and v). Training has no cache.
-Attend = Callable[[Array, Array, Array, Array | None, Any], tuple[Array, Any]]
+Attend = Callable[[Array, Array, Array, int | None, Any], tuple[Array, Any]]
 LayerAttend = Callable[[Array, Array, Array], tuple[Array, Any]]  # with a layer's window and cache
-_NO_WINDOW = 2**31 - 1  # of a global layer beside local ones: no text is as long
 
 
-class LayerTraits(NamedTuple):
-    """The constants of each layer, stacked over L layers for the scan."""
-
-    frequencies: Float32[Array, "L H//2"]  # radians a position
-    window: Int32[Array, "L"] | None  # positions; None when no layer of the model is local
-
-
-def layer_traits(m: ModelConfig) -> LayerTraits:
-    """Compute every layer's rotary frequencies and window."""
+def layer_frequencies(m: ModelConfig) -> dict[bool, Float32[Array, "_"]]:
+    """Compute the rotary frequencies [H / 2], radians a position, of local layers (True) and of global ones (False)."""
     far = near = scaled_frequencies(rotary_frequencies(m.rope_theta, m.head_dim), m.rope_scaling, m.rope_theta)
     if not m.family.one_window:
         near = rotary_frequencies(m.rope_local_base_freq or m.rope_theta, m.head_dim)
-    local = np.asarray(m.local_layers)
-    frequencies = jnp.where(local[:, None], near, far)
-    if m.sliding_window is None:
-        return LayerTraits(frequencies, None)
-    return LayerTraits(frequencies, jnp.asarray(np.where(local, m.sliding_window, _NO_WINDOW), jnp.int32))
+    return {True: near, False: far}
 
 
 class Attention(nnx.Module):
@@ -163,7 +153,10 @@ class Gemma(nnx.Module):
     def __init__(self, m: ModelConfig, key: jax.Array):
         embed_key, layers_key = jax.random.split(key)
         self.embed_tokens = _kernel(embed_key, (m.vocab_size, m.hidden_size), m)
-        self.layers = jax.vmap(lambda k: Layer(m, k))(jax.random.split(layers_key, m.num_hidden_layers))
+        keys = jax.random.split(layers_key, m.num_hidden_layers)
+        for stack, numbers in stacks(m).items():
+            own = keys if len(numbers) == len(keys) else keys[jnp.asarray(numbers)]
+            setattr(self, stack, jax.vmap(lambda k: Layer(m, k))(own))
         self.norm = _norm_weight(m.hidden_size, m)
         if not m.tie_word_embeddings:
             self.lm_head = _kernel(jax.random.fold_in(embed_key, 1), (m.vocab_size, m.hidden_size), m)
@@ -187,31 +180,38 @@ class Gemma(nnx.Module):
     ) -> tuple[Hidden, Any]:
         """Compute the final hidden states with any `attend`, and the caches it returns.
 
-        `caches` is a pytree whose leaves have a leading axis of L layers.
+        `caches` has an entry for each scan, and in it one for each layer of a period: a pytree whose leaves have a leading
+        axis of periods. None stands for no caches, as in training.
         """
         dtype, remat = options.dtype, options.remat
         x = constrain(lookup(self.embed_tokens[...], tokens, dtype), "batch", "position", "activation_embed")
         if self.config.family.scaled_embedding:
             # transformers multiplies by sqrt(D) rounded to the weights' dtype: 55.5 and not 55.4256 for 7B in bfloat16.
             x = x * jnp.asarray(self.config.hidden_size**0.5, dtype)
+        frequencies = layer_frequencies(self.config)
 
-        def body(x, scanned):
-            layer, traits, cache = scanned
-            return layer(x, positions, traits.frequencies, lambda q, k, v: attend(q, k, v, traits.window, cache))
+        def one_layer(kind: LayerKind, x, layer: Layer, cache):
+            near_or_far = frequencies[kind.local]
+            return layer(x, positions, near_or_far, lambda q, k, v: attend(q, k, v, kind.window, cache))
 
-        # Cast before the scan, so that stacked gradients are held in `dtype` too. Norms and biases (ndim 2) stay float32.
-        layers = self.layers
+        # Cast before the scans, so that stacked gradients are held in `dtype` too. Norms and biases (ndim 2) stay float32.
+        layers = {stack: getattr(self, stack) for stack in stacks(self.config)}
         if not options.float32_reduction:
             layers = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, layers)
-        stack = (layers, layer_traits(self.config), caches)
-        parts = []
-        for policy, begin, end in remat.portions(self.config.num_hidden_layers):
-            whole = begin == 0 and end == self.config.num_hidden_layers
-            layers = stack if whole else jax.tree.map(lambda a: a[begin:end], stack)  # noqa: B023
-            x, part_caches = jax.lax.scan(remat.wrap(body, policy), x, layers)
-            parts.append(part_caches)
-        caches = parts[0] if len(parts) == 1 else jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
-        return _norm(x, self.norm, self.config), caches
+        kinds = layer_kinds(self.config)
+        scans = [
+            (policy, run)
+            for policy, begin, end in remat.portions(self.config.num_hidden_layers)
+            for run in runs(kinds[begin:end])
+        ]
+        made = []
+        parts = cut(layers, [run for _, run in scans])
+        for (policy, run), part, cache in zip(scans, parts, caches or [None] * len(scans), strict=True):
+            # A loop of one trip is none: its backward pass stands beside the forward pass, and may not be merged with it.
+            wrap = partial(remat.wrap, policy=policy, beside_backward=run.count == 1)
+            x, new = scan_periods(run, one_layer, wrap, x, part, cache)
+            made.append(new)
+        return _norm(x, self.norm, self.config), made
 
 
 def rms_norm(

@@ -33,8 +33,12 @@ class Remat(NamedTuple):
         both = [(self.first_policy, 0, first), (self.policy, first, layers)]
         return [portion for portion in both if portion[1] < portion[2]]
 
-    def wrap(self, body: Callable, policy: str) -> Callable:
-        """Wrap a layer's function so that it saves the values of `policy`, and offloads those of `offload`."""
+    def wrap(self, body: Callable, policy: str, beside_backward: bool = False) -> Callable:
+        """Wrap a layer's function so that it saves the values of `policy`, and offloads those of `offload`.
+
+        Where no loop stands between the forward pass and the backward pass (`beside_backward`), the compiler would take the
+        recomputation for what is there already.
+        """
         names = REMAT_POLICIES[policy]
         if names is None:
             return body
@@ -46,4 +50,4 @@ class Remat(NamedTuple):
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-        return jax.checkpoint(body, policy=saved, prevent_cse=False)
+        return jax.checkpoint(body, policy=saved, prevent_cse=beside_backward)

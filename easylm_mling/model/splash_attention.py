@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from easylm_mling.model.attention import Keys, Queries, Segments, Window, on_each_device
+from easylm_mling.model.attention import Keys, Queries, Segments, on_each_device
 
 _LANES = 128  # of the kernel's tiles
 # Keys whose scores are computed at a time: 1024 overflow the vector memory of v4, v5p and v5e at head_dim 256.
@@ -26,22 +26,15 @@ def runs_on(positions: int, head_dim: int) -> bool:
 
 
 def splash_attention(
-    q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Window, soft_cap: float | None,
-    local_window: int | None, block: int, interpret: bool = False,
+    q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: int | None, soft_cap: float | None,
+    block: int, interpret: bool = False,
 ) -> Queries:  # fmt: skip
-    """Compute `attention.attention` in tiles of `block` queries by `block` keys.
+    """Compute `attention.attention` in tiles of `block` queries by `block` keys; blocks outside the window are skipped.
 
-    `local_window` is the value of `window` in local layers, which the compiler must know; any other means no limit.
     `interpret` runs the kernel without a TPU, slowly.
     """
-
-    def kernel(width: int | None):
-        run = partial(_by_heads, window=width, soft_cap=soft_cap, block=min(block, q.shape[1]), interpret=interpret)
-        return partial(on_each_device, run)
-
-    if window is None:
-        return kernel(None)(q, k, v, segment_ids)
-    return jax.lax.cond(window == local_window, kernel(local_window), kernel(None), q, k, v, segment_ids)
+    run = partial(_by_heads, window=window, soft_cap=soft_cap, block=min(block, q.shape[1]), interpret=interpret)
+    return on_each_device(run, q, k, v, segment_ids)
 
 
 def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):

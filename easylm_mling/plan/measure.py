@@ -35,8 +35,7 @@ def measure(config: RunConfig) -> dict:
     except ConfigError as error:
         return {"error": str(error)}
     module = parse(compiled.hlo)
-    local = config.model.local_layers
-    times = walk(module, slice_of(config), sum(local) / len(local))
+    times = walk(module, slice_of(config))
     return {
         "memory": compiled.memory._asdict(),
         "buffers": [b._asdict() for b in largest_live(compiled.live_ranges, module)],

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from easylm_mling.config import REMAT_NAMES, RunConfig
 from easylm_mling.errors import ConfigError
+from easylm_mling.model.layer_kinds import layer_kinds, runs
 from easylm_mling.monitoring.console import say
 from easylm_mling.plan.measurements import MeasurementCache, fastest, fits, peak_bytes, step_seconds
 from easylm_mling.plan.slices import slice_of
@@ -42,8 +43,8 @@ def fill_memory(config: RunConfig, cache: MeasurementCache, console: Console) ->
     for base in bases:
         for first in (p for p, peak in peaks.items() if peak > limit):
             a_layer = (peaks[first] - peaks[base]) / layers
-            if (count := int((limit - peaks[base]) / a_layer)) > 0:
-                mixtures[base, first] = with_remat(config, base, first, min(count, layers - 1)), a_layer
+            if (count := _whole_periods(config, min(int((limit - peaks[base]) / a_layer), layers - 1))) > 0:
+                mixtures[base, first] = with_remat(config, base, first, count), a_layer
     cache.measure([c for c, _ in mixtures.values()], console)
     corrected = [c for c in (_corrected(mixture, a_layer, limit, cache) for mixture, a_layer in mixtures.values()) if c]
     cache.measure(corrected, console)
@@ -55,10 +56,16 @@ def _corrected(mixture: RunConfig, a_layer: float, limit: float, cache: Measurem
     peak, t = peak_bytes(cache.get(mixture)), mixture.train
     if peak is None:
         return None
-    layers = min(t.remat_first_layers + math.floor((limit - peak) / a_layer), mixture.model.num_hidden_layers - 1)
+    layers = t.remat_first_layers + math.floor((limit - peak) / a_layer)
+    layers = _whole_periods(mixture, min(layers, mixture.model.num_hidden_layers - 1))
     if layers == t.remat_first_layers or layers < 1:
         return None
     return with_remat(mixture, t.remat, t.remat_first, layers)
+
+
+def _whole_periods(config: RunConfig, layers: int) -> int:
+    """Return the most of `layers` that are whole periods of the pattern of layers: others would be compiled one by one."""
+    return layers - layers % len(runs(layer_kinds(config.model))[0].kinds)
 
 
 def choose_remat(config: RunConfig, cache: MeasurementCache, console: Console) -> RunConfig:

@@ -71,12 +71,9 @@ class Times:
                 total[key] += times * count
 
 
-def walk(module: Module, target: Slice, local_share: float = 0.0) -> Times:
-    """Return the seconds of one step of the compiled program on one chip of `target`.
-
-    `local_share` is the share of layers with a sliding window.
-    """
-    return _Walk(module, target, local_share).computation(module.entry)
+def walk(module: Module, target: Slice) -> Times:
+    """Return the seconds of one step of the compiled program on one chip of `target`."""
+    return _Walk(module, target).computation(module.entry)
 
 
 @dataclass
@@ -107,8 +104,8 @@ class _Links:
 class _Walk:
     """One walk over a module. Each computation is timed once, however often it is called."""
 
-    def __init__(self, module: Module, target: Slice, local_share: float):
-        self.module, self.target, self.local_share, self.done = module, target, local_share, {}
+    def __init__(self, module: Module, target: Slice):
+        self.module, self.target, self.done = module, target, {}
 
     def computation(self, name: str) -> Times:
         if name not in self.done:
@@ -131,7 +128,7 @@ class _Walk:
             self._below(self.computation(i.called("body")[0]), times, link, trips)
         elif i.opcode == "conditional":
             branches = i.called("branch_computations", "true_computation", "false_computation")
-            self._below(self._either([self.computation(b) for b in branches]), times, link)
+            self._below(max((self.computation(b) for b in branches), key=lambda t: t.paid), times, link)
         elif i.opcode == "call":
             self._below(self.computation(i.called("to_apply")[0]), times, link)
         elif i.opcode.endswith("-done"):
@@ -166,16 +163,6 @@ class _Walk:
         """Add a called computation. The caller adds its compute to the clock, and this its waiting."""
         times.add(part, trips)
         link.clock += trips * part.waiting
-
-    def _either(self, branches: list[Times]) -> Times:
-        """Return the mean of two attention kernels by the share of local layers; of any other branches, the slowest."""
-        slowest, fastest = (pick(branches, key=lambda t: t.paid) for pick in (max, min))
-        if len(branches) != 2 or not (slowest.kernels and fastest.kernels):
-            return slowest
-        mean = Times()
-        mean.add(slowest, 1 - self.local_share)
-        mean.add(fastest, self.local_share)
-        return mean
 
     def _chained(self, i: Instruction) -> tuple[str, Collective, str] | None:
         """Return the chain, collective and role ("start", "step", "done") of a fusion that carries a part of a collective.

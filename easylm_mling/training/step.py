@@ -153,7 +153,7 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
         f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; {here}; use auto or xla",
     )
     if possible and wanted != "xla":
-        return partial(splash_attention, local_window=m.sliding_window, block=train.attention_block)
+        return partial(splash_attention, block=train.attention_block)
     return plain_attention
 
 
