@@ -25,7 +25,7 @@ IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 def save(directory: Path, family: str = "gemma", **settings) -> Path:
     """A random float32 model of 4096 tokens, whose likeliest tokens differ from place to place."""
     made = hf_models.transformers_model(
-        family=family, kernels=0.2, embedding=0.3, vocab_size=4096, **IDS | settings, dtype=torch.float32
+        family=family, kernels=0.2, embedding=0.05, vocab_size=4096, **IDS | settings, dtype=torch.float32
     )
     made.save_pretrained(directory)
     for file in TOKENIZER.iterdir():

@@ -112,8 +112,9 @@ def batches_of(rows: Sequence[Row], tokens: int, shards: int) -> list[list[Row]]
     for width in sorted({r.width for r in rows}, reverse=True):
         same = [r for r in rows if r.width == width]
         most = max(1, tokens // width // shards) * shards
-        # One shape for one width: each further one would be compiled, too.
-        count = min(most, -(-len(same) // shards) * shards)
+        # One shape for one width, as each further one would be compiled, too; and even batches, so that little is empty.
+        batches_of_width = -(-len(same) // most)
+        count = -(-len(same) // (batches_of_width * shards)) * shards
         for start in range(0, len(same), count):
             part = same[start : start + count]
             batches.append(part + [Row(width) for _ in range(count - len(part))])
