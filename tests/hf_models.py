@@ -110,11 +110,11 @@ FAMILIES = {
 ONES = ("llama", "mistral", "qwen")
 
 
-def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma", kernels=0.05, embedding=0.05):
-    """A random model of transformers; `kernels` and `embedding` are standard deviations."""
+def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma", kernels=0.05, embedding=0.05, **other):
+    """A random model of transformers; `kernels` and `embedding` are standard deviations, `other` settings of its config."""
     config_class, model_class, settings = FAMILIES[family]
     shape = TINY | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 512}
-    config = config_class(**shape | settings)
+    config = config_class(**shape | settings | other)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = model_class(config).eval()

@@ -6,14 +6,14 @@ Each verb imports what it needs when it runs: help and a wrong config must not w
 import argparse
 
 from easylm_mling import __version__
-from easylm_mling.cli import config, data, hf, merge, plan, runs, train
+from easylm_mling.cli import config, data, evaluation, hf, merge, plan, runs, train
 from easylm_mling.config.paths import expanded
 from easylm_mling.errors import report_error
 
 # The arguments of all verbs that name files. Those of a config are at their place in it.
 PATHS = {
-    "average", "calibrate", "chat_vector", "checkpoint_dir", "compare", "config", "hf_dir", "linear", "model_dir", "output", "png",
-    "recipe", "run_dir", "search", "slerp", "tokenizer"
+    "average", "baseline", "calibrate", "chat_vector", "checkpoint_dir", "compare", "config", "hf_dir", "include_path", "linear",
+    "model_dir", "output", "png", "recipe", "run_dir", "search", "slerp", "suite", "tokenizer"
 }  # fmt: skip
 
 
@@ -35,6 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"easylm-mling {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for group in (train, plan, hf, merge, data, runs, config):
+    for group in (train, plan, hf, merge, data, runs, evaluation, config):
         group.add_verbs(verbs)
     return parser

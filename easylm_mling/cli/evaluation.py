@@ -1,0 +1,44 @@
+"""Scores of a model: `eval`."""
+
+
+def add_verbs(verbs):
+    """Add `eval` to the parser's `verbs`."""
+    evaluate = verbs.add_parser("eval", help="scores of a model on a suite of tasks, by lm-evaluation-harness")
+    evaluate.add_argument("model_dir", help="a Hugging Face directory, a run's directory, or one made by import-hf")
+    asked = evaluate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--suite", metavar="NAME", help="a YAML file, or its name in configs/eval: mling, kobest, quick")
+    asked.add_argument("--tasks", metavar="NAME,...", help="tasks or groups of the harness or of --include-path")
+    evaluate.add_argument("--shots", type=int, help="with --tasks: examples in each prompt (default: the task's own)")
+    evaluate.add_argument(
+        "--include-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of tasks in the harness's YAML form",
+    )
+    evaluate.add_argument("--step", type=int, help="of a run: default, the newest")
+    evaluate.add_argument("--tokenizer", help="default: the one that lies with the model")
+    evaluate.add_argument("--baseline", metavar="RESULTS.json", help="show each score's paired difference from these")
+    evaluate.add_argument("--output", metavar="DIR", help="default: RUN/evaluations/STEP")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task, to try it out")
+    evaluate.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="longest text read (default: the model's, up to 8192)"
+    )
+    evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    evaluate.set_defaults(run=_eval)
+
+
+def _eval(a) -> int:
+    from easylm_mling.errors import check
+    from easylm_mling.evaluation.suites import load_suite, tasks_suite, with_include
+
+    check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
+    check(a.shots is None or a.shots >= 0, f"--shots {a.shots}: must be zero or more")
+    check(a.limit is None or a.limit > 0, f"--limit {a.limit}: must be positive")
+    suite = with_include(load_suite(a.suite) if a.suite else tasks_suite(a.tasks, a.shots), a.include_path)
+    from easylm_mling.evaluation.command import EvalOptions, evaluate_model
+    from easylm_mling.monitoring.console import make_console
+
+    options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.limit)
+    evaluate_model(options, make_console())
+    return 0

@@ -1,0 +1,1 @@
+"""Evaluation: scores of a model on tasks, from its requests to its table."""

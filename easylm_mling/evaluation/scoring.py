@@ -1,0 +1,92 @@
+"""Log-probabilities of tokens by the training forward pass, several short sequences to a row.
+
+Axis letters: B rows, T positions, Q queries of a row, C queries at a time, D embed, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from easylm_mling.config import ModelConfig
+from easylm_mling.evaluation.packing import Batch
+from easylm_mling.model.attention import attention
+from easylm_mling.model.decoder import ForwardOptions, logits
+from easylm_mling.model.precision import products_in
+from easylm_mling.model.remat import Remat
+from easylm_mling.model.sharding import batch_sharding, constrain
+from easylm_mling.model.splash_attention import runs_on, splash_attention
+
+_QUERIES_AT_ONCE = 256  # of a device: their float32 logits are 268 MB for Gemma's vocabulary
+_SPLASH_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores batches. `params` are float32, sharded over `mesh`."""
+
+    graph: nnx.GraphDef
+    params: dict
+    model: ModelConfig
+    mesh: Mesh
+    dtype: str = "bfloat16"
+
+    @property
+    def shards(self) -> int:
+        """The number of rows of a batch must be a multiple of this."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each query its log-probability, float32 [B, Q], and whether its token is the likeliest, bool [B, Q]."""
+        B, T = batch.tokens.shape
+        chunk = max(1, _QUERIES_AT_ONCE * self.shards // B)
+        with jax.set_mesh(self.mesh), products_in(self.dtype):
+            placed = jax.device_put(batch[:5], batch_sharding(self.mesh))
+            scores = _score(
+                self.params,
+                *placed,
+                graph=self.graph,
+                dtype=jnp.dtype(self.dtype),
+                attend=_attention_for(self.model, self.mesh, T),
+                chunk=1 << (chunk.bit_length() - 1),
+            )
+        return np.asarray(scores[0]), np.asarray(scores[1])
+
+
+def _attention_for(model: ModelConfig, mesh: Mesh, positions: int) -> Callable:
+    if mesh.devices.flat[0].platform == "tpu" and runs_on(positions, model.head_dim):
+        return partial(splash_attention, local_window=model.sliding_window, block=_SPLASH_BLOCK)
+    return attention
+
+
+@partial(jax.jit, static_argnames=("graph", "dtype", "attend", "chunk"))
+def _score(params, tokens, positions, segments, places, targets, *, graph, dtype, attend, chunk: int):
+    """Return (log-probability [B, Q] float32, likeliest [B, Q] bool) of `targets` [B, Q] after `places` [B, Q]."""
+    model = nnx.merge(graph, params)
+    options = ForwardOptions(dtype, Remat("none"), attend)
+    hidden = model(tokens, positions, segments, options)
+    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    # Gathered once, and not for every chunk.
+    head = constrain(model.head.astype(dtype), "vocab", "activation_embed")
+    B, Q, D = hidden.shape
+    size = min(chunk, Q)
+
+    def part(args):
+        h, wanted = args  # [B, C, D], [B, C]
+        scores = constrain(logits(h, head, model.config.final_logit_softcapping), "batch", "position", "vocab")
+        hit = jnp.arange(scores.shape[-1]) == wanted[..., None]
+        of_target = jnp.sum(jnp.where(hit, scores, 0.0), axis=-1)
+        return of_target - jax.nn.logsumexp(scores, axis=-1), jnp.argmax(scores, axis=-1) == wanted
+
+    # Q is a power of two, and so is the size.
+    parts = (
+        jnp.moveaxis(hidden.reshape(B, Q // size, size, D), 1, 0),
+        jnp.moveaxis(targets.reshape(B, Q // size, size), 1, 0),
+    )
+    likelihood, likeliest = jax.lax.map(part, parts)
+    return jnp.moveaxis(likelihood, 0, 1).reshape(B, Q), jnp.moveaxis(likeliest, 0, 1).reshape(B, Q)
