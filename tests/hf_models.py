@@ -110,11 +110,13 @@ FAMILIES = {
 ONES = ("llama", "mistral", "qwen")
 
 
-def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma", kernels=0.05, embedding=0.05):
+def transformers_model(
+    heads=4, kv_heads=2, dtype=torch.float32, family="gemma", kernels=0.05, embedding=0.05, vocabulary=300
+):
     """A random model of transformers; `kernels` and `embedding` are standard deviations."""
     config_class, model_class, settings = FAMILIES[family]
     shape = TINY | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 512}
-    config = config_class(**shape | settings)
+    config = config_class(**shape | settings | {"vocab_size": vocabulary})
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = model_class(config).eval()

@@ -19,6 +19,7 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.formatting import tokens_text
 from easylm_mling.hf.config import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
+from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.model.params import parameter_count
 from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.changes import change_text, past_changes
@@ -85,7 +86,7 @@ def write_card(folder: Path, export: Export, languages: tuple[str, ...] = ()):
             _scores(run, step),
             _recipe(config, step, training, past_changes(run / "history.jsonl")),
         ]
-    text = "\n".join([*filter(None, parts), _usage(export), _limits(base, export.model)])
+    text = "\n".join([*filter(None, parts), _usage(export, separator_of(folder)), _limits(base, export.model)])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -198,13 +199,15 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
     return "\n".join(["## Training", "", *_table(("setting", "value"), rows, "---"), ""])
 
 
-def _usage(export: Export) -> str:
+def _usage(export: Export, separator: tuple[str, int] | None) -> str:
     name, bos = export.name, export.model.bos_token_id
     note = f"the model needs exactly one BOS (id {bos}) here; " + (
         f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
     )
     note = f"adds the one BOS (id {bos}) that the model needs" if export.bos == 1 else note
     note = "the model has no BOS" if bos < 0 else note
+    if separator and not export.bos:
+        note = f"adds no BOS; a text that begins a document follows {separator[0]} (id {separator[1]})"
     return f"""## How to load
 
 ```python
