@@ -2,6 +2,10 @@
 
 Sources: cloud.google.com/tpu/docs for peaks. The clock is that of the compiler's cycle estimates, and the memory what the
 compiler says is usable. A link's bandwidth is that of one ring on one axis of the torus, as large transfers reach it.
+
+Source for TPU7x (Ironwood): docs.cloud.google.com/tpu/docs/tpu7x. A chip has 2307 TFLOP/s in bf16, 192 GiB of HBM and the
+1200 GB/s between chips of a v5p, and is two JAX devices, one for each of its chiplets. Its clock is not published: it
+follows from the peak and the products that a v6e's matrix units, which are as wide, make in one cycle.
 """
 
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip, which is one JAX device."""
+    """One kind of chip. Its figures are those of one JAX device: the whole chip, or one of its `devices`."""
 
     name: str
     device_kind: str  # JAX's name
@@ -22,6 +26,12 @@ class Chip:
     hbm_bytes: int  # usable by a program
     link_bytes: float  # a second, to other chips of its slice
     dcn_bytes: float  # a second, to other slices over the data-centre network
+    devices: int = 1  # of one chip
+
+    @property
+    def unit(self) -> str:
+        """What the figures are of, in words."""
+        return "chip" if self.devices == 1 else "device"
 
 
 CHIPS = {
@@ -31,6 +41,8 @@ CHIPS = {
         Chip("v5p", "TPU v5", "v5", "megacore", 459e12, 1.75e9, int(95.74 * GiB), 180e9, 6.2e9),
         Chip("v5e", "TPU v5 lite", "v5e", "default", 197e12, 1.5e9, int(15.75 * GiB), 90e9, 3.1e9),
         Chip("v6e", "TPU v6 lite", "v6e", "default", 918e12, 1.75e9, int(31.25 * GiB), 180e9, 12.5e9),
+        # A ring through both devices of each chip crosses each link once.
+        Chip("tpu7x", "TPU7x", "tpu7x", "default", 1153.5e12, 2.2e9, int(94.75 * GiB), 180e9, 6.2e9, devices=2),
     )
 }
 

@@ -65,6 +65,7 @@ OTHERS = {
     "llama-3.2-1b": (1_235_814_400, llama3(16, 2048, 32, 8, 8192, factor=32.0, tied=True, head_dim=64)),
     "llama-3.2-3b": (3_212_749_824, llama3(28, 3072, 24, 8, 8192, factor=32.0, tied=True, head_dim=128)),
     "mistral-7b-v0.1": (7_241_732_096, mistral(vocab_size=32000, rope_theta=10000.0, sliding_window=4096)),
+    "mistral-7b-v0.2": (7_241_732_096, mistral(vocab_size=32000, rope_theta=1000000.0, sliding_window=None)),
     "mistral-7b-v0.3": (7_248_023_552, mistral(vocab_size=32768, rope_theta=1000000.0, sliding_window=None)),
     "qwen-2.5-0.5b": (494_032_768, qwen2(24, 896, 14, 2, 4864, reach=32768, tied=True)),
     "qwen-2.5-1.5b": (1_543_714_304, qwen2(28, 1536, 12, 2, 8960, tied=True)),

@@ -5,11 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 from data_corpus import data_config, documents, epoch_order, tokenizer, write
+from test_data_tokenizer_json import qwen
 
 from easylm_mling.data import streams
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS, initial_state
 from easylm_mling.data.streams import LaneStream, SpillFile, StreamState
-from easylm_mling.data.tokenization.tokenizer import join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.errors import ConfigError
 
 
@@ -59,6 +60,33 @@ def test_a_stream_is_every_document_once_an_epoch(tmp_path, open_stream, layout)
     assert len(read) > 350 and len(set(read[200:])) == len(read[200:])
     assert state[0, 0, EPOCH] == 1 and state[0, 0, TOKENS] == 16 * len(rows)
     assert state[0, 0, DOCUMENTS] in (len(read), len(read) + 1)
+
+
+def test_a_stream_with_one_token_between_documents_goes_on_from_any_state(tmp_path):
+    """As Qwen's: what ends a document is seen only where the next begins."""
+    texts, own = documents(120), Tokenizer(str(qwen(tmp_path / "t")))
+    order = epoch_order(data_config(write(tmp_path / "a", "jsonl", texts)))
+
+    def open_at(counters):
+        return Lane(LaneStream(order, own, 0, 1, StreamState.from_counters(counters), spill), counters, lambda w: None)
+
+    with contextlib.closing(SpillFile()) as spill:
+        state = initial_state(1, 1, range(1)).lanes[0, 0]
+        stream, rows, states = open_at(state), [], [state.copy()]
+        while state[EPOCH] == 0:
+            rows.append(stream.take(16))
+            states.append(state.copy())
+        tokens = np.concatenate([row[:16] for row in rows])
+        begins = np.flatnonzero(tokens == own.bos_id)
+        assert begins[0] == 0 and state[DOCUMENTS] == len(begins)
+        read = [own.decode(tokens[a + 1 : b]) for a, b in zip(begins, begins[1:], strict=False)]
+        assert sorted(read[:120]) == sorted(texts)
+        for start in range(0, len(rows) - 5, 5):
+            resumed = states[start].copy()
+            again = open_at(resumed)
+            for step in range(start, start + 4):
+                np.testing.assert_array_equal(again.take(16), rows[step])
+                np.testing.assert_array_equal(resumed, states[step + 1])
 
 
 def test_lanes_share_an_epoch_out_between_them(tmp_path, open_stream):

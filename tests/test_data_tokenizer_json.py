@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import unicodedata
 from itertools import islice
 from pathlib import Path
 
@@ -20,17 +21,28 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from transformers import AutoTokenizer
 
 from easylm_mling.config import ModelConfig
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.mixture import row_arrays
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
 from easylm_mling.errors import ConfigError
 
 SAMPLE = Path("data/sample/tokenizer")
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+ENDOFTEXT, IM_END = "<|endoftext|>", "<|im_end|>"
 _PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def llama3(folder: Path, **config) -> Path:
     """Write a small tokenizer of Llama 3's kind: byte-level BPE, `ignore_merges`, a post-processor that adds BOS."""
-    t = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    t = _byte_level(models.BPE(ignore_merges=True))
+    bos = t.get_vocab_size()
+    t.add_special_tokens([BOS, EOS, EOT])
+    template = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A {BOS} $B", [(BOS, bos)])
+    t.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return save(t, folder, {"bos_token": BOS, "eos_token": EOS} | config)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    t = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
     t.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -39,11 +51,16 @@ def llama3(folder: Path, **config) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, show_progress=False)
     t.train_from_iterator(documents(150, seed=1), trainer)
-    bos = t.get_vocab_size()
-    t.add_special_tokens([BOS, EOS, EOT])
-    template = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A {BOS} $B", [(BOS, bos)])
-    t.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    return save(t, folder, {"bos_token": BOS, "eos_token": EOS} | config)
+    return t
+
+
+def qwen(folder: Path, **config) -> Path:
+    """Write a small tokenizer of Qwen's kind: byte-level BPE after NFC, no BOS, and padding by what ends a document."""
+    t = _byte_level(models.BPE())
+    t.normalizer = normalizers.NFC()
+    t.add_special_tokens([ENDOFTEXT, "<|im_start|>", IM_END])
+    t.post_processor = processors.ByteLevel(trim_offsets=False)
+    return save(t, folder, {"eos_token": ENDOFTEXT, "pad_token": ENDOFTEXT} | config)
 
 
 def unigram(folder: Path) -> Path:
@@ -85,9 +102,10 @@ def llama2(folder: Path) -> Path:
     return folder
 
 
-KINDS = {"llama3": llama3, "llama2": llama2, "gemma": gemma, "unigram": unigram}
+KINDS = {"llama3": llama3, "qwen": qwen, "llama2": llama2, "gemma": gemma, "unigram": unigram}
 CONTROLS = {
     "llama3": f"a {EOT}b{BOS}{EOS}",
+    "qwen": f"a {IM_END}b{ENDOFTEXT}<|im_start|>",
     "llama2": "<start_of_turn>user\nhi<end_of_turn><bos><eos>",
     "gemma": "<start_of_turn>user\nhi<end_of_turn><bos><eos>",
     "unigram": "a </s>b<s> <pad></s>",
@@ -130,6 +148,8 @@ def test_bytes_of_pieces_add_up_to_the_text(kind):
     if name == "unigram":
         pytest.skip("NFKC changes texts, and unknown characters are lost")
     texts = [t for t in [*NASTY, *documents(50, seed=6), CONTROLS[name], "a river stone"] if "\u2581" not in t]
+    if name == "qwen":  # it composes accents, and a text's bytes are then those of the form that it reads
+        texts = [unicodedata.normalize("NFC", t) for t in texts]
     for text, ids in zip(texts, ours.encode(texts), strict=True):
         # Llama 2's kind puts a space before every text that it splits; before a token that is matched first it puts none.
         sizes = ours.bytes_of_pieces[ids].sum() - len(text.encode())
@@ -173,6 +193,59 @@ def test_special_ids_are_of_the_model_s_own_files(tmp_path):
     assert base.fingerprint != chat.fingerprint, "the ids of a document differ"
 
 
+def test_without_a_bos_one_token_separates_documents(tmp_path):
+    """Qwen's <|endoftext|> ends a document and begins the next, and the model learns to write it."""
+    t = Tokenizer(str(qwen(tmp_path / "t")))
+    assert t.separates and not t.has_bos and t.bos_id == t.eos_id == t.pad_id
+    first, second = t.encode(["one two three", "four"])
+    joined = join_documents(t, ["one two three", "", "four"])
+    assert joined.tolist() == [t.eos_id, *first, t.eos_id, t.eos_id, *second]
+    assert document_ends(t, joined).tolist() == [1 + len(first), 2 + len(first), len(joined)]
+    assert document_ends(t, joined, following=int(first[0])).tolist() == [1 + len(first), 2 + len(first)]
+    arrays = row_arrays(np.append(joined, t.bos_id)[None], t.bos_id, t.eos_id)
+    assert arrays["targets"][0].tolist() == [*joined[1:], t.eos_id] and arrays["loss_mask"].all()
+    lengths = (1 + len(first), 1, 1 + len(second))
+    assert arrays["segment_ids"][0].tolist() == [n for n, length in enumerate(lengths, 1) for _ in range(length)]
+    assert arrays["positions"][0].tolist() == [i for length in lengths for i in range(length)]
+
+
+def test_the_ends_of_documents_are_found_by_either_form(kind):
+    ours, _, _ = kind
+    texts = ["", *documents(20, seed=3), ""]
+    joined, lengths = join_documents(ours, texts), [len(join_documents(ours, [text])) for text in texts]
+    assert document_ends(ours, joined).tolist() == np.cumsum(lengths).tolist()
+
+
+def test_a_chat_model_s_documents_begin_with_its_separator_and_end_as_its_files_say(tmp_path):
+    t = Tokenizer(str(qwen(tmp_path / "t", eos_token=IM_END)))
+    assert not t.has_bos and not t.separates and (t.piece(t.bos_id), t.piece(t.eos_id)) == (ENDOFTEXT, IM_END)
+
+
+def shape(**ids) -> ModelConfig:
+    sizes = {k: 8 for k in ("hidden_size", "intermediate_size", "head_dim")}
+    sizes |= {k: 1 for k in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+    return ModelConfig(**{"vocab_size": 4096} | sizes | ids)
+
+
+def test_a_model_may_name_no_bos_and_no_pad_only_where_its_tokenizer_has_none(tmp_path):
+    qwens, llamas = Tokenizer(str(qwen(tmp_path / "q"))), Tokenizer(str(llama3(tmp_path / "l")))
+    end = qwens.eos_id
+    for bos, pad in ((end, -1), (-1, -1), (end, end)):
+        qwens.check_model(shape(eos_token_id=end, bos_token_id=bos, pad_token_id=pad))
+    fits = dict(eos_token_id=llamas.eos_id, bos_token_id=llamas.bos_id, pad_token_id=-1)
+    llamas.check_model(shape(**fits))
+    for tokenizer, change, message in (
+        (qwens, fits | {"eos_token_id": end, "bos_token_id": 2}, "names no bos token.*use the tokenizer of the model"),
+        (llamas, fits | {"bos_token_id": -1}, "model.bos_token_id=-1, but bos is"),
+        (llamas, fits | {"eos_token_id": 5}, "model.eos_token_id=5, but eos is"),
+        (llamas, fits | {"pad_token_id": 7}, "model.pad_token_id=7, but pad is -1"),
+        (llamas, fits | {"vocab_size": 400}, f"less than the {llamas.vocab_size} pieces"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            tokenizer.check_model(shape(**change))
+        assert "\n" not in str(error.value)
+
+
 def test_a_folder_means_what_it_means_to_transformers(tmp_path):
     folder = gemma(tmp_path / "t")
     assert Tokenizer(str(folder)).kind == "Hugging Face tokenizers"
@@ -189,7 +262,7 @@ def test_a_folder_means_what_it_means_to_transformers(tmp_path):
         (lambda f: (f / "tokenizer.json").write_text("{"), "not a readable"),
         (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "BPE"}}'), "not a readable"),
         (lambda f: (f / "tokenizer_config.json").write_text("[]"), "no JSON object"),
-        (lambda f: [(f / n).unlink() for n in ("tokenizer_config.json", "special_tokens_map.json")], "no bos token"),
+        (lambda f: [(f / n).unlink() for n in ("tokenizer_config.json", "special_tokens_map.json")], "no eos token"),
         (lambda f: edit(f, lambda tree: tree["model"].update(dropout=0.1)), "dropout"),
         (lambda f: edit(f, lambda tree: tree["model"].update(type="WordPiece")), "only BPE and Unigram"),
     ],

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 from hf_models import save, transformers_model
+from test_data_tokenizer_json import qwen
 from transformers import AutoTokenizer
 
+from easylm_mling.cli.main import main
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf import importing
 from easylm_mling.hf.exporting import export_hf
@@ -34,6 +37,26 @@ def test_a_lone_tokenizer_model_is_exported_so_that_transformers_adds_one_bos(lo
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(SAMPLE))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(text) == [2, *pieces.encode(text)]
     assert "adds the one BOS (id 2)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_without_bos_is_told_how_its_texts_begin(tmp_path, capsys):
+    """Qwen's own tokenizer adds none: that is no fault, and training puts <|endoftext|> before each document."""
+    model = transformers_model(family="qwen2", vocab_size=900)
+    files = qwen(tmp_path / "tokenizer")
+    own = Tokenizer(str(files))
+    model.config.bos_token_id = model.config.eos_token_id = own.eos_id
+    source = save(model, tmp_path / "source")
+    (source / "tokenizer.model").unlink()
+    shutil.copytree(files, source, dirs_exist_ok=True)
+    checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
+    assert main(["import-hf", str(source), checkpoint]) == 0
+    assert f"it has no BOS: in training <|endoftext|> (id {own.eos_id})" in capsys.readouterr().out
+    assert main(["export-hf", checkpoint, out, "--verify", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr()
+    assert "adds no BOS, as the model's own; begin a document's text with <|endoftext|>" in printed.out
+    assert "warning" not in printed.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"adds no BOS; a text that begins a document follows <|endoftext|> (id {own.eos_id})" in card
 
 
 def test_the_card_says_what_was_seen(lone, tmp_path):

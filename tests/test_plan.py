@@ -27,6 +27,7 @@ from easylm_mling.config import (
 from easylm_mling.errors import ConfigError, UnknownFormat
 from easylm_mling.hardware import GiB
 from easylm_mling.model.flops import model_flops
+from easylm_mling.model.splash_attention import _kernel
 from easylm_mling.monitoring.plan_comparison import compare_with_plan
 from easylm_mling.plan.buffers import largest_live
 from easylm_mling.plan.calibrate import calibrate
@@ -37,9 +38,9 @@ from easylm_mling.plan.measurements import MeasurementCache, fits
 from easylm_mling.plan.predict import predict
 from easylm_mling.plan.remat import choose_remat, with_remat
 from easylm_mling.plan.schedule import walk
-from easylm_mling.plan.search import search
+from easylm_mling.plan.search import laid_out, search
 from easylm_mling.plan.slices import SLICES, find_slice
-from easylm_mling.plan.text import sections
+from easylm_mling.plan.text import heading, sections
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.storage.object_store import write_run_format
 
@@ -260,11 +261,12 @@ KERNEL = (
 )
 
 
-def attention_times(kind: str, block: int, heads: int = 16, suffix: str = ""):
+def attention_times(kind: str, block: int, heads: int = 16, suffix: str = "", table: tuple = (), target=V4):
+    """`table`: the shape of the kernel's table of blocks; by default it has all of them."""
     q = f"  %q = bf16[{heads},8192,256]{{2,1,0}} parameter(1)"
     n = 8192 // block
-    mask = f"  %m = s8[1,{n},{n}]{{2,1,0}} parameter(2)"
-    return walk(parse(program("\n".join([X, q, mask, KERNEL.format(kind=kind, block=block, suffix=suffix)]))), V4)
+    mask = f"  %m = s8[{','.join(map(str, table or (1, n, n)))}]{{2,1,0}} parameter(2)"
+    return walk(parse(program("\n".join([X, q, mask, KERNEL.format(kind=kind, block=block, suffix=suffix)]))), target)
 
 
 def test_splash_kernels_take_what_their_bundles_take_scaled_by_heads():
@@ -276,9 +278,37 @@ def test_splash_kernels_take_what_their_bundles_take_scaled_by_heads():
     assert times.hidden == times.attention
 
 
+@pytest.mark.parametrize("name", ["v4-64", "v5p-64", "v5e-64", "v6e-64", "tpu7x-64"])
+def test_no_kernel_is_faster_than_the_matrix_unit(name):
+    """A bundle is not a cycle: on v5e and v5p the backward kernels' bundles are fewer than the cycles of their products."""
+    target, floors = find_slice(name), 0
+    for kind, suffix in (("fwd", ""), ("dq", "_dq"), ("dkv", "_dkv")):
+        for lead in ("16,", "16,1,"):
+            lines = f"  %q = bf16[{lead}8192,256] parameter(1)\n  %m = s8[1,8,8]{{2,1,0}} parameter(2)\n"
+            text = program(f"{X}\n{lines}{KERNEL.format(kind=kind, block=1024, suffix=suffix)}")
+            times = walk(parse(text), target)
+            one_core = kind != "fwd" and target.chip.core_config == "megacore" and lead == "16,"
+            floor = times.kernel_flops / target.chip.peak_flops * (2 if one_core else 1)
+            assert times.attention >= floor
+            floors += times.attention == pytest.approx(floor, rel=1e-9)
+    # dkv and dq, alone and mapped.
+    assert floors == (4 if name in ("v5e-64", "v5p-64") else 0)
+
+
+@pytest.mark.parametrize("kind, table", [("fwd", "fwd_mask_info"), ("dq", "dq_mask_info"), ("dkv", "dkv_mask_info")])
+def test_every_kernel_of_a_local_layer_visits_its_window_only(kind, table):
+    """By the tables that JAX's kernel makes: dkv has the queries of each block of keys along another axis."""
+    suffix = "" if kind == "fwd" else f"_{kind}"
+    for window, share in ((None, 36), (1024, 2 * 8)):  # of 64 blocks
+        shape = getattr(_kernel(8192, 1, window, None, 1024, False), table).data_next.shape
+        times = attention_times(kind, 1024, suffix=suffix, table=shape)
+        products = {"fwd": 2, "dq": 3, "dkv": 4}[kind]
+        assert times.kernel_flops == pytest.approx(2 * products * 16 * 8192**2 * 256 * share / 64)
+
+
 def test_a_backward_kernel_mapped_over_heads_runs_on_both_cores_of_a_v4():
     lines = "  %q = bf16[16,1,8192,256]{3,2,1,0} parameter(1)\n  %m = s8[1,8,8]{2,1,0} parameter(2)\n"
-    for name, factor in (("v4-64", 0.5), ("v5e-64", 1.0)):
+    for name, factor in (("v4-64", 0.5), ("v6e-64", 1.0)):
         alone, mapped = (
             walk(
                 parse(program(f"{X}\n{q}{KERNEL.format(kind='dq', block=1024, suffix='_dq')}")), find_slice(name)
@@ -337,7 +367,8 @@ def test_attention_of_a_window_counts_only_what_it_shows():
 def test_slices_have_the_chips_that_their_names_say():
     for name, s in SLICES.items():
         number = int(name.split("-")[1])
-        assert s.chips == (number // 2 if s.chip.core_config == "megacore" else number)
+        cores = 2 if s.chip.name in ("v4", "v5p", "tpu7x") else 1
+        assert s.chips == number // cores and s.devices == (number if s.chip.name == "tpu7x" else s.chips)
         assert s.chips % s.hosts == 0
     assert find_slice("2xv5e-256").chips == 512 and find_slice("v5litepod-8").name == "v5litepod-8"
 
@@ -383,6 +414,23 @@ def test_a_prediction_adds_up():
     assert one["checkpoint"]["bytes"] == 12 * 8_537_680_896
     slower = predict(make_config(), measured(), factor=1.5)
     assert slower["step"]["seconds"] == 18.0 and any("1.500" in line for line in slower["assumptions"])
+
+
+def test_a_chip_of_two_devices_is_planned_by_devices_and_paid_by_chips():
+    """32 chips of Ironwood are 64 devices, each with half of a chip's peak and memory."""
+    config = dataclasses.replace(make_config("tpu7x-64"), mesh=MeshConfig(1, -1, 1, slice="tpu7x-64"))
+    one = predict(config, measured(), price=2.0)
+    assert (one["chips"], one["devices"], one["hosts"], one["sequences_a_chip"]) == (32, 64, 8, 4)
+    assert one["mfu"] == pytest.approx(465.82e12 * 128 / 12 / 32 / 2307e12, rel=1e-4)
+    assert one["cost"] == pytest.approx(2.0 * 32 * 24 * one["days"])
+    assert one["memory"]["available"] < 96 * GiB
+    assert heading(config, one).startswith("tpu7x-64: 32 chips of 2 devices on 8 hosts; data 1 x fsdp 64 x tensor 1")
+    assert "of 94.8 GiB a device" in sections(config, one)["fits"][0]
+    assert any("instruction bundles for a v6e" in line for line in one["assumptions"])
+    assert laid_out(config, 1, 1, 1).mesh.fsdp == 64
+    line = "  %r = f32[1024,1024] all-reduce(%s), replica_groups={}, to_apply=%elementwise"
+    (every,) = walk(parse(program(f"{X}\n{SHARD}\n{line}", ELEMENTWISE)), find_slice("tpu7x-64")).collectives
+    assert every.group == 64 and every.link == "chips"
 
 
 def test_a_plan_that_leaves_memory_idle_says_who_would_use_it():

@@ -43,6 +43,7 @@ def _import(a) -> int:
     from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, tokenizer_file
     from easylm_mling.data.tokenization.tokenizer import fingerprints
     from easylm_mling.hf.importing import import_hf
+    from easylm_mling.hf.tokenizer import separator_of
     from easylm_mling.storage.object_store import small_files
 
     model = import_hf(a.hf_dir, a.checkpoint_dir, a.tokenizer, a.revision)
@@ -53,6 +54,8 @@ def _import(a) -> int:
         print(
             f"its tokenizer is {tokenizer_file(files).name}, as in transformers; train with data.tokenizer={a.checkpoint_dir}/{TOKENIZER_FOLDER}"
         )
+        if separator := separator_of(files):
+            print(f"it has no BOS: in training {separator[0]} (id {separator[1]}) stands before each document")
     print(
         f"imported {a.hf_dir} to {a.checkpoint_dir}; start from it with `easylm-mling train CONFIG init_from={a.checkpoint_dir}`"
     )

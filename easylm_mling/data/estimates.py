@@ -129,8 +129,8 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
         tokenised += len(part)
     if not tokenised:
         return Estimate(0.0, 0.0)
-    # Every document has a BOS and an EOS, too.
-    tokens = sum(len(ids) + 2 for ids in tokenizer.encode(sample))
+    # Every document has a BOS and an EOS, too, or one token that is both.
+    tokens = sum(len(ids) + 2 - tokenizer.separates for ids in tokenizer.encode(sample))
     return Estimate(text_size / size, tokens / tokenised)
 
 

@@ -156,7 +156,9 @@ class Loader:
                         sources[i, turn], row = source_and_row
                         tokens[i, turn, : len(row)], real[i, turn] = row, len(row)
                     lanes[np.arange(len(assigned)), assigned, ROWS] += 1
-                batch = row_arrays(tokens.reshape(-1, data.sequence_length + 1), self._tokenizer.bos_id)
+                batch = row_arrays(
+                    tokens.reshape(-1, data.sequence_length + 1), self._tokenizer.bos_id, self._tokenizer.eos_id
+                )
                 mask_padding(batch, real.reshape(-1), self._tokenizer.pad_id)
                 yield {**batch, "source": sources.reshape(-1)}, self._consumed()
 
@@ -316,7 +318,7 @@ def holdout_rows(config: MixerConfig, catalog: Catalog, tokenizer: Tokenizer, so
         np.pad(x, (0, count * length + 1 - real), constant_values=fill)
         for x, fill in ((stream, tokenizer.pad_id), (language, 0))
     )
-    batch = row_arrays(stream[index], tokenizer.bos_id)
+    batch = row_arrays(stream[index], tokenizer.bos_id, tokenizer.eos_id)
     mask_padding(batch, real - np.arange(count) * length, tokenizer.pad_id)
     of_source = np.full(count, list(catalog.sources).index(source), np.int32)
     return {**batch, "source": of_source, "language": language[index[:, :length]]}

@@ -16,7 +16,7 @@ from easylm_mling.data.catalog import Source
 from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, GOOD, OFFSET, PADDING, TOKENS, WINDOW
 from easylm_mling.data.shuffle import EpochOrder, choose, seeded_order, unit_records
 from easylm_mling.data.sources.readers import BadRecord
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
 from easylm_mling.errors import ConfigError
 
 # Sources of at most so many bytes (the catalog's) are pooled. A host tokenises them in a few seconds.
@@ -188,7 +188,7 @@ class Pool:
                 f"{tempfile.gettempdir()}: no room for the tokens of a small source ({error}); "
                 "set TMPDIR to a folder on a larger disk"
             ) from error
-        lengths += np.diff(np.flatnonzero(tokens == self._tokenizer.eos_id), prepend=-1).tolist()
+        lengths += np.diff(document_ends(self._tokenizer, tokens), prepend=0).tolist()
         units += [unit] * len(kept)
         ordinals += [ordinal for ordinal, _ in kept]
 

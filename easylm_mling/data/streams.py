@@ -18,7 +18,7 @@ from easylm_mling.data.mixture import COUNTERS
 from easylm_mling.data.shuffle import EpochOrder, Window, epoch_windows, windows
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.token_cache import TokenCache, TokenWindow
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
 from easylm_mling.errors import ConfigError
 
 # Blocks of several windows are read by a generator that waits in between, with an open file. One host keeps at most
@@ -193,7 +193,9 @@ class LaneStream:
         return row
 
     def _consume(self, tokens: np.ndarray):
-        state, ends = self.state, np.flatnonzero(tokens == self._tokenizer.eos_id)
+        # The buffer holds whole documents: behind it, another begins.
+        following = int(self._buffer[0]) if len(self._buffer) else None
+        state, ends = self.state, document_ends(self._tokenizer, tokens, following) - 1
         begun = int(np.count_nonzero(tokens == self._tokenizer.bos_id))
         if len(self._language):
             lengths = np.diff(ends, prepend=-1, append=len(tokens) - 1)

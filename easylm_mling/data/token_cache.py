@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from easylm_mling.data.shuffle import EpochOrder, Window, windows
 from easylm_mling.data.sources.readers import BadRecord
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
 from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
 
@@ -84,7 +84,7 @@ class TokenCache:
         tokens = join_documents(self.tokenizer, [text.decode() for text in window.documents])
         arrays = {
             "tokens": tokens,
-            "ends": np.flatnonzero(tokens == self.tokenizer.eos_id) + 1,
+            "ends": document_ends(self.tokenizer, tokens),
             "provenance": window.provenance,
             "bad_units": np.array(window.bad_units, np.int64),
         }

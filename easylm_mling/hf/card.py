@@ -19,6 +19,7 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.formatting import markdown_table, tokens_text
 from easylm_mling.hf.config import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
+from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.model.params import parameter_count
 from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.changes import change_text, past_changes
@@ -87,7 +88,8 @@ def write_card(folder: Path, export: Export, languages: tuple[str, ...] = (), ma
             _scores(run, step),
             _recipe(config, step, training, past_changes(run / "history.jsonl")),
         ]
-    text = "\n".join([*filter(None, parts), usage(export), limits(is_gemma(base, export.model), base.name is not None)])
+    sections = (usage(export, separator_of(folder)), limits(is_gemma(base, export.model), base.name is not None))
+    text = "\n".join([*filter(None, parts), *sections])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -202,14 +204,16 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
     return "\n".join(["## Training", "", *markdown_table(("setting", "value"), rows, "---"), ""])
 
 
-def usage(export: Export) -> str:
-    """Return the section on how to load it."""
+def usage(export: Export, separator: tuple[str, int] | None = None) -> str:
+    """Return the section on how to load it. `separator`: the tokenizer's, where it has no BOS (hf/tokenizer.py)."""
     name, bos = export.name, export.model.bos_token_id
     note = f"the model needs exactly one BOS (id {bos}) here; " + (
         f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
     )
     note = f"adds the one BOS (id {bos}) that the model needs" if export.bos == 1 else note
     note = "the model has no BOS" if bos < 0 else note
+    if separator and not export.bos:
+        note = f"adds no BOS; a text that begins a document follows {separator[0]} (id {separator[1]})"
     return f"""## How to load
 
 ```python

@@ -8,7 +8,7 @@ import sentencepiece
 
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER
-from easylm_mling.data.tokenization.tokenizer import fingerprints
+from easylm_mling.data.tokenization.tokenizer import Tokenizer, fingerprints
 from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.hf.config import write_json
 
@@ -51,6 +51,18 @@ def complete_tokenizer(folder: Path):
     write_json(folder / _CONFIG, tree)
 
 
+def separator_of(folder: Path) -> tuple[str, int] | None:
+    """Return the token that stands before documents in training, where the tokenizer in `folder` has no BOS of its own.
+
+    Its name and its id; None for a tokenizer that has a BOS, that cannot be read, or that is not there.
+    """
+    try:
+        tokenizer = Tokenizer(str(folder), key="")
+    except ConfigError:
+        return None
+    return None if tokenizer.has_bos else (tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id)
+
+
 def bos_seen(folder: Path, model: ModelConfig, shown: str | Path) -> tuple[int | None, list[str]]:
     """Return how many BOS transformers' tokenizer puts before a text, and warnings that call the folder `shown`.
 
@@ -67,8 +79,8 @@ def bos_seen(folder: Path, model: ModelConfig, shown: str | Path) -> tuple[int |
     except Exception as error:  # transformers raises whatever its parsers do
         return None, [f"{shown}: transformers cannot load its tokenizer ({one_line(error)})"]
     count = next((n for n, i in enumerate(ids) if i != model.bos_token_id), len(ids))
-    if count == 1:
-        return 1, []
+    if count == 1 or (count == 0 and separator_of(folder)):
+        return count, []
     return count, [
         f"{shown}: its tokenizer puts {count} BOS before a text, and the model needs one; mend tokenizer_config.json"
     ]

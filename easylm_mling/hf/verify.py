@@ -20,6 +20,7 @@ from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import open_parameters, plan_shards
 from easylm_mling.hf.importing import DTYPES, open_weights, read_params
+from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.params import parameter_count
 from easylm_mling.model.sharding import make_mesh
@@ -76,11 +77,18 @@ def one_bos(hf_dir: Path, model: ModelConfig) -> str:
     """Check that a text starts with one BOS. Without it Gemma's 0.67 on LAMBADA is 0.004 (lm-evaluation-harness PR 1465)."""
     if not any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return "not checked: tokenizer (there is none here)"
-    if model.bos_token_id < 0:
-        return "not checked: tokenizer (the model has no BOS)"
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(hf_dir).encode("a")
+    if separator := separator_of(hf_dir):
+        name, i = separator
+        if i not in ids:
+            return f"transformers' tokenizer adds no BOS, as the model's own; begin a document's text with {name}"
+        if ids[0] == i and ids.count(i) == 1:
+            return f"transformers' tokenizer starts a text with one {name}"
+        raise VerificationError(f"{hf_dir}: its tokenizer encodes 'a' as {ids}, with {name} where no text begins")
+    if model.bos_token_id < 0:
+        return "not checked: tokenizer (the model has no BOS)"
     if ids[0] != model.bos_token_id or ids.count(model.bos_token_id) != 1:
         raise VerificationError(f"{hf_dir}: its tokenizer encodes 'a' as {ids}, which does not start with one BOS")
     return "transformers' tokenizer starts a text with exactly one BOS"

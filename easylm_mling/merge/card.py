@@ -4,6 +4,7 @@ from pathlib import Path
 
 from easylm_mling.formatting import markdown_table
 from easylm_mling.hf.card import Export, front_matter, language_codes, limits, usage, write_card
+from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.merge.opening import Opened
 from easylm_mling.merge.recipe import PARAMETER_KINDS, MergeRecipe, ModelRef
 from easylm_mling.storage.object_store import small_files
@@ -37,7 +38,8 @@ def write_merge_card(
     values = {"tags": ["merge"], **({"base_model": hub, "base_model_relation": "merge"} if hub else {})}
     head = f"# {name.split('/')[-1]}\n\n{title(opened)[0].upper()}{title(opened)[1:]}, made with easylm_mling.\n"
     export = Export("", folder, 0, opened.model, dtype, name, bos)
-    parts = [front_matter(values, gemma, codes), head, section(opened), usage(export), limits(gemma, True, _MERGED)]
+    how = [section(opened), usage(export, separator_of(folder)), limits(gemma, True, _MERGED)]
+    parts = [front_matter(values, gemma, codes), head, *how]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 

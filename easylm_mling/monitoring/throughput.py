@@ -21,11 +21,13 @@ class Throughput:
     """Measures from one logged step to the next. The first step of a process, which waits for compilation, is left out."""
 
     def __init__(self, config: RunConfig, mesh: Mesh):
-        self.device, self.chips = mesh.local_devices[0], mesh.size
+        self.device, self.devices = mesh.local_devices[0], mesh.size
         self._tokens = config.tokens_per_step
-        self._tflops = step_flops_per_chip(config, mesh.size) / 1e12
         chip = chip_of(self.device.device_kind)
-        self._peak_tflops = chip and chip.peak_flops / 1e12
+        devices = chip.devices if chip else 1  # of one chip
+        self._chips = mesh.size / devices
+        self._tflops = step_flops_per_chip(config, self._chips) / 1e12
+        self._peak_tflops = chip and chip.peak_flops * devices / 1e12
         self._measured: tuple[int, float] | None = None  # the last step, and when
         self._paused = self._waited = 0.0
 
@@ -59,7 +61,7 @@ class Throughput:
                 "step_seconds": round(seconds, 6),
                 "data_wait_seconds": round(self._waited / steps, 6),
                 "tokens_per_second": round(rate, 1),
-                "tokens_per_second_per_chip": round(rate / self.chips, 1),
+                "tokens_per_second_per_chip": round(rate / self._chips, 1),
                 "tflops_per_chip": float(f"{tflops:.5g}"),
             }
             if self._peak_tflops:
@@ -71,6 +73,6 @@ class Throughput:
         return values
 
 
-def step_flops_per_chip(config: RunConfig, chips: int) -> float:
+def step_flops_per_chip(config: RunConfig, chips: float) -> float:
     """FLOPs that the model needs in one step, a chip."""
     return model_flops(config.model, config.data.sequence_length) * config.train.batch_size / chips

@@ -1,7 +1,8 @@
 """Estimate the seconds of Pallas kernels, which the compiler's HLO leaves out.
 
 Splash attention: instruction bundles of the compiler's schedule over the clock (no waiting for memory), scaled by heads,
-positions, head_dim and blocks. Any other kernel: its own cost estimate at a share of the peak; a kernel without one counts
+positions, head_dim and blocks, but never less than its products take at the chip's peak: a bundle may last several cycles
+of the matrix unit. Any other kernel: its own cost estimate at a share of the peak; a kernel without one counts
 as nothing, and the plan says so.
 """
 
@@ -9,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from easylm_mling.hardware import Chip
+from easylm_mling.hardware import CHIPS, Chip
 from easylm_mling.plan.hlo import Array, Computation, Instruction
 
 # Milliseconds of (forward, dq, dkv) for [16 heads, 8192 positions, head_dim 256] with segment ids, causal, by the product
@@ -21,6 +22,8 @@ _MEASURED = {
     "v5e": {512 * 512: (4.01, 4.91, 6.47), 1024 * 1024: (3.49, 4.54, 5.88)},
     "v6e": {512 * 512: (2.07, 2.14, 2.54), 2048 * 512: (1.64, 1.61, 2.03)},
 }
+# Not measured on TPU7x: a v6e's cycles, whose matrix units are as wide, on one of the two devices of a chip.
+LIKE = {"tpu7x": "v6e"}
 _KINDS = {"fwd": 0, "dq": 1, "dkv": 2}
 # Products of [block, block, head_dim] in each kernel; a dkv kernel that also makes dq has one more.
 _PRODUCTS = (2, 3, 4)
@@ -55,27 +58,38 @@ def _splash(c: Computation, i: Instruction, chip: Chip, kind: int) -> Kernel:
     arrays = [a for o in c.operands(i) for a in o.arrays[:1]]
     q = next(a for a in arrays if a.dtype in ("bf16", "f32") and len(a.dims) >= 3)
     *heads, T, head_dim = q.dims
-    seen = _share_of_blocks(arrays, T // block_kv)
+    seen = _share_of_blocks(arrays, kind, T // block_q, T // block_kv)
     fused = kind == 2 and any(len(a.dims) > len(q.dims) for a in i.arrays)
-    halved = kind > 0 and chip.core_config == "megacore" and len(heads) > 1 and math.prod(heads) % 2 == 0
+    one_core = kind > 0 and chip.core_config == "megacore"
+    halved = one_core and len(heads) > 1 and math.prod(heads) % 2 == 0
     products = _PRODUCTS[kind] + fused
     work = math.prod(heads) * T**2 * seen * head_dim
     reference = 16 * 8192**2 * _causal(8192 // block_kv) * 256
-    ms = _between(_MEASURED[chip.name], block_q * block_kv, kind) * products / _PRODUCTS[kind] / (2 if halved else 1)
-    return Kernel(f"{_name(i)} {block_q}x{block_kv}", ms / 1000 * work / reference, 2.0 * products * work, True)
+    ms = _milliseconds(chip, block_q * block_kv, kind) * products / _PRODUCTS[kind] / (2 if halved else 1)
+    flops = 2.0 * products * work
+    floor = flops / chip.peak_flops * (2 if one_core and not halved else 1)
+    return Kernel(f"{_name(i)} {block_q}x{block_kv}", max(ms / 1000 * work / reference, floor), flops, True)
 
 
-def _share_of_blocks(arrays: list[Array], n: int) -> float:
-    """Return the share of n blocks of keys that a block of queries visits.
+def _share_of_blocks(arrays: list[Array], kind: int, queries: int, keys: int) -> float:
+    """Return the share of the blocks of `queries` by `keys` that the kernel visits.
 
-    Half of them under a causal mask, or the width of a windowed grid: the last axis of the kernel's int8 table of blocks.
+    Half of them under a causal mask, or the width of a windowed grid, which the kernel's int8 table of blocks has: along its
+    last axis where each block of queries visits keys, and along the one before in dkv, where each block of keys visits queries.
     """
-    width = next((a.dims[-1] for a in arrays if a.dtype == "s8" and len(a.dims) == 3), n)
-    return min(_causal(n), width / max(1, n))
+    axis, n = (-2, queries) if kind == _KINDS["dkv"] else (-1, keys)
+    width = next((a.dims[axis] for a in arrays if a.dtype == "s8" and len(a.dims) == 3), n)
+    return min(_causal(keys), width / max(1, n))
 
 
 def _causal(n: int) -> float:
     return (n + 1) / (2 * max(1, n))
+
+
+def _milliseconds(chip: Chip, area: int, kind: int) -> float:
+    """Return the milliseconds of the reference's kernel with blocks of `area`, by the chip's own bundles or a like chip's."""
+    measured = CHIPS[LIKE.get(chip.name, chip.name)]
+    return _between(_MEASURED[measured.name], area, kind) * measured.clock_hz / chip.clock_hz
 
 
 def _between(measured: dict[int, tuple], area: int, kind: int) -> float:

@@ -3,6 +3,7 @@
 from easylm_mling.config import RunConfig
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.params import parameter_count
+from easylm_mling.plan.kernels import LIKE
 from easylm_mling.plan.schedule import HOST_BYTES
 from easylm_mling.plan.slices import Slice, slice_of
 
@@ -21,7 +22,7 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
     hidden = times["matrix"] + times["other"] + times["attention"]
     paid = hidden + times["waiting"]
     step = factor * paid
-    needed_flops = model_flops(config.model, T) * rows / target.chips  # a step and chip
+    needed_flops = model_flops(config.model, T) * rows / target.devices  # a step and device
     seconds = step * config.total_steps
     chip_hours = seconds / 3600 * target.chips
     state = 12 * parameter_count(config.model)
@@ -30,6 +31,7 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
     return {
         "slice": target.name,
         "chips": target.chips,
+        "devices": target.devices,
         "hosts": target.hosts,
         "sequences_a_chip": rows / target.chips,
         "memory": {**measured["memory"], "available": available, "free": available - measured["memory"]["peak"]},
@@ -58,12 +60,14 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
 def assumptions(target: Slice, factor: float, offload: bool = False) -> list[str]:
     """List what the plan takes for granted."""
     c = target.chip
+    like = f" for a {LIKE[c.name]}" if c.name in LIKE else ""
     lines = [
-        f"compute: the compiler's cycles at {c.clock_hz / 1e9:g} GHz; peak {c.peak_flops / 1e12:g} TFLOP/s in bf16",
+        f"compute: the compiler's cycles at {c.clock_hz / 1e9:g} GHz; peak {c.peak_flops / 1e12:g} TFLOP/s in bf16"
+        + ("" if c.devices == 1 else f" a device, of which a chip is {c.devices}"),
         f"collectives: one ring on one axis of the torus, {c.link_bytes / 1e9:g} GB/s, one after another"
-        + (f"; between slices {c.dcn_bytes / 1e9:g} GB/s a chip" if target.count > 1 else "")
-        + (f"; to and from the host {HOST_BYTES / 1e9:g} GB/s a chip" if offload else ""),
-        "attention kernels: the compiler's instruction bundles, without waiting for memory",
+        + (f"; between slices {c.dcn_bytes / 1e9:g} GB/s a {c.unit}" if target.count > 1 else "")
+        + (f"; to and from the host {HOST_BYTES / 1e9:g} GB/s a {c.unit}" if offload else ""),
+        f"attention kernels: the compiler's instruction bundles{like}, at most the peak, without waiting for memory",
         f"checkpoints: {CHECKPOINT_BYTES_A_HOST / 1e9:g} GB/s a host; text: {TEXT_BYTES_A_TOKEN:g} bytes a token",
         "not counted: the host's work, evaluation, checkpoints, restarts",
     ]

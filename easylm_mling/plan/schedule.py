@@ -218,8 +218,8 @@ class _Walk:
     def _sized(self, kind: str, size: float, i: Instruction, asynchronous: bool) -> Collective:
         """Return the collective into which each chip puts `size` bytes."""
         group, target = i.group(), self.target
-        n = len(group) or target.chips
-        per_slice = target.chips // target.count
+        n = len(group) or target.devices
+        per_slice = target.devices // target.count
         between = len({d // per_slice for d in group}) > 1 or (not group and target.count > 1)
         return Collective(kind, _carried(kind, size, n), n, asynchronous, "slices" if between else "chips")
 

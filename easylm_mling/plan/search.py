@@ -26,8 +26,8 @@ def search(config: RunConfig, folder: str | Path, console: Console) -> list[tupl
     tried = [c for c in (laid_out(config, data, tensor, 1) for data, tensor in MESHES) if c]
     if not tried:
         raise ConfigError(
-            f"train.batch_size={config.train.batch_size} cannot be cut over the {target.chips} chips of "
-            f"mesh.slice={config.mesh.slice}; use a multiple of {target.chips}"
+            f"train.batch_size={config.train.batch_size} cannot be cut over the {target.devices} devices of "
+            f"mesh.slice={config.mesh.slice}; use a multiple of {target.devices}"
         )
     cache.measure(tried, console)
     more = [
@@ -48,7 +48,7 @@ def laid_out(config: RunConfig, data: int, tensor: int, sequences: int) -> RunCo
     `data` and `tensor` are the shards in each slice, and fsdp takes the rest.
     """
     target, m = slice_of(config), config.model
-    fsdp, remainder = divmod(target.chips // target.count, data * tensor)
+    fsdp, remainder = divmod(target.devices // target.count, data * tensor)
     if remainder or m.hidden_size % fsdp or any(n % tensor for n in (m.num_attention_heads, m.intermediate_size)):
         return None
     mesh = dataclasses.replace(config.mesh, data=data * target.count, fsdp=fsdp, tensor=tensor)

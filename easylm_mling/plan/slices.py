@@ -1,6 +1,6 @@
 """The TPU slices that a run can be planned for: names, shapes, and the chip of each.
 
-Source: cloud.google.com/tpu/docs. The number in a v4 or v5p name counts TensorCores, two a chip.
+Source: cloud.google.com/tpu/docs. The number in a v4, v5p or tpu7x name counts TensorCores, two a chip.
 """
 
 import math
@@ -28,17 +28,22 @@ class Slice:
         return self.count * math.prod(self.shape)
 
     @property
+    def devices(self) -> int:
+        """JAX devices of all `count` slices."""
+        return self.chips * self.chip.devices
+
+    @property
     def hosts(self) -> int:
         """Hosts of all `count` slices."""
         return self.chips // math.prod(self.host)
 
 
-# The number in a slice's name: its shape. v4 and v5p are cut from a three-dimensional torus, the others from a plane.
+# The number in a slice's name: its shape. v4, v5p and tpu7x are cut from a three-dimensional torus, the others from a plane.
 _CUBES = {
     8: (2, 2, 1), 16: (2, 2, 2), 32: (2, 2, 4), 64: (2, 4, 4), 128: (4, 4, 4), 256: (4, 4, 8), 512: (4, 8, 8),
 }  # fmt: skip
 _PLANES = {4: (2, 2, 1), 8: (2, 4, 1), 16: (4, 4, 1), 32: (4, 8, 1), 64: (8, 8, 1), 128: (8, 16, 1), 256: (16, 16, 1)}
-_SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _PLANES, "v6e": _PLANES}
+_SHAPES = {"v4": _CUBES, "v5p": _CUBES, "v5e": _PLANES, "v6e": _PLANES, "tpu7x": _CUBES}
 
 
 def _named(chip: Chip, number: int, shape: tuple[int, int, int]) -> Slice:

@@ -34,13 +34,14 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
     """Return the lines of each section of a plan."""
     step, memory, data = plan["step"], plan["memory"], plan["data_a_host"]
     peak, room = memory["peak"] / GiB, memory["available"] / GiB
-    host = f"; {memory['host'] / GiB:.1f} GiB a chip in the host's memory" if memory["host"] else ""
+    unit = slice_of(config).chip.unit
+    host = f"; {memory['host'] / GiB:.1f} GiB a {unit} in the host's memory" if memory["host"] else ""
     cost = "" if plan["cost"] is None else f", {plan['cost']:,.0f} at the given price"
     parts = ", ".join(f"{what} {step['factor'] * step[k]:.2f}" for k, what in _KINDS.items())
     waited = sorted(plan["collectives"], key=lambda c: -c["waited"])[:4]
     return {
         "fits": [
-            f"{peak:.1f} of {room:.1f} GiB a chip at the peak ({peak / room:.0%}), {room - peak:.1f} free{host}; largest:",
+            f"{peak:.1f} of {room:.1f} GiB a {unit} at the peak ({peak / room:.0%}), {room - peak:.1f} free{host}; largest:",
             *map(buffer_text, plan["buffers"]),
             *([_SPEND] if peak < 0.8 * room and config.train.remat != "none" else []),
         ],
@@ -85,8 +86,10 @@ def _collective_text(c: dict) -> str:
 def heading(config: RunConfig, plan: dict) -> str:
     """Return the first line of a plan: slice, hosts, settings, batch."""
     t, hosts = config.train, f"{plan['hosts']} host{'s' * (plan['hosts'] > 1)}"
+    n = slice_of(config).chip.devices
+    devices = f" of {n} devices" if n > 1 else ""
     return (
-        f"{plan['slice']}: {plan['chips']} chips on {hosts}; {settings_text(config)}; "
+        f"{plan['slice']}: {plan['chips']} chips{devices} on {hosts}; {settings_text(config)}; "
         f"{t.batch_size} sequences of {config.data.sequence_length} a step"
     )
 
@@ -106,7 +109,7 @@ def remat_text(config: RunConfig) -> str:
 def mesh_text(config: RunConfig) -> str:
     """Return the size of each mesh axis, with -1 worked out."""
     sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
-    rest = slice_of(config).chips // max(1, math.prod(n for n in sizes.values() if n > 0))
+    rest = slice_of(config).devices // max(1, math.prod(n for n in sizes.values() if n > 0))
     return " x ".join(f"{axis} {rest if n == -1 else n}" for axis, n in sizes.items())
 
 

@@ -184,9 +184,9 @@ class Monitor:
         """Show step time, MFU and peak memory beside those of the run's plan, where there is something to compare."""
         if not is_primary():
             return
-        device, chips = self.throughput.device, self.throughput.chips
+        device, devices = self.throughput.device, self.throughput.devices
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        if line := compare_with_plan(self._run.path, self._config, device.device_kind, chips, memory):
+        if line := compare_with_plan(self._run.path, self._config, device.device_kind, devices, memory):
             say(self.console, line)
 
     def _checkpoint_age(self) -> dict[str, float]:

@@ -35,6 +35,8 @@ _FLAGS = {
     "TPU v5": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS, **_ON_SPARSE_CORES, _VECTOR_MEMORY: "49152"},
     "TPU v5 lite": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS, _VECTOR_MEMORY: "32768"},
     "TPU v6 lite": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS, **_ON_SPARSE_CORES, _VECTOR_MEMORY: "98304"},
+    # A TensorCore of this chip has half the vector memory of a v6e's.
+    "TPU7x": {**_NO_WINDOWED_EINSUM, **_ASYNCHRONOUS, **_ON_SPARSE_CORES, _VECTOR_MEMORY: "49152"},
 }
 
 

@@ -10,13 +10,13 @@ from .machine import owner_of
 from .run_file import RunFile
 from .state import State
 
-# Chips on a host; the number in a type counts cores of v4 and v5p, two to a chip, and chips of the others.
+# Chips on a host; the number in a type counts cores of v4, v5p and tpu7x, two to a chip, and chips of the others.
 _CHIPS_A_HOST = 4
 
 
 def hosts(accelerator: str) -> int:
     kind, _, number = accelerator.rpartition("-")
-    chips = int(number) // 2 if kind in ("v2", "v3", "v4", "v5p") else int(number)
+    chips = int(number) // 2 if kind in ("v2", "v3", "v4", "v5p", "tpu7x") else int(number)
     # One host may hold 8 of the chips that are counted as chips.
     return 1 if chips <= 8 and kind in ("v5litepod", "v6e") else -(-chips // _CHIPS_A_HOST)
 

@@ -16,6 +16,7 @@ from easylm_mling.data.tokenization.special import SpecialTokens, read_special_t
 from easylm_mling.errors import ConfigError
 
 _MARK = re.compile(r"<.*>|\[.*\]")
+_SEPARATOR = "<|endoftext|>"  # of documents, where a model was pretrained without BOS: GPT-2's, Qwen's
 
 
 class Tokenizer:
@@ -24,7 +25,7 @@ class Tokenizer:
     def __init__(self, path: str, key: str = "data.tokenizer="):
         """Read a tokenizer.json or a tokenizer.model, or the one that a folder means.
 
-        Raises ConfigError if it is missing, unreadable, or has no BOS or EOS; the message begins with `key`.
+        Raises ConfigError if it is missing, unreadable, or has no EOS; the message begins with `key`.
         """
         self.path, self._shown = path, f"{key}{path}"
         self._file = file = tokenizer_file(Path(path), key)
@@ -47,15 +48,13 @@ class Tokenizer:
         self.kind = self._backend.kind
         self.fingerprint = _digest(file, content, special)
         self.vocab_size: int = self._backend.vocab_size
-        self.bos_id: int = self._backend.bos_id
         self.eos_id: int = self._backend.eos_id
         self.pad_id: int = self._backend.pad_id
-        for name in ("bos", "eos"):
-            if getattr(self, f"{name}_id") < 0:
-                raise ConfigError(
-                    f"{self._shown}: names no {name} token, and every document needs one; put the model's "
-                    "tokenizer_config.json beside it, or use the tokenizer of the model"
-                )
+        if self.eos_id < 0:
+            raise self._misses("eos")
+        # Without a BOS of its own, documents follow the token that separated them in the model's pretraining.
+        self.has_bos = self._backend.bos_id >= 0
+        self.bos_id: int = self._backend.bos_id if self.has_bos else self._separator_id()
 
         self._control_names: re.Pattern | None = None
         self.texts_with_controls = 0  # texts that wrote the name of a control token, since count_controls was called
@@ -64,6 +63,20 @@ class Tokenizer:
         """Count from now on in `texts_with_controls`. It takes time, so training does without; not for several threads."""
         names = sorted(filter(None, map(self.piece, self.control_ids)), key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def _misses(self, name: str) -> ConfigError:
+        return ConfigError(
+            f"{self._shown}: names no {name} token, and every document needs one; put the model's "
+            "tokenizer_config.json beside it, or use the tokenizer of the model"
+        )
+
+    def _separator_id(self) -> int:
+        return next((i for i in sorted(self.control_ids) if self.piece(i) == _SEPARATOR), self.eos_id)
+
+    @property
+    def separates(self) -> bool:
+        """True where one token begins a document and ends the one before it, as Qwen's <|endoftext|>."""
+        return self.bos_id == self.eos_id
 
     @property
     def control_ids(self) -> frozenset[int]:
@@ -100,7 +113,7 @@ class Tokenizer:
     def check_model(self, model: ModelConfig):
         """Raise ConfigError unless the model has an embedding row for every id, and the same BOS, EOS and pad ids.
 
-        Also if it is a tokenizer.model beside another model's tokenizer.json, which transformers would read after an export.
+        A model may name no pad, and no BOS where the tokenizer has none. Also if it is a tokenizer.model beside another model's tokenizer.json, which transformers would read after an export.
         """
         if self.vocab_size > model.vocab_size:
             raise ConfigError(
@@ -109,7 +122,11 @@ class Tokenizer:
             )
         for name in ("bos", "eos", "pad"):
             ours, theirs = getattr(self, f"{name}_id"), getattr(model, f"{name}_token_id")
+            if theirs < 0 and (name == "pad" or name == "bos" and not self.has_bos):
+                continue
             if ours != theirs:
+                if name == "bos" and not self.has_bos:
+                    raise self._misses("bos")
                 raise ConfigError(
                     f"model.{name}_token_id={theirs}, but {name} is {ours} in {self._shown}; "
                     "set the model's id to the tokenizer's, or use the tokenizer of the model"
@@ -132,11 +149,14 @@ class Tokenizer:
 
 
 def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Return the documents' tokens end to end, int32 [n], each document with one BOS before and one EOS behind it."""
+    """Return the documents' tokens end to end, int32 [n], each document with one BOS before and one EOS behind it.
+
+    Where one token is both, it stands before each document only: the next document's ends this one.
+    """
     parts, bos, eos = (
         [np.zeros(0, np.int32)],
         np.array([tokenizer.bos_id], np.int32),
-        np.array([tokenizer.eos_id], np.int32),
+        np.array([] if tokenizer.separates else [tokenizer.eos_id], np.int32),
     )
     for ids in tokenizer.encode(texts):
         parts += (bos, ids, eos)
@@ -144,6 +164,15 @@ def join_documents(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     # The cursor counts documents by these two ids: no text may hold them.
     assert np.count_nonzero(joined == tokenizer.bos_id) == len(texts) == np.count_nonzero(joined == tokenizer.eos_id)
     return joined
+
+
+def document_ends(tokenizer: Tokenizer, joined: np.ndarray, following: int | None = None) -> np.ndarray:
+    """Return the index behind the last token of each document that ends in `joined`, int64 [n].
+
+    `following` is the token after `joined`; None: a document begins there.
+    """
+    after = np.append(joined, tokenizer.bos_id if following is None else following)[1:]
+    return np.flatnonzero(after == tokenizer.bos_id) + 1
 
 
 def fingerprint(file: Path) -> str:
