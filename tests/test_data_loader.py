@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from easylm_mling.config import SourceConfig
 from easylm_mling.data import pool
 from easylm_mling.data.catalog import Catalog, build_catalog
-from easylm_mling.data.loader import Loader, holdout_rows, to_device
+from easylm_mling.data.holdout import holdout_rows
+from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import BAD, COUNTERS, DOCUMENTS, ROWS, TOKENS, whole_state
 from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.errors import ConfigError, DataError

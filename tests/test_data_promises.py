@@ -170,16 +170,30 @@ def test_a_run_that_changes_its_hosts_twice_equals_one_that_never_did(root):
     assert_same(pieces, whole)
 
 
-def test_a_larger_batch_is_the_same_rows_in_the_same_order_of_each_lane(root):
-    """So a batch size could change during a run; `train` refuses it for the sake of the learning rate only."""
+def rows_by_stream(batches, sources, lanes):
+    """The rows of each lane and source, in the order of the batches."""
+    rows = {(lane, source): [] for lane in range(lanes) for source in range(sources)}
+    for batch, _ in batches:
+        for r, source in enumerate(batch["source"].tolist()):
+            rows[r * lanes // len(batch["source"]), source].append(batch["tokens"][r].tolist())
+    return rows
+
+
+def test_a_batch_size_that_changes_loses_and_repeats_no_row_of_any_lane_and_source(root, monkeypatch):
+    """Every stream of a source that is not pooled goes on where it was, whatever the sizes of the batches."""
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
     sources = {"web": {"weight": 2}, "many": {"weight": 1}}
     small, catalog = build(root, sources, 4, 1)
-    large, _ = build(root, sources, 4, 3)
-    rows = np.stack([b["tokens"] for b, _ in draw_batches(small, catalog, 12)])  # [rounds, lanes, T]
-    batches = np.stack([b["tokens"].reshape(4, 3, T) for b, _ in draw_batches(large, catalog, 4)])
-    np.testing.assert_array_equal(batches.transpose(0, 2, 1, 3).reshape(rows.shape), rows)
-    half = draw_batches(small, catalog, 6)[-1][1]
-    np.testing.assert_array_equal(draw_batches(large, catalog, 2, 1, half)[-1][0]["tokens"], batches[3].reshape(12, T))
+    whole = rows_by_stream(draw_batches(small, catalog, 60), 2, 4)
+    pieces = []
+    for steps, per_lane in ((5, 1), (4, 3), (3, 2), (4, 1)):
+        config, _ = build(root, sources, 4, per_lane)
+        drawn = draw_batches(config, catalog, steps, 1, pieces[-1][1] if pieces else None)
+        shares = np.array([np.bincount(b["source"], minlength=2) for b, _ in drawn]) - np.array([8, 4]) * per_lane / 3
+        assert np.abs(shares).max() < 1
+        pieces += drawn
+    for stream, rows in rows_by_stream(pieces, 2, 4).items():
+        assert rows and rows == whole[stream][: len(rows)], stream
 
 
 def synthetic_source(rows: np.ndarray, by: str, cap: int) -> Source:

@@ -42,7 +42,7 @@ from easylm_mling.data.weights import (
     spread,
 )
 from easylm_mling.errors import ConfigError
-from easylm_mling.run.train import next_on_all_hosts
+from easylm_mling.run.host_sync import next_on_all_hosts
 
 T, LANES = 32, 4
 SIZES = st.lists(st.floats(1, 1e6), min_size=1, max_size=8)
@@ -331,7 +331,7 @@ def test_stop_ends_the_run_before_the_row_that_is_missing_on_all_numbers_of_host
 def test_all_hosts_end_when_one_does(root, monkeypatch, mine, theirs):
     """As the trainer of a pod asks, with the answer of another host made up."""
     config, catalog = mixture(root, books={"max_epochs": 1, "when_used_up": "stop"})
-    monkeypatch.setattr("easylm_mling.run.train.is_multiprocess", lambda: True)
+    monkeypatch.setattr("easylm_mling.run.host_sync.is_multiprocess", lambda: True)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([bool(x), theirs]))
     with Loader(config.mixer, catalog, tokenizer()) as loader:
         if mine:

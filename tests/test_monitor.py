@@ -27,7 +27,7 @@ import easylm_mling.monitoring.profiler as profiler_module
 import easylm_mling.monitoring.trackers as trackers_module
 from easylm_mling.config import LogConfig, ProfileConfig, load, to_yaml
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.loader import holdout_rows
+from easylm_mling.data.holdout import holdout_rows
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, TrainingStopped
 from easylm_mling.monitoring.console import ProgressLine, sources_table, warn

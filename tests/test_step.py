@@ -13,6 +13,7 @@ from flax import nnx
 from easylm_mling.config import (
     DataConfig,
     Duration,
+    EarlierBatchSize,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -66,7 +67,7 @@ def make_batch(seed=0):
 
 
 def schedule_of(config):
-    return make_schedule(config.optimizer, config.total_steps, config.tokens_per_step)
+    return make_schedule(config.optimizer, config.total_steps, config.step_tokens)
 
 
 COMPILED = {}
@@ -196,6 +197,29 @@ def test_the_update_is_clipped_adamw(reference):
     updates, _ = tx.update(gradient, tx.init(start), start)
     assert_close(state.params, optax.apply_updates(start, updates), 1e-5)
     assert make_optimizer(config.optimizer, config.model).init(start)[0].mu["norm"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_schedule_goes_on_by_tokens_where_the_batch_size_changes(schedule):
+    """Twice the size from step 40 of 100 on: 30 steps are left, and the rate at any token is what it was to be."""
+    plain = make_config(
+        schedule=schedule, warmup=Duration(10, "steps"), decay=Duration(20, "steps"), final_fraction=0.1
+    )
+    rows, decay = plain.train.batch_size, Duration(10, "steps")
+    train = replace(plain.train, batch_size=2 * rows, earlier_batch_sizes=(EarlierBatchSize(40, rows),))
+    changed = replace(plain, train=train, optimizer=replace(plain.optimizer, decay=decay))
+    assert (plain.total_steps, changed.total_steps) == (100, 70)
+    before, after = schedule_of(plain), schedule_of(changed)
+    for step in range(71):
+        same = step if step <= 40 else 40 + 2 * (step - 40)
+        assert changed.step_tokens.at(step) == plain.step_tokens.at(same)
+        assert changed.step_tokens.step_of(changed.step_tokens.at(step)) == step
+        assert after(step) == pytest.approx(float(before(same)), rel=1e-5)
+    # A warm-up in tokens ends with the step that has them, on either side of the change.
+    for tokens, steps in ((30, 30), (50, 45)):
+        warmup = Duration(tokens * plain.tokens_per_step, "tokens")
+        rate = schedule_of(replace(changed, optimizer=replace(changed.optimizer, warmup=warmup)))
+        assert rate(steps - 2) < rate(steps - 1) == pytest.approx(changed.optimizer.learning_rate)
 
 
 def test_schedules_in_steps_and_in_tokens():

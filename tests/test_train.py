@@ -19,6 +19,7 @@ from easylm_mling.checkpoint.checkpoint import load_params
 from easylm_mling.checkpoint.reading import load_data_state, load_info, packed
 from easylm_mling.cli.main import main
 from easylm_mling.config import load
+from easylm_mling.data.tools.audit import audit
 from easylm_mling.errors import ConfigError, NoUsableCheckpoint, TrainingStopped
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.model.sharding import make_mesh
@@ -338,8 +339,55 @@ def test_another_learning_rate_holds_from_the_next_step_on_and_survives_stops(un
         assert "optimizer.learning_rate was changed from" in (tmp_path / page).read_text(), page
 
 
+def test_another_batch_size_goes_on_with_the_same_documents_and_counts_its_tokens(tmp_path):
+    """Of a run of 10 steps of 8 rows: 4 of them, and then 3 of 16."""
+    larger, goes_on = {"train.batch_size": 16}, (*WSD, "train.log_every_steps=1")
+    assert run(tmp_path / "once", *goes_on, "train.stop_at_step=4") == 0
+    with pytest.raises(ConfigError, match="train.batch_size=12: this run's rows are dealt to 8 lanes for good"):
+        run_with_changes(tmp_path / "once", {"train.batch_size": 12}, *goes_on)
+    with pytest.raises(ConfigError, match="or go on with --change train.batch_size=16$"):
+        run(tmp_path / "once", *goes_on, "train.batch_size=16")
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    assert run_with_changes(tmp_path / "once", larger, *goes_on) == 0
+    assert run_with_changes(tmp_path / "twice", larger, *goes_on, "train.stop_at_step=6") == 0
+    # Afterwards the run's own size is that of the config.
+    assert run(tmp_path / "twice", *goes_on, "train.batch_size=16") == 0
+    assert_same_bits(outcome(tmp_path / "once"), outcome(tmp_path / "twice"))
+    lines, data, _ = outcome(tmp_path / "once")
+    assert [(x["step"], x["tokens"]) for x in lines] == [
+        *((n, n * 256) for n in range(1, 5)),
+        (5, 1536),
+        (6, 2048),
+        (7, 2560),
+    ]
+    assert data["lanes"].shape[0] == 8 and data["lanes"][..., 6].sum() == 2560 == load_info(tmp_path / "once")["tokens"]
+    assert history(tmp_path / "twice") == [(4, "train.batch_size", 8, 16)]
+    kept = load([str(tmp_path / "twice/config.yaml")])
+    assert (kept.data.lanes, kept.total_steps, [kept.batch_size_at(n) for n in (4, 5)]) == (8, 7, [8, 16])
+    # An audit draws each step by the size that it had.
+    assert [len(audit(tmp_path / "once", step)) for step in (3, 6)] == [8, 16]
+    write_report(tmp_path / "once")
+    export_hf(tmp_path / "once", tmp_path / "hf")
+    for page in ("once/report.html", "hf/README.md"):
+        assert "train.batch_size was changed from 8 to 16" in (tmp_path / page).read_text(), page
+    assert "(16 rows of 32); 8 rows up to step 4" in (tmp_path / "hf/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_rewind_to_before_a_change_of_the_batch_size_takes_it_back(tmp_path):
+    keep = (*WSD, "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    assert run(tmp_path / "run", *keep, "train.stop_at_step=4") == 0
+    larger = {"train.batch_size": 16}
+    assert run_with_changes(tmp_path / "run", larger, *keep, "train.stop_at_step=5") == 0
+    back = (*keep, "train.batch_size=16", "train.rewind=2", "train.stop_at_step=4")
+    assert run(tmp_path / "run", *back) == 0
+    assert load_info(tmp_path / "run")["tokens"] == 2 * 256 + 2 * 512
+    assert [line[0] for line in history(tmp_path / "run")] == [4, 2]
+    assert load([str(tmp_path / "run/config.yaml")]).batch_size_at(3) == 16
+
+
 def test_what_no_run_may_change_is_refused_by_name(undisturbed, tmp_path):
-    for key, value in (("train.batch_size", 16), ("train.seed", 3)):
+    for key, value in (("train.z_loss", 1.0), ("train.seed", 3)):
         with pytest.raises(
             ConfigError, match=f"--change {key}: is fixed for a run's life; --change takes .*learning_rate"
         ):

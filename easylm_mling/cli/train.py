@@ -19,7 +19,7 @@ def add_verbs(verbs):
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="go on with another budget, learning rate or schedule; recorded in RUN/history.jsonl",
+        help="go on with another budget, batch size, learning rate or schedule; recorded in RUN/history.jsonl",
     )
     train.add_argument(
         "--max-hours", type=float, metavar="HOURS", help="save and end (exit code 0) at the first step after so long"

@@ -18,7 +18,8 @@ from easylm_mling.config.run import (
     ProfileConfig,
     RunConfig,
 )
-from easylm_mling.config.train import REMAT_NAMES, OptimizerConfig, TrainConfig
+from easylm_mling.config.step_tokens import StepTokens
+from easylm_mling.config.train import REMAT_NAMES, EarlierBatchSize, OptimizerConfig, TrainConfig
 from easylm_mling.config.trees import Change, Leaf, differences, leaves, step_settings, to_tree
 from easylm_mling.errors import ConfigError, check
 
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "Duration",
+    "EarlierBatchSize",
     "EvalConfig",
     "HubDataset",
     "Leaf",
@@ -44,6 +46,7 @@ __all__ = [
     "Setting",
     "SourceConfig",
     "StageConfig",
+    "StepTokens",
     "TrainConfig",
     "WeightingConfig",
     "build_key",

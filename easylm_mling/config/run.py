@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from easylm_mling.config.basics import setting
 from easylm_mling.config.data import DataConfig
 from easylm_mling.config.model import ModelConfig
+from easylm_mling.config.step_tokens import StepTokens
 from easylm_mling.config.train import OptimizerConfig, TrainConfig
 from easylm_mling.errors import check
 
@@ -204,5 +205,17 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """As MixerConfig's."""
-        return self.mixer.total_steps
+        """As MixerConfig's, also where the batch size has changed."""
+        return self.step_tokens.step_of(self.budget_tokens)
+
+    @property
+    def step_tokens(self) -> StepTokens:
+        """Tokens after any step: wherever steps become tokens, by this."""
+        length = self.data.sequence_length
+        earlier = tuple((e.until_step, e.batch_size * length) for e in self.train.earlier_batch_sizes)
+        return StepTokens(self.tokens_per_step, earlier)
+
+    def batch_size_at(self, step: int) -> int:
+        """Return the rows of the batch of `step`, counted from 1."""
+        sizes = (e.batch_size for e in self.train.earlier_batch_sizes if step <= e.until_step)
+        return next(sizes, self.train.batch_size)

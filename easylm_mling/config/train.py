@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from easylm_mling.config.basics import Duration, setting
 from easylm_mling.errors import check
@@ -12,14 +13,26 @@ OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
 
 
 @dataclass(frozen=True)
+class EarlierBatchSize:
+    """The batch size of a run up to a step at which it was changed."""
+
+    until_step: int = setting(help="last step of this size")
+    batch_size: int = setting(help="sequences a step")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How much is trained, and in which portions."""
 
     budget_tokens: int = setting(help="tokens to train on in the whole run", unit="tokens", change=True)
     batch_size: int = setting(
         64,
-        "sequences a step, over all devices and accumulation steps",
-        reason="the learning-rate schedule and the budget count steps of the old size",
+        "sequences a step, over all devices and accumulation steps. May change to another multiple of data.lanes, which "
+        "is the first size if it was not set",
+        change=True,
+    )
+    earlier_batch_sizes: tuple[EarlierBatchSize, ...] = setting(
+        (), "written by the run itself, from its checkpoint: the sizes before --change train.batch_size", free=True
     )
     accumulation_steps: int = setting(1, "microbatches of a batch, one after another", free=True)
     seed: int = setting(0, "seed of freshly initialised parameters")
@@ -113,6 +126,11 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        ends = [0, *(e.until_step for e in self.earlier_batch_sizes)]
+        check(
+            all(a < b for a, b in pairwise(ends)) and all(e.batch_size > 0 for e in self.earlier_batch_sizes),
+            "train.earlier_batch_sizes: is written by the run itself; leave it out",
+        )
         for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
             check(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         check(self.batch_size <= 1 << 20, f"train.batch_size={self.batch_size} must be at most {1 << 20}")

@@ -23,7 +23,10 @@ from easylm_mling.storage.atomic import write_atomically
 from easylm_mling.storage.files import DEFAULT_RETRY, Retry, is_remote, stamp
 
 UNITS_PER_BLOCK = 4
-_FORMAT = 2
+_FORMAT = 3
+# From this format on lanes share units where whole ones would be uneven. A run keeps to how it began.
+SHARES_UNITS = 3
+_FORMATS = (2, _FORMAT)
 # A source of at least so many bytes has units for hundreds of lanes, but none so small that reading it is slow. A smaller
 # one is pooled (data/pool.py).
 _SMALL_BYTES, _FINE_UNITS, _FINEST_UNIT = 16_000_000, 8192, 16_384
@@ -62,7 +65,8 @@ class Source:
     """The files and units of one source.
 
     `units` is int64 [units, 4]: index into `files`, first position, position after the last, estimated bytes of text.
-    `settings` are those of the source's config that decide the order and content of its documents. Not saved is what
+    `settings` are those of the source's config that decide the order and content of its documents. `dealing`, the format
+    of the catalog, says how units are dealt to lanes. Not saved is what
     may differ from process to process: `retry`, `stamps`, each local file's size and time as it was listed, and
     `left_out`, the names of files beside the source's own that are not read.
     """
@@ -74,6 +78,7 @@ class Source:
     retry: Retry = field(default=DEFAULT_RETRY, compare=False)
     stamps: tuple[str, ...] = field(default=(), compare=False)
     left_out: tuple[str, ...] = field(default=(), compare=False)
+    dealing: int = field(default=_FORMAT, compare=False)
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -119,7 +124,8 @@ class Catalog:
 
     def save(self, path: str | Path):
         """Write the catalog as JSON, atomically."""
-        write_atomically(path, orjson.dumps({"format": _FORMAT, **self._tree()}))
+        number = min((s.dealing for s in self.sources.values()), default=_FORMAT)
+        write_atomically(path, orjson.dumps({"format": number, **self._tree()}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Catalog":
@@ -131,11 +137,12 @@ class Catalog:
                 f"{path}: not a readable catalog ({error}); restore it, or start a new run_dir"
             ) from error
         number = tree.get("format") if isinstance(tree, dict) else None
-        check_format(path, "catalog", number, _FORMAT, "start a new run_dir")
+        check_format(path, "catalog", _FORMAT if number in _FORMATS else number, _FORMAT, "start a new run_dir")
         sources = {}
         for s in tree["sources"]:
             units = np.array(s["units"], np.int64).reshape(-1, 4)
-            sources[s["name"]] = Source(s["name"], tuple(File(**f) for f in s["files"]), units, s["settings"])
+            files = tuple(File(**f) for f in s["files"])
+            sources[s["name"]] = Source(s["name"], files, units, s["settings"], dealing=tree["format"])
         return cls(sources, tree["settings"])
 
     def check(self, fresh: "Catalog"):
@@ -187,7 +194,9 @@ def reopen_catalog(stored: Catalog, data: DataConfig) -> Catalog:
     """
     now = Catalog(_list_sources(data, stored.sources), _settings(data))
     stored.check(now)
-    return replace(now, sources={name: replace(s, units=stored.sources[name].units) for name, s in now.sources.items()})
+    olds = stored.sources
+    sources = {n: replace(s, units=olds[n].units, dealing=olds[n].dealing) for n, s in now.sources.items()}
+    return replace(now, sources=sources)
 
 
 def _settings(data: DataConfig) -> dict:

@@ -4,7 +4,7 @@ import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import jax
@@ -19,7 +19,9 @@ from easylm_mling.data.mixture import (
     PADDING,
     ROWS,
     TOKENS,
+    Batch,
     DataState,
+    batch_counts,
     initial_state,
     mask_padding,
     next_round,
@@ -29,18 +31,15 @@ from easylm_mling.data.mixture import (
 )
 from easylm_mling.data.pool import Pool, is_pooled
 from easylm_mling.data.quarantine import Quarantine
-from easylm_mling.data.shuffle import EpochOrder, epoch_windows, open_orders
+from easylm_mling.data.shuffle import EpochOrder, open_orders
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.streams import EnteredWindow, LaneStream, SpillFile, StreamState
 from easylm_mling.data.token_cache import TokenCache
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
 from easylm_mling.errors import ConfigError
 
 _BATCHES_AHEAD = 2
-_HOLDOUT_WINDOWS = 20_000
-
-Batch = dict[str, np.ndarray]
 
 
 class Loader:
@@ -138,8 +137,8 @@ class Loader:
             while True:
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
                 sources, real = np.empty((2, len(own), per_lane), np.int32)
-                for turn in range(per_lane):
-                    assigned = next_round(self._plan, data.seed, lanes[..., ROWS], self.lanes_with_data)
+                for turn, counts in enumerate(batch_counts(self._plan, lanes[..., ROWS], per_lane)):
+                    assigned = next_round(self._plan, data.seed, lanes[..., ROWS], self.lanes_with_data, counts)
                     for lane in range(len(lanes)):
                         if self._closed:
                             return
@@ -286,42 +285,6 @@ class Loader:
 def lanes_with_data(config: MixerConfig, orders: list[EpochOrder]) -> list[int]:
     """Return, for each source, how many lanes can be given rows of it: the first ones."""
     return [config.lanes if is_pooled(o.source) else o.blocks_up_to(config.lanes) for o in orders]
-
-
-def holdout_rows(config: MixerConfig, catalog: Catalog, tokenizer: Tokenizer, source: str, rows: int) -> Batch:
-    """Return up to `rows` rows of the source's held-out documents, the same on every host and at any time.
-
-    They are its first documents in the order of epoch 0, sorted by language. The last row may be padded: pad id, and 0
-    in the other arrays. `language`, int32 [rows, T], is each token's index into Source.languages. There are no rows if
-    the first 20,000 windows hold no such document. Reads about rows * T * 4 / holdout_fraction bytes. Raises ConfigError
-    for a damaged file.
-    """
-    length = config.data.sequence_length
-    order = EpochOrder(catalog.sources[source], config.data.seed, config.data.block_bytes)
-    documents, languages, total = [], [], 0
-    for window in islice(epoch_windows(order, 0, "holdout"), _HOLDOUT_WINDOWS if rows else 0):
-        for text, (unit, _) in zip(window.documents, window.provenance.tolist(), strict=True):
-            if total <= rows * length:
-                documents.append(join_documents(tokenizer, [text.decode()]))
-                languages.append(int(order.source.unit_languages[unit]))
-                total += len(documents[-1])
-        if total > rows * length:
-            break
-    count = min(rows, -(-total // length))
-    index = np.arange(count)[:, None] * length + np.arange(length + 1)
-    by_language = np.argsort(np.array(languages, np.int64), kind="stable").tolist()
-    stream = np.concatenate([np.zeros(0, np.int32), *(documents[i] for i in by_language)])[: count * length + 1]
-    lengths = [len(documents[i]) for i in by_language]
-    language = np.repeat(np.array(languages, np.int32)[by_language], lengths)[: count * length + 1]
-    real = len(stream)
-    stream, language = (
-        np.pad(x, (0, count * length + 1 - real), constant_values=fill)
-        for x, fill in ((stream, tokenizer.pad_id), (language, 0))
-    )
-    batch = row_arrays(stream[index], tokenizer.bos_id, tokenizer.eos_id)
-    mask_padding(batch, real - np.arange(count) * length, tokenizer.pad_id)
-    of_source = np.full(count, list(catalog.sources).index(source), np.int32)
-    return {**batch, "source": of_source, "language": language[index[:, :length]]}
 
 
 def to_device(batch: Batch, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:

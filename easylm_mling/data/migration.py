@@ -9,6 +9,8 @@ import numpy as np
 
 from easylm_mling.data.catalog import Catalog, Source
 from easylm_mling.data.mixture import EXTRA, OFFSET, ROWS, DataState, initial_state
+from easylm_mling.data.pool import is_pooled
+from easylm_mling.data.shuffle import shares_units
 from easylm_mling.data.weights import MixingPlan, planned_as_if
 
 # The counters before are the cursor.
@@ -29,7 +31,7 @@ def carry_over(
             continue
         counters, earlier = fresh.lanes[:, i], state.lanes[:, before.index(name)]
         counters[:, _CURSOR:] = earlier[:, _CURSOR:]
-        if _same_order(old.sources[name], source, same_tokenizer):
+        if _same_order(old.sources[name], source, same_tokenizer, lanes):
             counters[:, :_CURSOR] = earlier[:, :_CURSOR]
             counters[:, OFFSET] *= same_tokenizer
         else:
@@ -42,12 +44,14 @@ def carry_over(
     return fresh, news
 
 
-def _same_order(old: Source, new: Source, same_tokenizer: bool) -> bool:
+def _same_order(old: Source, new: Source, same_tokenizer: bool, lanes: int) -> bool:
     """Return True if a cursor means the same document in both."""
     # Rates by tokens depend on the tokenizer; those of UniMax on the weights, too.
     same_rates = {"bytes": True, "tokens": same_tokenizer, "unimax": False}[new.settings["language_by"]]
+    same_dealing = old.dealing == new.dealing or is_pooled(new) or not shares_units(new, lanes)
     return (
-        (same_rates or len(new.languages) == 1)
+        same_dealing
+        and (same_rates or len(new.languages) == 1)
         and old.files == new.files
         and old.settings == new.settings
         and np.array_equal(old.units, new.units)

@@ -35,6 +35,8 @@ COUNTERS = (
 )
 EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET, ROWS, TOKENS, DOCUMENTS, BAD, EXTRA, PADDING, GOOD = range(len(COUNTERS))
 
+Batch = dict[str, np.ndarray]
+
 # What all lanes together have consumed in a language of a source.
 LANGUAGE_COUNTERS = ("tokens", "documents", "bad")
 
@@ -54,12 +56,35 @@ class DataState(NamedTuple):
         return DataState(self.lanes.copy(), self.languages.copy())
 
 
-def next_round(plan: MixingPlan, seed: int, planned: np.ndarray, lanes_with_data: list[int]) -> np.ndarray:
+def batch_counts(plan: MixingPlan, planned: np.ndarray, rounds: int) -> list[list[int]]:
+    """Return the rows of each source in each of a batch's `rounds`, from `planned`, int64 [V, S]: rows so far.
+
+    The batch has each source's share of its rows to within one row, and so have all rows so far: rows lost by rounding
+    down go to the sources furthest behind. Its rounds divide them as evenly as whole rows allow.
+    """
+    lanes, done = len(planned), int(planned.sum()) // len(planned)
+    left = _whole_counts(
+        plan.target(done), plan.target(done + rounds), rounds * lanes, lanes, planned.sum(axis=0).tolist()
+    )
+    by_round = []
+    for rounds_left in range(rounds, 0, -1):
+        counts = [rows // rounds_left for rows in left]
+        by_remainder = sorted(range(len(left)), key=lambda s: (-(left[s] % rounds_left), s))
+        for s in by_remainder[: lanes - sum(counts)]:
+            counts[s] += 1
+        left = [rows - count for rows, count in zip(left, counts, strict=True)]
+        by_round.append(counts)
+    return by_round
+
+
+def next_round(
+    plan: MixingPlan, seed: int, planned: np.ndarray, lanes_with_data: list[int], counts: list[int] | None = None
+) -> np.ndarray:
     """Return the source of each lane's next row, int32 [V], from `planned`, int64 [V, S]: rows so far by lane and source.
 
-    Every round has each source's share of V rows to within one row, and so have all rounds together: rows lost by
-    rounding down go to the sources furthest behind. The lane that is furthest behind in any source chooses first. So
-    every lane sees the whole mixture, and all its blocks of every source are read.
+    `counts`: the round's rows of each source, as batch_counts says; by default those of a batch of one round. The lane
+    that is furthest behind in any source chooses first. So every lane sees the whole mixture, and all its blocks of every
+    source are read.
 
     Only the first `lanes_with_data[s]` lanes have a block of source s. Sources with few such lanes are assigned first.
     Rows that those lanes cannot take go to the sources that are furthest behind in the other lanes.
@@ -67,7 +92,7 @@ def next_round(plan: MixingPlan, seed: int, planned: np.ndarray, lanes_with_data
     lanes, sources = planned.shape
     done = int(planned.sum()) // lanes
     target = plan.target(done + 1)
-    counts = _round_counts(plan.shares_at(done), lanes, target, planned.sum(axis=0).tolist())
+    counts = list(batch_counts(plan, planned, 1)[0] if counts is None else counts)
     behind = np.array(target, np.int64) - (planned << 32)
     # A new permutation in each round breaks ties, or lanes that are equal would stay in step.
     rank = np.repeat(seeded_order(lanes, seed, "round", done), sources)
@@ -84,13 +109,14 @@ def next_round(plan: MixingPlan, seed: int, planned: np.ndarray, lanes_with_data
     return np.array(assigned, np.int32)
 
 
-def _round_counts(shares: list[int], lanes: int, target: list[int], rows: list[int]) -> list[int]:
-    """Return the rows of each source in a round that ends at `target`: exact in Python's integers, ties to the first source."""
-    counts = [share * lanes >> 32 for share in shares]
-    # Only a source whose share of a round is not whole can ever need one more row.
-    rounded = [s for s, share in enumerate(shares) if share * lanes % ONE]
-    deficit = {s: target[s] * lanes - ((rows[s] + counts[s]) << 32) for s in rounded}
-    for s in sorted(rounded, key=lambda s: (-deficit[s], s))[: lanes - sum(counts)]:
+def _whole_counts(before: list[int], after: list[int], total: int, lanes: int, rows: list[int]) -> list[int]:
+    """Return the `total` rows by source between two targets of a lane: exact in Python's integers, ties to the first source."""
+    due = [(end - start) * lanes for start, end in zip(before, after, strict=True)]
+    counts = [share >> 32 for share in due]
+    # Only a source whose share is not whole can ever need one more row.
+    rounded = [s for s, share in enumerate(due) if share % ONE]
+    deficit = {s: after[s] * lanes - ((rows[s] + counts[s]) << 32) for s in rounded}
+    for s in sorted(rounded, key=lambda s: (-deficit[s], s))[: total - sum(counts)]:
         counts[s] += 1
     return counts
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from easylm_mling.data.catalog import Source
 from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, GOOD, OFFSET, PADDING, TOKENS, WINDOW
-from easylm_mling.data.shuffle import EpochOrder, choose, seeded_order, unit_records
+from easylm_mling.data.shuffle import EpochOrder, seeded_order, unit_records
 from easylm_mling.data.sources.readers import BadRecord
+from easylm_mling.data.splits import choose
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
 from easylm_mling.errors import ConfigError
 

@@ -5,31 +5,33 @@ not at all. Neighbours are bundled into blocks of about `block_bytes`. So 400 la
 source: their units share blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
-from unicodedata import is_normalized, normalize
 
 import numpy as np
 import orjson
 
 from easylm_mling.config import MixerConfig
-from easylm_mling.data.catalog import RUN_HOLDOUT, Catalog, Source
+from easylm_mling.data.catalog import SHARES_UNITS, Catalog, Source
 from easylm_mling.data.sources.readers import BadRecord, read_unit
+from easylm_mling.data.splits import choose
 from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
 
-# Makes the hash that samples a source independent of the one that holds documents out.
-_SAMPLE_SALT = b"sample"
 # Least blocks a lane and epoch.
 _BLOCKS_A_LANE = 4
+# With so many units a lane and epoch, whole ones make lanes even enough. With fewer, units are shared.
+_EVEN_UNITS = 32
+# A golden ratio of all 64-bit numbers: its multiples fall evenly into any range of them.
+_GOLDEN, _ALL = 0x9E3779B97F4A7C15, 1 << 64
 
 
 class Window(NamedTuple):
     """A shuffled portion of a block.
 
     `documents` are those of the chosen split, in UTF-8. `provenance`, int64 [documents, 2]: each one's unit, and its
-    number among the unit's good documents. `good` counts the good documents of both splits. `last` ends the block.
+    number among the unit's good documents, or those of the block's part of it. `good` counts the good documents of both splits. `last` ends the block.
     """
 
     documents: list[bytes]
@@ -54,6 +56,30 @@ def seeded_order(count: int, *key: int | str) -> np.ndarray:
     return np.argsort(seeded_bits(count, *key), kind="stable")
 
 
+class Part(NamedTuple):
+    """What a block has of a unit: the records, by their number in it, whose multiple of the golden ratio is in [low, high)."""
+
+    unit: int
+    low: int = 0
+    high: int = _ALL
+    phase: int = 0
+
+    def holds(self, number: int) -> bool:
+        """Return True for a record of this part."""
+        return self.low <= (number * _GOLDEN + self.phase) % _ALL < self.high
+
+    @property
+    def is_whole(self) -> bool:
+        """True for all the unit's records."""
+        return self.high - self.low == _ALL
+
+
+def shares_units(source: Source, lanes: int) -> bool:
+    """Return True if whole units would be dealt unevenly to the lanes, so that neighbouring blocks share units."""
+    sizes = source.units[:, 3]
+    return source.dealing >= SHARES_UNITS and int(sizes.max()) * lanes * _EVEN_UNITS > int(sizes.sum())
+
+
 class EpochOrder:
     """The order in which the units of one source are read, epoch by epoch. `epochs` is how many there are, or None."""
 
@@ -62,7 +88,7 @@ class EpochOrder:
     ):
         """Take the languages' `rates`, int64 [languages] (weights.language_rates); by default those by bytes.
 
-        With `lanes`, every epoch is cut into as many blocks for each of them, alike in bytes, if it has that many units.
+        With `lanes`, every epoch is cut into as many blocks for each of them, alike in bytes.
         """
         self.source, self.seed, self.block_bytes, self.lanes = source, seed, block_bytes, lanes
         rates = language_rates(source, [], 0.0) if rates is None else rates
@@ -74,6 +100,8 @@ class EpochOrder:
         # Known without ordering the epoch: a lane may have to pass hundreds of epochs of a tiny source.
         is_small = source.units[:, 3].sum() <= block_bytes and (lanes is None or len(source.units) < lanes)
         self._one_block = bool(np.all(self._rates == ONE)) and is_small
+        self.shares_units = lanes is not None and shares_units(source, lanes)
+        self._one_block &= not self.shares_units
         # The other sources' lanes are at most a few epochs apart.
         self._epoch = lru_cache(maxsize=8)(self._order_epoch)
 
@@ -89,6 +117,8 @@ class EpochOrder:
             self.block_bytes,
             self.lanes,
         ]
+        if self.shares_units:
+            parts.append(SHARES_UNITS)
         digest = blake2b(orjson.dumps(parts), digest_size=16)
         digest.update(source.units.tobytes())
         digest.update(self._rates.tobytes())
@@ -98,7 +128,9 @@ class EpochOrder:
         """Return how many blocks the epoch has; none of them is empty."""
         if self._one_block:
             return int(self.epochs is None or epoch < self.epochs)
-        bundle = self._epoch(epoch)[1]
+        units, bundle = self._epoch(epoch)
+        if self.shares_units:
+            return self._shared_blocks() if len(units) else 0
         return int(bundle[-1]) + 1 if len(bundle) else 0
 
     def blocks_up_to(self, limit: int) -> int:
@@ -110,8 +142,32 @@ class EpochOrder:
 
     def units(self, epoch: int, block: int) -> np.ndarray:
         """Return the units of one block in reading order, int64 [n]."""
+        return np.array([part.unit for part in self.parts(epoch, block)], np.int64)
+
+    def parts(self, epoch: int, block: int) -> list[Part]:
+        """Return the parts of units of one block in reading order."""
         units, bundle = self._epoch(epoch)
-        return units[np.searchsorted(bundle, block) : np.searchsorted(bundle, block, side="right")]
+        if not self.shares_units:
+            first, last = np.searchsorted(bundle, block), np.searchsorted(bundle, block, side="right")
+            return [Part(unit) for unit in units[first:last].tolist()]
+        # The units are one line of bytes, and blocks are equal pieces of it: `bundle` has the units' ends on the line.
+        blocks, total = self._shared_blocks(), int(bundle[-1])
+        begin, end = block * total // blocks, (block + 1) * total // blocks
+        parts = []
+        for i in range(int(np.searchsorted(bundle, begin, side="right")), len(units)):
+            start, stop = int(bundle[i - 1]) if i else 0, int(bundle[i])
+            if start >= end:
+                break
+            low, high = ((min(max(at - start, 0), stop - start) << 64) // (stop - start) for at in (begin, end))
+            if low < high:
+                phase = int(seeded_bits(1, self.seed, self.source.name, epoch, i, "part")[0])
+                parts.append(Part(int(units[i]), low, high, phase))
+        return parts
+
+    def _shared_blocks(self) -> int:
+        """Return the blocks of an epoch whose units are shared: so few that not many lanes read a unit."""
+        assert self.lanes is not None
+        return self.lanes * _blocks_a_lane(self.source.units[:, 3], self.lanes, self.block_bytes)
 
     def copies(self, epoch: int) -> np.ndarray:
         """Return how often each unit is read in the epoch, int64 [units].
@@ -127,6 +183,8 @@ class EpochOrder:
         units = np.repeat(np.arange(len(copies)), copies)
         units = units[seeded_order(len(units), self.seed, self.source.name, epoch)]
         sizes = self.source.units[units, 3]
+        if self.shares_units:
+            return units, np.cumsum(np.maximum(sizes, 1))
         if self.lanes and len(units) >= self.lanes:
             return units, _even_blocks(sizes, self.lanes, self.block_bytes)
         # Renumbered, for behind a unit larger than a block there would be empty ones. A lane takes every V-th block, and
@@ -141,13 +199,17 @@ def _even_blocks(sizes: np.ndarray, lanes: int, block_bytes: int) -> np.ndarray:
     about `block_bytes` at most; k is at least 4 if there are units for it.
     """
     total, count = int(sizes.sum()), len(sizes)
-    per_lane = min(max(_BLOCKS_A_LANE, -(-total // (lanes * block_bytes))), count // lanes)
-    blocks = lanes * per_lane
+    blocks = lanes * _blocks_a_lane(sizes, lanes, block_bytes)
     even = (np.cumsum(sizes) - sizes // 2) * blocks // max(1, total)
     # Moved by as little as leaves none empty: numbers rise by at most one a unit, and reach the last block.
     index = np.arange(count)
     even = np.clip(np.minimum(even, index), index - count + blocks, blocks - 1)
     return np.minimum.accumulate(even - index) + index
+
+
+def _blocks_a_lane(sizes: np.ndarray, lanes: int, block_bytes: int) -> int:
+    blocks = max(_BLOCKS_A_LANE, -(-int(sizes.sum()) // (lanes * block_bytes)))
+    return max(1, min(blocks, len(sizes) // lanes))
 
 
 def open_orders(config: MixerConfig, catalog: Catalog, plan: MixingPlan) -> list[EpochOrder]:
@@ -175,9 +237,9 @@ def windows(order: EpochOrder, epoch: int, block: int, split: str = "train", ski
         origin = np.array([provenance[i] for i in shuffled], np.int64).reshape(-1, 2)
         return Window([texts[i] for i in shuffled], origin, bad, bad_units, len(texts), last)
 
-    for unit in order.units(epoch, block).tolist():
-        ordinal = -1
-        for record in unit_records(source, unit):
+    for part in order.parts(epoch, block):
+        unit, ordinal = part.unit, -1
+        for record in unit_records(source, unit, None if part.is_whole else part.holds):
             if size >= limit:
                 # Popped, so that a suspended generator, of which there may be hundreds, holds no window.
                 ready = [close(last=False)] if number >= skip else []
@@ -202,45 +264,13 @@ def epoch_windows(order: EpochOrder, epoch: int, split: str) -> Iterator[Window]
         yield from windows(order, epoch, block, split)
 
 
-def unit_records(source: Source, unit: int) -> Iterator[bytes | BadRecord]:
+def unit_records(source: Source, unit: int, holds: Callable[[int], bool] | None = None) -> Iterator[bytes | BadRecord]:
     """Yield the documents (UTF-8) of one unit in the file's order, and the bad records between them.
 
+    With `holds`, only those are read whose number in the unit, blank and bad ones counted, it returns True for.
     Raises ConfigError for a file that is damaged, unreadable, or another than the one that was listed.
     """
     index, start, end, _ = source.units[unit].tolist()
     file, column, row = source.files[index], source.settings["text_column"], source.settings["row"]
     source.check_file(index)
-    yield from read_unit(file.name, file.layout, start, end, column, row, source.retry)
-
-
-def choose(texts: list[bytes], split: str, settings: dict) -> list[int]:
-    """Return which of the texts are of one split: `holdout`, what the source validates on, or `train`.
-
-    A hash of the normalised text decides, by the largest holdout_fraction of the run's sources. So a text that one
-    source holds out is trained on through no other one, either, and neither is a copy with other white space.
-    """
-    assert split in ("train", "holdout"), split
-    held_out = settings["holdout_fraction"]
-    if split == "train":
-        held_out = max(held_out, settings.get(RUN_HOLDOUT, 0))
-    chosen = list(range(len(texts)))
-    if held_out or split == "holdout":
-        limit = int(held_out * 2**64)
-        chosen = [i for i in chosen if (_hash(normalised(texts[i])) < limit) == (split == "holdout")]
-    if split == "train" and settings["sample_fraction"] < 1:
-        sampled = int(settings["sample_fraction"] * 2**64)
-        chosen = [i for i in chosen if _hash(texts[i], _SAMPLE_SALT) < sampled]
-    return chosen
-
-
-def normalised(text: bytes) -> bytes:
-    """Return UTF-8 text in Unicode's form NFKC, each run of white space a space, none at either end."""
-    characters = text.decode()
-    # Nearly all text is normalised, and finding that out is cheap.
-    if not is_normalized("NFKC", characters):
-        characters = normalize("NFKC", characters)
-    return " ".join(characters.split()).encode()
-
-
-def _hash(text: bytes, salt: bytes = b"") -> int:
-    return int.from_bytes(blake2b(text, digest_size=8, salt=salt).digest(), "big")
+    yield from read_unit(file.name, file.layout, start, end, column, row, source.retry, holds)

@@ -185,9 +185,13 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
     hardware = f"{mesh.cpu_devices} simulated CPU devices" if mesh.cpu_devices else "accelerators"
     rest = " (-1: all other devices)" if -1 in (mesh.data, mesh.fsdp, mesh.tensor) else ""
     decay = f", decay over the last {o.decay}" if o.schedule == "wsd" else ""
+    before = "".join(f"; {e.batch_size} rows up to step {e.until_step:,}" for e in t.earlier_batch_sizes)
     rows = [
         ("steps", f"{step:,} of {config.total_steps:,}"),
-        ("tokens a step", f"{config.tokens_per_step:,} ({t.batch_size} rows of {config.data.sequence_length:,})"),
+        (
+            "tokens a step",
+            f"{config.tokens_per_step:,} ({t.batch_size} rows of {config.data.sequence_length:,}){before}",
+        ),
         ("optimizer", f"AdamW, beta {o.beta1} and {o.beta2}, epsilon {o.epsilon}, weight decay {o.weight_decay}"),
         (
             "learning rate",

@@ -2,7 +2,8 @@
 
 A line of the record is `{"kind": "change", "step": S, "time": ..., "key": KEY, "old": ..., "new": ...}`: after step S the run
 went on with the new value. The schedule of the learning rate is a function of the step and of the config, so from there on
-it is what it would be had the run begun with the new value.
+it is what it would be had the run begun with the new value. After a change of the batch size it is one of the tokens
+(training/optimizer.py); see run/batch_size.py for the rest.
 """
 
 from collections.abc import Collection, Iterable
@@ -12,7 +13,7 @@ from easylm_mling.config import Change, RunConfig, leaves, to_tree
 from easylm_mling.errors import ConfigError
 from easylm_mling.monitoring.metrics import MetricsLog, read_lines
 
-_BUDGET = "train.budget_tokens"
+_BUDGET, BATCH_SIZE = "train.budget_tokens", "train.batch_size"
 
 
 def check_changes(config: RunConfig, keys: Collection[str]):
@@ -25,10 +26,8 @@ def check_changes(config: RunConfig, keys: Collection[str]):
     by_budget = config.data.weighting.by == "unimax" or any(
         s.language_by == "unimax" for s in config.data.sources.values()
     )
-    if _BUDGET in keys and by_budget:
-        raise ConfigError(
-            f"--change {_BUDGET}: with unimax the budget decides the shares of the data; start a new run_dir"
-        )
+    if by_budget and (key := next((k for k in (_BUDGET, BATCH_SIZE) if k in keys), "")):
+        raise ConfigError(f"--change {key}: with unimax the budget decides the shares of the data; start a new run_dir")
 
 
 def record_changes(history: Path, step: int, changes: Iterable[Change]):

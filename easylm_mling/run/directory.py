@@ -37,6 +37,7 @@ from easylm_mling.config import Change, RunConfig, differences, load_kept, to_ya
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.monitoring.events import read_event_log
+from easylm_mling.run.batch_size import with_past
 from easylm_mling.storage.atomic import atomic_directory, write_atomically
 from easylm_mling.storage.jsonl import read_jsonl
 from easylm_mling.storage.lease import LOCK, Lease, file_store
@@ -61,7 +62,7 @@ class RunDirectory:
 
     With `accept_data_change`, other sources or another tokenizer are not something else; neither are other values of the
     keys `change`, and `changes` says which differ. Of several processes only the
-    first, number 0, `writes`. `name` is what the config calls the directory, where the checkpoints lie; all other files are
+    first, number 0, `writes`. `config` has what the run's past adds to it (run/batch_size.py). `name` is what the config calls the directory, where the checkpoints lie; all other files are
     below `path`.
     """
 
@@ -94,6 +95,7 @@ class RunDirectory:
             )
         self.data_settings_changed = self.begins_anew = False
         self.changes: list[Change] = []
+        self.config = config
         if in_bucket:
             # This machine's own copy of the small files: no other process here may have it at the same time.
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +238,10 @@ class RunDirectory:
 
     def _check_same_run(self, config: RunConfig, accept_data_change: bool, change: Collection[str]):
         kept = load_kept(self.config_file)
+        config = self.config = with_past(config, kept)
         changes = [change for change in differences(kept, config) if not change.setting.free]
+        # 0 stands for a number of lanes.
+        changes = [c for c in changes if c.key != "data.lanes" or kept.lanes != config.lanes]
         if accept_data_change:
             self.data_settings_changed = any(change.setting.data for change in changes)
             changes = [change for change in changes if not change.setting.data]

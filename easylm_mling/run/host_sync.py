@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import RunConfig
+from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DataState, whole_state
 from easylm_mling.data.quarantine import Quarantine
 from easylm_mling.distributed.agreement import is_multiprocess, is_primary
@@ -95,3 +97,13 @@ def own_quarantine(path: Path, sources: list[str], state: DataState | None) -> P
                 Quarantine(other, sources, state and state.lanes)
         return path
     return path.with_name(f"{path.stem}-of-process-{jax.process_index()}{path.suffix}")
+
+
+def next_on_all_hosts(loader: Loader):
+    """The loader's next (batch, state); None if it has ended on any host, so that all end at the same step. Collective."""
+    item = next(loader, None)
+    if is_multiprocess() and any(order.epochs is not None for order in loader.orders):
+        # A step's worth of waiting for one bit, only in runs whose sources can be used up.
+        if bool(np.any(multihost_utils.process_allgather(np.array(item is None)))):
+            return None
+    return item

@@ -27,7 +27,7 @@ from easylm_mling.monitoring.profiler import Profiler
 from easylm_mling.monitoring.throughput import Throughput
 from easylm_mling.monitoring.trackers import Trackers
 from easylm_mling.run.directory import RunDirectory
-from easylm_mling.training.spike_guard import SPIKE
+from easylm_mling.training.spike_guard import NOT_FINITE, SPIKE
 from easylm_mling.training.step import jit_parameter_norm
 
 # The speed is compared with the plan's after so many steps.
@@ -128,7 +128,7 @@ class Monitor:
             values |= {"ledger": ledger(), **measured, **self._checkpoint_age()}
             share = self.events.goodput.share()
             values |= {"goodput": share and round(share, 4), "seconds_to_budget": left and round(left, 1)}
-            self.log.write("train", step, tokens=step * self._config.tokens_per_step, **values)
+            self.log.write("train", step, tokens=self._config.step_tokens.at(step), **values)
             self._show_table(step, values)
         if step == first + _SETTLED_STEPS - 1:
             self._compare_with_plan()
@@ -210,3 +210,13 @@ def environment(mesh: Mesh) -> dict:
         "mesh": {str(k): v for k, v in mesh.shape.items()},
         "versions": versions,
     }
+
+
+def skip_news(metrics: dict, values: dict, sigmas: float) -> str:
+    """Why the step changed nothing, "" if it did."""
+    verdict = int(metrics["verdict"])
+    if verdict == SPIKE:
+        limits = zip(("loss", "gradient_norm"), map(float, metrics["limits"]), strict=True)
+        over = [f"{name} {values[name]:.4g} is over {limit:.4g}" for name, limit in limits if values[name] > limit]
+        return f"skipped, a spike: {' and '.join(over)}, {sigmas:g} deviations above the mean of the last steps"
+    return "skipped: the loss or gradient is not finite" if verdict == NOT_FINITE else ""

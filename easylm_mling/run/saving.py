@@ -76,7 +76,7 @@ class Saver:
     def _attempt(self, state: TrainState, data_state: DataState, wait: bool) -> SaveResult:
         step, config = int(state.step), self._config
         self._monitor.log.write("languages", step, languages=self._data.ledger.languages(data_state))
-        info = {"config": to_tree(config), "tokens": step * config.tokens_per_step, "rewinds": self._rewinds}
+        info = {"config": to_tree(config), "tokens": config.step_tokens.at(step), "rewinds": self._rewinds}
         try:
             # Whoever resumes from the step does not read these records again, and finds its line in every log.
             self._loader.flush()

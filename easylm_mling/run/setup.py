@@ -1,7 +1,9 @@
 """The setup of a run: devices, directory, data, what is fixed for its life, and the state to go on with."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -9,7 +11,7 @@ from rich.console import Console
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
 from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
-from easylm_mling.config import RunConfig, load_kept
+from easylm_mling.config import RunConfig, differences, from_tree, load_kept
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.state_archive import kept_steps
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
@@ -20,7 +22,8 @@ from easylm_mling.monitoring.console import say, warn
 from easylm_mling.monitoring.events import read_event_log
 from easylm_mling.plan.measurements import MeasurementCache
 from easylm_mling.plan.remat import choose_remat, with_remat
-from easylm_mling.run.changes import change_text, check_changes, past_changes, record_changes
+from easylm_mling.run.batch_size import after
+from easylm_mling.run.changes import BATCH_SIZE, change_text, check_changes, past_changes, record_changes
 from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.run.host_sync import own_lanes
@@ -57,6 +60,7 @@ def open_run(
     """
     check_changes(config, change)
     run = RunDirectory(config, accept_data_change, process_index(), change)
+    config = run.config
     catalog = open_catalog(run, config, accept_data_change)
     for remark in catalog.remarks():
         warn(console, remark)
@@ -80,9 +84,16 @@ def open_run(
     return config, mesh, data
 
 
+class OtherPast(NamedTuple):
+    """The checkpoint is older than the one that the config was made for, by a change of the batch size."""
+
+    step: int
+    config: RunConfig  # what goes on from that step
+
+
 def restore_or_init(
     config, mesh, checkpoints: Checkpoints, data: RunData, console
-) -> tuple[TrainState, DataState | None, int]:
+) -> tuple[TrainState, DataState | None, int] | OtherPast:
     """The newest checkpoint's state on this mesh and its data state, or a fresh state (from `init_from` if given) and None.
 
     The third value is the number of batches to leave out now, after a rewind to this very checkpoint. Collective.
@@ -91,6 +102,9 @@ def restore_or_init(
     if restored := checkpoints.restore_newest(abstract_state(config, mesh)):
         for step, wrong in restored.damaged:
             warn(console, f"the checkpoint of step {step} is damaged and set aside: {wrong}")
+        now = after(config, from_tree(RunConfig, restored.info["config"]), restored.step)
+        if now != config:
+            return OtherPast(restored.step, now)
         data_state, news = data.resume(restored.step, DataState(**restored.data), restored.info)
         news += [change_text(c) for c in past_changes(data.run.history_file) if c["step"] == restored.step]
         for line in (f"resumed from the checkpoint of step {restored.step}", *news):
@@ -104,6 +118,17 @@ def restore_or_init(
         return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
     fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
     return fresh(), None, 0
+
+
+def record_other_past(run: RunDirectory, past: OtherPast):
+    """Keep the config that goes on from an older checkpoint than was thought, and when its batch size begins to hold."""
+    if run.writes:
+        before = past.config.batch_size_at(past.step)
+        if before != past.config.train.batch_size:
+            change = differences(replace(past.config.train, batch_size=before), past.config.train)
+            changes = [replace(c, key=BATCH_SIZE) for c in change if c.key == "batch_size"]
+            record_changes(run.history_file, past.step, changes)
+        run.replace_config(past.config)
 
 
 def _check_none_is_missing(run: RunDirectory):

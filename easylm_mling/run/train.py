@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
@@ -19,7 +17,7 @@ from easylm_mling.data.loader import Loader, to_device
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.distributed.agreement import is_multiprocess, is_primary, primary_first
+from easylm_mling.distributed.agreement import is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
 from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, crash_file
 from easylm_mling.model.sharding import BATCH_AXES
@@ -27,18 +25,18 @@ from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
 from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import RunData
-from easylm_mling.run.host_sync import Agreement, HostSync, own_lanes, own_quarantine
-from easylm_mling.run.monitor import Monitor
+from easylm_mling.run.host_sync import Agreement, HostSync, next_on_all_hosts, own_lanes, own_quarantine
+from easylm_mling.run.monitor import Monitor, skip_news
 from easylm_mling.run.preemption import CONTINUE, OUT_OF_TIME, SIGNALLED, StopSignal
 from easylm_mling.run.replay_check import ReplayCheck
 from easylm_mling.run.rewind import count_rewinds, rewind
 from easylm_mling.run.saving import Saver, open_checkpoints
-from easylm_mling.run.setup import open_run, restore_or_init, select_devices
+from easylm_mling.run.setup import OtherPast, open_run, record_other_past, restore_or_init, select_devices
 from easylm_mling.run.starting_model import override_names
 from easylm_mling.run.summary import summary_table
 from easylm_mling.run.validation import Validation
 from easylm_mling.training.compilation import compile_ahead, enable_compilation_cache
-from easylm_mling.training.spike_guard import NOT_FINITE, SPIKE
+from easylm_mling.training.spike_guard import SPIKE
 from easylm_mling.training.state import TrainState
 
 
@@ -49,6 +47,7 @@ class Outcome(NamedTuple):
     data_state: DataState | None  # the whole run's; None if nothing was consumed
     stop_request: int  # as run/preemption.py's
     data_ended: str = ""  # why there is no next batch
+    begin_again: bool = False  # with the config that is in the run's directory now
 
 
 class InFlight(NamedTuple):
@@ -120,6 +119,8 @@ def train(
             console.print(summary_table(config, run.metrics_file, data.ledger.sources(outcome.data_state)))
     if message:
         say(console, message)
+    if outcome.begin_again:
+        return train(config, console, accept_data_change, max_hours, override_model)
     return code
 
 
@@ -137,7 +138,11 @@ def run_process(
         program = compile_ahead(config, mesh)
         rewind(config.train, checkpoints, run, monitor.events, console)
         begun = time.monotonic()
-        state, data_state, skip = restore_or_init(config, mesh, checkpoints, data, console)
+        start = restore_or_init(config, mesh, checkpoints, data, console)
+        if isinstance(start, OtherPast):
+            record_other_past(run, start)
+            return Outcome(start.step, None, CONTINUE, begin_again=True)
+        state, data_state, skip = start
         if data_state is not None:
             monitor.restored(int(state.step), time.monotonic() - begun)
             changed = [change_text(c) for c in past_changes(run.history_file) if c["step"] == int(state.step)]
@@ -221,6 +226,8 @@ def run_steps(
 def closing_event(config: RunConfig, outcome: Outcome) -> tuple[str, str, int]:
     """Exit event (monitoring/events.py), message and exit code."""
     step, total = outcome.step, config.total_steps
+    if outcome.begin_again:
+        return "stopped", f"goes on from step {step} by a checkpoint of another batch size", DONE
     if step == total:
         return "done", "", DONE
     if outcome.stop_request == SIGNALLED:
@@ -229,16 +236,6 @@ def closing_event(config: RunConfig, outcome: Outcome) -> tuple[str, str, int]:
         return "done", f"the data ended at step {step} of {total}: {outcome.data_ended}", DONE
     reason = "after --max-hours" if outcome.stop_request == OUT_OF_TIME else "as train.stop_at_step says"
     return "stopped", f"stopped at step {step} of {total}, {reason}", DONE
-
-
-def next_on_all_hosts(loader: Loader):
-    """The loader's next (batch, state); None if it has ended on any host, so that all end at the same step. Collective."""
-    item = next(loader, None)
-    if is_multiprocess() and any(order.epochs is not None for order in loader.orders):
-        # A step's worth of waiting for one bit, only in runs whose sources can be used up.
-        if bool(np.any(multihost_utils.process_allgather(np.array(item is None)))):
-            return None
-    return item
 
 
 def evaluate(loop: Loop, state: TrainState):
@@ -299,13 +296,3 @@ def report_step(loop: Loop, before: DataState | None, launched: InFlight) -> Agr
             "checkpoint"
         )
     return agreed
-
-
-def skip_news(metrics: dict, values: dict, sigmas: float) -> str:
-    """Why the step changed nothing, "" if it did."""
-    verdict = int(metrics["verdict"])
-    if verdict == SPIKE:
-        limits = zip(("loss", "gradient_norm"), map(float, metrics["limits"]), strict=True)
-        over = [f"{name} {values[name]:.4g} is over {limit:.4g}" for name, limit in limits if values[name] > limit]
-        return f"skipped, a spike: {' and '.join(over)}, {sigmas:g} deviations above the mean of the last steps"
-    return "skipped: the loss or gradient is not finite" if verdict == NOT_FINITE else ""

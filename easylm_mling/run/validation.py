@@ -9,7 +9,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from easylm_mling.config import RunConfig
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.loader import Batch, holdout_rows, to_device
+from easylm_mling.data.holdout import holdout_rows
+from easylm_mling.data.loader import Batch, to_device
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.model.sharding import BATCH_AXES, own_rows
 from easylm_mling.monitoring.metrics import finite, mean_loss
@@ -89,7 +90,7 @@ class Validation:
 
 
 def by_language(rows: Batch, first: int) -> Batch:
-    """`rows` of one source (loader.holdout_rows), copied for each language in a row, with the targets of that language only.
+    """`rows` of one source (holdout.holdout_rows), copied for each language in a row, with the targets of that language only.
 
     `source` becomes `first` plus the number of the language.
     """

@@ -61,7 +61,7 @@ def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
         graph=model_graph(config.model),
         train=config.train,
         optimizer=make_optimizer(config.optimizer, config.model),
-        schedule=make_schedule(config.optimizer, config.total_steps, config.tokens_per_step),
+        schedule=make_schedule(config.optimizer, config.total_steps, config.step_tokens),
         clip_norm=config.optimizer.clip_norm,
         sources=len(config.data.sources),
         attention=attention_on(config, mesh),

@@ -39,18 +39,27 @@ class BadRecord(NamedTuple):
 
 
 def read_unit(
-    path: str, layout: str, start: int, end: int, column: str, row: str, retry: Retry = DEFAULT_RETRY
+    path: str,
+    layout: str,
+    start: int,
+    end: int,
+    column: str,
+    row: str,
+    retry: Retry = DEFAULT_RETRY,
+    holds: Callable[[int], bool] | None = None,
 ) -> Iterator[bytes | BadRecord]:
     """Yield the documents that start in [start, end), and the bad records between them.
 
     Documents are valid UTF-8 without NUL, and never blank. With `row == "line"` rows are joined to documents by
-    newlines, and a blank row ends one. A row of a text file is a line. Raises ConfigError, naming the file, if it is
+    newlines, and a blank row ends one. A row of a text file is a line. With `holds`, only the records are read whose
+    number in the unit it returns True for; the others are passed over, of a file of lines without parsing them. Raises ConfigError, naming the file, if it is
     damaged, cut off or unreadable.
     """
-    rows = _rows(path, layout, start, end, column, retry)
+    rows = _rows(path, layout, start, end, column, retry, None if row == "line" else holds)
     try:
         if row == "line":
-            yield from _join_lines(rows, end, skipping=start > 0)
+            documents = _join_lines(rows, end, skipping=start > 0)
+            yield from (document for i, document in enumerate(documents) if holds is None or holds(i))
             return
         for position, record in rows:
             if position >= end:
@@ -139,24 +148,30 @@ def _join_lines(rows, end: int, skipping: bool) -> Iterator[bytes | BadRecord]:
 
 
 def _rows(
-    path: str, layout: str, start: int, end: int, column: str, retry: Retry
+    path: str, layout: str, start: int, end: int, column: str, retry: Retry, holds: Callable[[int], bool] | None
 ) -> Iterator[tuple[int, bytes | BadRecord]]:
-    """Yield (position, record) of every row from position `start` to the end of the *file*; a blank row is empty.
+    """Yield (position, record) of every row from position `start` to the end of the *file*.
+
+    A blank row is empty, and so is one whose number, counted from 0 at `start`, `holds` returns False for.
 
     Nothing is yielded of a file of lines if no line begins in [start, end).
     """
     if layout.startswith(("jsonl", "text")):
         record_of = _json_record if layout.startswith("jsonl") else _text_record
         splittable = "." not in layout
-        for offset, line in file_lines(path, layout, start, end, retry):
-            yield offset if splittable else 0, record_of(path, offset, line, column)
+        for number, (offset, line) in enumerate(file_lines(path, layout, start, end, retry)):
+            record = record_of(path, offset, line, column) if holds is None or holds(number) else b""
+            yield offset if splittable else 0, record
         return
+    number = -1
     for position, texts, offset_of in portions(path, layout, start, column, retry):
         # As bytes: one row of invalid UTF-8 must not spoil the rows around it.
         values = texts.cast(pa.large_binary())
         for begin in range(0, len(values), ROWS):
             for i, value in enumerate(values.slice(begin, ROWS).to_pylist(), begin):
-                yield position, _table_record(path, offset_of, i, value, column)
+                number += 1
+                is_held = holds is None or holds(number)
+                yield position, _table_record(path, offset_of, i, value, column) if is_held else b""
 
 
 def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | BadRecord:

@@ -70,9 +70,10 @@ def _state_before(run: Path, step: int, name: str | Path) -> tuple[MixerConfig, 
     base = load_state(run / STATES, earlier[-1]) if earlier else None
     config = load_kept(run / "config.yaml")
     stages = tuple(from_tree(StageConfig, stage) for stage in info["stages"])
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages, lanes=config.lanes))
     prints = {key: (base.info if base else info)[key] for key in ("data", "tokenizer")}
-    return config.mixer, (base.state, earlier[-1]) if base else (None, 0), prints
+    mixer = dataclasses.replace(config.mixer, batch_size=config.batch_size_at(step))
+    return mixer, (base.state, earlier[-1]) if base else (None, 0), prints
 
 
 def _rows(

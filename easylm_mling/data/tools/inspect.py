@@ -13,6 +13,7 @@ from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Source, build_catalog
 from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.pool import is_pooled
+from easylm_mling.data.shuffle import shares_units
 from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.forecast import forecast
@@ -70,7 +71,7 @@ def inspect_data(config: MixerConfig) -> dict:
             "taken": round(e.taken),
             "share": round(e.taken / max(1.0, expected.tokens), 6),
             "epochs": round(e.epochs, 4),
-            "note": _note(e, config.data.sources[name].when_used_up) + _uneven(source, config.lanes),
+            "note": _note(e, config.data.sources[name].when_used_up) + _shared(source, config.lanes),
             "languages": languages,
         }
     budget = config.total_steps * config.tokens_per_step
@@ -176,13 +177,15 @@ def _note(expected, rule: str) -> str:
     return f"read {expected.epochs:.2f} times" if expected.epochs > 1.05 else "read once"
 
 
-def _uneven(source: Source, lanes: int) -> str:
-    """Return what to say of a source that cannot be dealt evenly to the lanes (docs/data.md)."""
-    if is_pooled(source) or len(source.units) >= lanes:
+def _shared(source: Source, lanes: int) -> str:
+    """Return what it costs that lanes share files or row groups (docs/data.md), where several read one."""
+    count = len(source.units)
+    if is_pooled(source) or count >= lanes or not shares_units(source, lanes):
         return ""
+    what = "one file, which cannot be cut, is" if count == 1 else f"{count} files or row groups are"
     return (
-        f"; its {len(source.units)} parts cannot be dealt evenly to {lanes} lanes, which read different epochs side by "
-        "side: write more and smaller files or row groups"
+        f"; its {what} read by {lanes if count == 1 else -(-lanes // count) + 1} of the {lanes} lanes each, in every epoch and "
+        "at every resume, to find their own documents: write more and smaller ones to save that"
     )
 
 

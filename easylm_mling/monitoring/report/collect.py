@@ -73,7 +73,7 @@ class RunHistory:
 
     def add_metrics(self, line: dict):
         """Take in one line of metrics.jsonl. Sources that the config does not know are left out."""
-        kind, x = line.get("kind"), line["step"] * self.config.tokens_per_step
+        kind, x = line.get("kind"), self.config.step_tokens.at(line["step"])
         if kind == "train":
             line = self._smooth_speeds(line)
             for name, curve in self.curves.items():
@@ -121,7 +121,7 @@ class RunHistory:
     def cut_losses(self):
         """Forget held-out losses of steps that were taken back and are not done again yet."""
         for curve in (self.validation, *self.held_out.values(), *self.languages.values()):
-            curve.cut(self.step * self.config.tokens_per_step + 1)
+            curve.cut(self.config.step_tokens.at(self.step) + 1)
 
     def _add_losses(self, curves: dict[str, Curve], x: int, line: dict):
         for source, loss in line.get("sources", {}).items():

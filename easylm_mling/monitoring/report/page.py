@@ -148,7 +148,7 @@ def _speed_charts(run: RunHistory) -> list[dict | None]:
 
 
 def _optimizer_charts(run: RunHistory) -> list[dict | None]:
-    skips = [(float(step * run.config.tokens_per_step), "x") for step in run.skips]
+    skips = [(float(run.config.step_tokens.at(step)), "x") for step in run.skips]
     return [
         _chart("Gradient norm", Line("", run.curves["gradient_norm"].points), log=True, marks=skips),
         _chart("Learning rate", Line("", run.curves["learning_rate"].points, 2)),
@@ -168,7 +168,7 @@ def _chart(title: str, *lines: Line, unit: str = "", log: bool = False, marks: l
 
 def _restarts(run: RunHistory) -> list[tuple[float, str]]:
     label = "restart" if len(run.restarts) < 6 else ""
-    return [(float(step * run.config.tokens_per_step), label) for step in run.restarts]
+    return [(float(run.config.step_tokens.at(step)), label) for step in run.restarts]
 
 
 def _largest_sources(run: RunHistory) -> list[str]:
