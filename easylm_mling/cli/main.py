@@ -12,7 +12,7 @@ from easylm_mling.errors import report_error
 
 # The arguments of all verbs that name files. Those of a config are at their place in it.
 PATHS = {
-    "calibrate", "checkpoint_dir", "compare", "config", "hf_dir", "model_dir", "output", "png", "run_dir", "search", "tokenizer"
+    "calibrate", "checkpoint_dir", "compare", "config", "hf_dir", "html", "model_dir", "output", "png", "run_dir", "search", "tokenizer"
 }  # fmt: skip
 
 

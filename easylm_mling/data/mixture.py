@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from easylm_mling.data.conversations.encoding import UNTRAINED
 from easylm_mling.data.shuffle import seeded_bits, seeded_order
 from easylm_mling.data.weights import ONE, MixingPlan
 from easylm_mling.errors import ConfigError
@@ -109,12 +110,15 @@ def substitute(shares: list[int], seed: int, lane: int, extra: np.ndarray, used_
 def row_arrays(tokens: np.ndarray, bos_id: int) -> dict[str, np.ndarray]:
     """Return the trainer's arrays, each [..., T], for `tokens`, int32 [..., T + 1]; the last token is a target only.
 
-    tokens. targets: the next token. loss_mask, float32: 1. Both are 0 where the next token begins another document.
+    tokens. targets: the next token. loss_mask, float32: 1. Both are 0 where the next token begins another document, or has
+    UNTRAINED added to it.
     segment_ids: from 1, one more at each document; 0 is padding. positions: from 0 at each document and at the row's
     start. All but the mask are int32.
     """
-    inputs, following = tokens[..., :-1], tokens[..., 1:]
-    inside = following != bos_id
+    following = tokens[..., 1:]
+    # BOS is no target, with UNTRAINED or without.
+    inside = (following != bos_id) & (following < UNTRAINED)
+    inputs = tokens[..., :-1] & ~UNTRAINED
     arrays = {
         "tokens": np.ascontiguousarray(inputs),
         "targets": following * inside,

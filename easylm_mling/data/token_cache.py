@@ -17,9 +17,11 @@ import orjson
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from easylm_mling.data.catalog import Source
+from easylm_mling.data.documents import encode_window
 from easylm_mling.data.shuffle import EpochOrder, Window, windows
 from easylm_mling.data.sources.readers import BadRecord
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
 
@@ -76,15 +78,15 @@ class TokenCache:
                 return 0
             number += 1
         for window in windows(order, epoch, block, skip=number):
-            tokens += self._write(self._path(order, epoch, block, number), window)
+            tokens += self._write(self._path(order, epoch, block, number), order.source, window)
             number += 1
         return tokens
 
-    def _write(self, path: Path, window: Window) -> int:
-        tokens = join_documents(self.tokenizer, [text.decode() for text in window.documents])
+    def _write(self, path: Path, source: Source, window: Window) -> int:
+        tokens, ends, window = encode_window(source, self.tokenizer, window)
         arrays = {
             "tokens": tokens,
-            "ends": np.flatnonzero(tokens == self.tokenizer.eos_id) + 1,
+            "ends": ends,
             "provenance": window.provenance,
             "bad_units": np.array(window.bad_units, np.int64),
         }
