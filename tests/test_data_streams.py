@@ -7,9 +7,10 @@ import pytest
 from data_corpus import data_config, documents, epoch_order, tokenizer, write
 from test_data_tokenizer_json import qwen
 
-from easylm_mling.data import streams
+from easylm_mling.data import spill_file
 from easylm_mling.data.mixture import BAD, DOCUMENTS, EPOCH, TOKENS, initial_state
-from easylm_mling.data.streams import LaneStream, SpillFile, StreamState
+from easylm_mling.data.spill_file import SpillFile
+from easylm_mling.data.streams import LaneStream, StreamState
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
 from easylm_mling.errors import ConfigError
 
@@ -20,9 +21,9 @@ def open_stream():
     with contextlib.ExitStack() as stack:
 
         def make(order, state, lane=0, on_window=lambda window: None):
-            spill_file = stack.enter_context(contextlib.closing(SpillFile()))
+            spilled = stack.enter_context(contextlib.closing(SpillFile()))
             start = StreamState.from_counters(state[lane, 0])
-            return Lane(LaneStream(order, tokenizer(), lane, len(state), start, spill_file), state[lane, 0], on_window)
+            return Lane(LaneStream(order, tokenizer(), lane, len(state), start, spilled), state[lane, 0], on_window)
 
         yield make
 
@@ -131,7 +132,7 @@ def test_readers_that_wait_too_long_start_again_and_change_nothing(tmp_path, ope
     order = epoch_order(data_config(write(tmp_path / "a", "jsonl.gz", documents(300))))
     stream = open_stream(order, initial_state(1, 1, range(1)).lanes)
     rows = [stream.take(64) for _ in range(60)]
-    monkeypatch.setattr(streams, "_WAITING_READERS", 0)
+    monkeypatch.setattr(spill_file, "_WAITING_READERS", 0)
     stream = open_stream(order, initial_state(1, 1, range(1)).lanes)
     np.testing.assert_array_equal([stream.take(64) for _ in range(60)], rows)
 

@@ -295,3 +295,11 @@ def edit(folder: Path, change):
     tree = json.loads((folder / "tokenizer.json").read_text())
     change(tree)
     (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+def test_a_control_token_that_its_file_does_not_mark_as_special_is_text_too():
+    """Gemma's <mask>: SentencePiece and the tokenizer.json agree on it."""
+    texts = ["<mask>", "a <mask><mask> b", "\n<mask>"]
+    ours = [Tokenizer(str(SAMPLE / name)).encode(texts) for name in ("tokenizer.json", "tokenizer.model")]
+    for a, b in zip(*ours, strict=True):
+        assert a.tolist() == b.tolist() and 4 not in a

@@ -3,6 +3,7 @@
 import json
 
 from easylm_mling.cli.config import add_config, config_files, load_config
+from easylm_mling.errors import check
 
 
 def add_verbs(verbs):
@@ -13,6 +14,13 @@ def add_verbs(verbs):
     add_config(inspect, help="as for train; `data` is enough, and without a budget all is read once")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
     inspect.add_argument("--png", metavar="FILE", help="also draw the shares")
+    inspect.add_argument(
+        "--show",
+        type=int,
+        metavar="N",
+        help="instead print the first N documents of each source, trained tokens marked",
+    )
+    inspect.add_argument("--html", metavar="FILE", help="with --show: write them as a page")
     inspect.set_defaults(run=_inspect)
 
     audit = verbs.add_parser("audit", help="after a step: which documents each row of its batch came from")
@@ -34,6 +42,17 @@ def _inspect(a) -> int:
 
     config = load_mixer(*config_files(a))
     from rich.console import Console
+
+    check(a.show is None or a.show > 0, f"--show {a.show}: name how many documents, 1 or more")
+    check(a.html is None or a.show is not None, "--html goes with --show N")
+    if a.show:
+        from easylm_mling.data.tools.show import print_documents, shown_documents, write_html
+
+        shown = list(shown_documents(config, a.show))
+        if a.html:
+            write_html(iter(shown), a.html)
+        print_documents(iter(shown), Console())
+        return 0
 
     from easylm_mling.data.tools.inspect import inspect_data, plot_inspection, print_inspection
 

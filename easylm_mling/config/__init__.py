@@ -6,6 +6,7 @@ imports jax: a config must load in milliseconds on a laptop.
 """
 
 from easylm_mling.config.basics import Duration, Setting
+from easylm_mling.config.conversations import ConversationConfig
 from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.config.loading import build_key, from_tree, load, load_kept, load_mixer, to_yaml
 from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
@@ -29,6 +30,7 @@ __all__ = [
     "Change",
     "CheckpointConfig",
     "ConfigError",
+    "ConversationConfig",
     "DataConfig",
     "Duration",
     "EarlierBatchSize",

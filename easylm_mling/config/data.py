@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from easylm_mling.config.basics import setting
+from easylm_mling.config.conversations import ConversationConfig
 from easylm_mling.errors import check
 
 
@@ -41,6 +42,9 @@ class SourceConfig:
     )
     dataset: HubDataset | None = setting(None, "a data set of the Hugging Face hub, instead of paths")
     text_column: str = setting("text", "column or key that holds the text")
+    conversations: ConversationConfig | None = setting(
+        None, "rows are conversations, of which only the answers are trained on; without it they are texts"
+    )
     row: str = setting(
         "document",
         "document: a row is a document. line: a row is a line, and a blank row ends a document; a row of a .txt file is "
@@ -81,6 +85,9 @@ class SourceConfig:
             f"{key}.weight={self.weight} must be a finite number, zero or more",
         )
         check(self.row in ("document", "line"), f"{key}.row={self.row!r} must be 'document' or 'line'")
+        if self.conversations:
+            check(self.row == "document", f"{key}.row={self.row!r} does not go with conversations; remove it")
+            self.conversations.validate(f"{key}.conversations")
         check(0 <= self.holdout_fraction < 1, f"{key}.holdout_fraction={self.holdout_fraction} must be in [0, 1)")
         check(0 < self.sample_fraction <= 1, f"{key}.sample_fraction={self.sample_fraction} must be in (0, 1]")
         check(self.max_epochs >= 0, f"{key}.max_epochs={self.max_epochs} must be zero (no limit) or more")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from easylm_mling.config import DataConfig, to_tree
+from easylm_mling.config import ConversationConfig, DataConfig, SourceConfig, from_tree, to_tree
+from easylm_mling.data.conversations.templates import read_template
 from easylm_mling.data.sources.lines import DAMAGE
 from easylm_mling.data.sources.listing import Info, find_files, has_changed, left_out_text, size_and_fingerprint
 from easylm_mling.data.sources.readers import damaged
@@ -215,9 +216,19 @@ def _list_sources(data: DataConfig, stored: dict[str, Source]) -> dict[str, Sour
         arguments = [(path, *matches[path], retry) for path in sorted(matches)]
         files = tuple(_in_parallel(lambda of_file: _list_file(*of_file), arguments))
         settings = {key: to_tree(getattr(source, key)) for key in _SOURCE_KEYS} | {RUN_HOLDOUT: strictest}
+        settings |= _conversation_settings(f"data.sources.{name}.conversations", source, data)
         no_units = np.zeros((0, 4), np.int64)
         listed[name] = Source(name, files, no_units, settings, retry, stamps, tuple(left_out))
     return listed
+
+
+def _conversation_settings(key: str, source: SourceConfig, data: DataConfig) -> dict:
+    """Return what decides a conversation's tokens, the whole template included; nothing for a source of texts."""
+    if source.conversations is None:
+        return {}
+    template = read_template(source.conversations, data.tokenizer, key)
+    tree = {"config": to_tree(source.conversations), "template": template, "length": data.sequence_length}
+    return {"conversations": tree}
 
 
 def _list_file(path: str, language: str, info: Info, retry: Retry) -> File:
@@ -226,9 +237,14 @@ def _list_file(path: str, language: str, info: Info, retry: Retry) -> File:
 
 
 def _cut_source(source: Source, unit_bytes: int) -> Source:
+    columns, setting = (source.settings["text_column"],), "text_column"
+    if "conversations" in source.settings:
+        config = from_tree(ConversationConfig, source.settings["conversations"]["config"])
+        columns, setting = config.columns, f"conversations.keys.{next(iter(config.names))}"
+
     def cut_file(file: File) -> list[Cut]:
         try:
-            return cut(file.name, file.layout, file.size, source.settings["text_column"], unit_bytes, source.retry)
+            return cut(file.name, file.layout, file.size, columns, unit_bytes, source.retry, setting)
         except DAMAGE as error:
             raise damaged(file.name, error) from error
 
@@ -257,9 +273,14 @@ def _check_source(key: str, old: Source, new: Source):
 
 
 def _check_settings(key: str, old: dict, new: dict):
-    for name in old:
+    for name in sorted(old.keys() | new.keys()):
+        if name == "conversations" and old.get(name) != new.get(name):
+            raise ConfigError(
+                f"{key}.conversations or its template is not the one that this run began with; set it back, or start a new "
+                "run_dir"
+            )
         # What follows from other settings is not named: one of those differs, too.
-        if name != RUN_HOLDOUT and old[name] != new[name]:
+        if name != RUN_HOLDOUT and name in old and old[name] != new[name]:
             raise ConfigError(
                 f"{key}.{name} was {old[name]!r} when this run began and is {new[name]!r}; "
                 "set it back, or start a new run_dir"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from easylm_mling.data.catalog import Catalog, Source
+from easylm_mling.data.documents import encode_documents, has_conversations
 from easylm_mling.data.shuffle import seeded_order, unit_records
 from easylm_mling.data.sources.columnar import open_parquet
 from easylm_mling.data.sources.lines import file_lines
@@ -124,14 +125,19 @@ def _estimate_units(source: Source, units: list[int], tokenizer: Tokenizer) -> E
     for text in sorted(texts, key=lambda text: blake2b(text, digest_size=8).digest()):
         if tokenised >= _TOKENISED_BYTES:
             break
-        part = text[:_TOKENISED_BYTES]
-        sample.append(part.decode(errors="ignore"))
+        part = text if has_conversations(source) else text[:_TOKENISED_BYTES]
+        sample.append(_whole_letters(part))
         tokenised += len(part)
     if not tokenised:
         return Estimate(0.0, 0.0)
-    # Every document has a BOS and an EOS, too, or one token that is both.
-    tokens = sum(len(ids) + 2 - tokenizer.separates for ids in tokenizer.encode(sample))
+    # With what surrounds a document: BOS and EOS, or the template.
+    tokens = len(encode_documents(source, tokenizer, sample).tokens)
     return Estimate(text_size / size, tokens / tokenised)
+
+
+def _whole_letters(text: bytes) -> bytes:
+    """Return UTF-8 that may be cut inside a letter without that letter."""
+    return text.decode(errors="ignore").encode()
 
 
 def _size_of_first(source: Source, unit: int, records: int, text: int) -> int:

@@ -33,7 +33,8 @@ from easylm_mling.data.pool import Pool, is_pooled
 from easylm_mling.data.quarantine import Quarantine
 from easylm_mling.data.shuffle import EpochOrder, open_orders
 from easylm_mling.data.sources.readers import BadRecord
-from easylm_mling.data.streams import EnteredWindow, LaneStream, SpillFile, StreamState
+from easylm_mling.data.spill_file import SpillFile
+from easylm_mling.data.streams import EnteredWindow, LaneStream, StreamState
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
@@ -248,7 +249,7 @@ class Loader:
             state = self._state.lanes[:, source]
 
             def account(bad: list[BadRecord], good: int):
-                self._account(0, source, EnteredWindow(0, 0, 0, bad, good))
+                self._account(0, source, EnteredWindow(0, 0, 0, bad, [], good))
 
             pool = self._pools[source] = Pool(self.orders[source], self._tokenizer, state, self._lanes, account)
         return pool

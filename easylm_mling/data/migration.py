@@ -8,6 +8,7 @@ read again. Counts are kept, except for a source that is gone. Shares hold from 
 import numpy as np
 
 from easylm_mling.data.catalog import Catalog, Source
+from easylm_mling.data.documents import has_conversations
 from easylm_mling.data.mixture import EXTRA, OFFSET, ROWS, DataState, initial_state
 from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.shuffle import shares_units
@@ -55,6 +56,8 @@ def _same_order(old: Source, new: Source, same_tokenizer: bool, lanes: int) -> b
         and old.files == new.files
         and old.settings == new.settings
         and np.array_equal(old.units, new.units)
+        # Another tokenizer may refuse other conversations.
+        and (same_tokenizer or not has_conversations(new))
     )
 
 

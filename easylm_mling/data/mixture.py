@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from easylm_mling.data.conversations.encoding import UNTRAINED
 from easylm_mling.data.shuffle import seeded_bits, seeded_order
 from easylm_mling.data.weights import ONE, MixingPlan
 from easylm_mling.errors import ConfigError
@@ -135,13 +136,14 @@ def substitute(shares: list[int], seed: int, lane: int, extra: np.ndarray, used_
 def row_arrays(tokens: np.ndarray, bos_id: int, eos_id: int = -1) -> dict[str, np.ndarray]:
     """Return the trainer's arrays, each [..., T], for `tokens`, int32 [..., T + 1]; the last token is a target only.
 
-    tokens. targets: the next token. loss_mask, float32: 1. Both are 0 where the next token begins another document, unless
-    the one token `bos_id` also ends this one (`eos_id` is the same).
+    tokens. targets: the next token. loss_mask, float32: 1. Both are 0 where the next token has UNTRAINED added to it, or
+    begins another document, unless the one token `bos_id` also ends this one (`eos_id` is the same).
     segment_ids: from 1, one more at each document; 0 is padding. positions: from 0 at each document and at the row's
     start. All but the mask are int32.
     """
-    inputs, following = tokens[..., :-1], tokens[..., 1:]
-    inside = following != (bos_id if bos_id != eos_id else -1)
+    following = tokens[..., 1:]
+    inside = (following != (bos_id if bos_id != eos_id else -1)) & (following < UNTRAINED)
+    inputs = tokens[..., :-1] & ~UNTRAINED
     arrays = {
         "tokens": np.ascontiguousarray(inputs),
         "targets": following * inside,

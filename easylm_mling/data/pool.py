@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from easylm_mling.data.catalog import Source
+from easylm_mling.data.documents import encode_documents, has_conversations, refused_records
 from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, GOOD, OFFSET, PADDING, TOKENS, WINDOW
-from easylm_mling.data.shuffle import EpochOrder, seeded_order, unit_records
+from easylm_mling.data.packing import LOOKAHEAD, choose_next, take
+from easylm_mling.data.shuffle import EpochOrder, Part, seeded_order, unit_records
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.splits import choose
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 
 # Sources of at most so many bytes (the catalog's) are pooled. A host tokenises them in a few seconds.
@@ -44,7 +46,8 @@ class Pool:
 
     `counters`, int64 [V, C] (mixture.COUNTERS), says where the lanes are. EPOCH and WINDOW, alike in all lanes: the
     epoch that is dealt, and how many of its documents are. DOCUMENT: one more than the number of the document that the
-    lane is in, or 0; OFFSET: the tokens of it that are consumed; BLOCK: the epoch it was dealt in. Totals are kept for the
+    lane is in, or 0; OFFSET: the tokens of it that are consumed; BLOCK: the epoch it was dealt in. Of conversations no lane
+    is in one, and OFFSET, alike in all lanes, says which of the next ones are dealt. Totals are kept for the
     host's `own` lanes only.
     `languages`, int64 [source's languages, 3], counts what own lanes have consumed since the pool was opened.
     """
@@ -66,6 +69,9 @@ class Pool:
         self._order, self._tokenizer, self._own = order, tokenizer, own
         # The next document, shared by the lanes.
         self._epoch, self._dealt = int(counters[:, EPOCH].max()), int(counters[:, WINDOW].max())
+        # Conversations are dealt whole, and not quite in order: which of the next ones are gone (packing.take).
+        self._whole = has_conversations(order.source)
+        self._taken = int(counters[:, OFFSET].max()) if self._whole else 0
         self._file = tempfile.TemporaryFile(prefix="easylm_mling_")
         is_first = 0 in own and (self._epoch, self._dealt) == (0, 0)
         try:
@@ -82,7 +88,17 @@ class Pool:
     def take(self, lane: int, count: int) -> list[Piece]:
         """Return the documents of a lane's next row of `count` tokens: fewer where the source ends in it, and then none."""
         pieces, state, left = [], self.counters[lane], count
-        while left and not self.is_used_up(lane):
+        while self._whole and not self.is_used_up(lane):
+            documents = self._documents(self._epoch)
+            ends = np.cumsum([self.length(d) for d in documents[self._dealt : self._dealt + LOOKAHEAD].tolist()])
+            if (chosen := choose_next(ends, 0, self._taken, left, not pieces)) is None:
+                break
+            document = int(documents[self._dealt + chosen])
+            pieces.append(Piece(document, self._epoch, 0, self.length(document)))
+            left -= self.length(document)
+            gone, self._taken = take(0, self._taken, chosen)
+            self._dealt += gone
+        while not self._whole and left and not self.is_used_up(lane):
             if not state[DOCUMENT]:
                 state[[BLOCK, DOCUMENT]] = self._epoch, int(self._documents(self._epoch)[self._dealt]) + 1
                 self._dealt += 1
@@ -99,11 +115,14 @@ class Pool:
         return pieces
 
     def row(self, lane: int, count: int) -> np.ndarray:
-        """Return the lane's next `count` tokens and the one after them, int32 [count + 1]; shorter at the source's end."""
+        """Return the lane's next `count` tokens and the one after them, int32 [count + 1]; shorter at the source's end.
+
+        A row of conversations is as long as they are, and has no token after it.
+        """
         pieces = self.take(lane, count)
         parts = [self.tokens(p.document, p.first, p.tokens) for p in pieces]
         row = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        if len(row) < count:
+        if len(row) < count or self._whole:
             return row
         document, offset = self.counters[lane, [DOCUMENT, OFFSET]].tolist()
         after = self.tokens(document - 1, offset, 1) if document else [self._tokenizer.bos_id]
@@ -134,6 +153,8 @@ class Pool:
     def write_to(self, counters: np.ndarray):
         """Write cursors and totals into `counters`, int64 [V, C]; those of the loader (rows, extra) are left alone."""
         self.counters[:, EPOCH], self.counters[:, WINDOW] = self._epoch, self._dealt
+        if self._whole:
+            self.counters[:, OFFSET] = self._taken
         columns = [EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET]
         counters[:, columns] = self.counters[:, columns]
         totals = [TOKENS, DOCUMENTS, BAD, GOOD, PADDING]
@@ -154,6 +175,7 @@ class Pool:
         source = self._order.source
         for unit in range(len(source.units)):
             texts, bad, good, waiting = [], [], 0, 0
+            refused: dict[tuple[int, int], ValueError] = {}
             for record in unit_records(source, unit):
                 if isinstance(record, BadRecord):
                     bad.append(record)
@@ -162,13 +184,15 @@ class Pool:
                 good += 1
                 waiting += len(record)
                 if waiting > _TEXT_AT_ONCE:
-                    self._add(texts, unit, lengths, units, ordinals)
+                    refused |= self._add(texts, unit, lengths, units, ordinals)
                     texts, waiting = [], 0
-            self._add(texts, unit, lengths, units, ordinals)
+            refused |= self._add(texts, unit, lengths, units, ordinals)
             if on_bad:
-                self.counters[0, [BAD, GOOD]] += len(bad), good
-                self.languages[source.unit_languages[unit], 2] += len(bad)
-                on_bad(bad, good)
+                records, bad_units = refused_records(source, refused, [Part(unit)])
+                count, good = len(bad) + len(bad_units), good - len(refused)
+                self.counters[0, [BAD, GOOD]] += count, good
+                self.languages[source.unit_languages[unit], 2] += count
+                on_bad(bad + records, good)
         self._ends = np.cumsum(np.array(lengths, np.int64))
         self._units, self._ordinals = np.array(units, np.int32), np.array(ordinals, np.int32)
         if not lengths:
@@ -177,21 +201,25 @@ class Pool:
                 f"lower data.sources.{source.name}.holdout_fraction, or name other paths"
             )
 
-    def _add(self, texts: list[tuple[int, bytes]], unit: int, lengths: list, units: list, ordinals: list):
-        kept = [texts[i] for i in choose([text for _, text in texts], "train", self._order.source.settings)]
-        tokens = join_documents(self._tokenizer, [text.decode() for _, text in kept])
+    def _add(
+        self, texts: list[tuple[int, bytes]], unit: int, lengths: list, units: list, ordinals: list
+    ) -> dict[tuple[int, int], ValueError]:
+        """Add the tokens of a unit's texts; returns (unit, number) -> reason of those that were refused."""
+        chosen = [texts[i] for i in choose([text for _, text in texts], "train", self._order.source.settings)]
+        encoded = encode_documents(self._order.source, self._tokenizer, [text for _, text in chosen])
         try:
             self._file.seek(0, 2)
-            self._file.write(tokens.astype(np.int32).tobytes())
+            self._file.write(encoded.tokens.astype(np.int32).tobytes())
             self._file.flush()
         except OSError as error:
             raise ConfigError(
                 f"{tempfile.gettempdir()}: no room for the tokens of a small source ({error}); "
                 "set TMPDIR to a folder on a larger disk"
             ) from error
-        lengths += np.diff(document_ends(self._tokenizer, tokens), prepend=0).tolist()
-        units += [unit] * len(kept)
-        ordinals += [ordinal for ordinal, _ in kept]
+        lengths += np.diff(encoded.ends, prepend=0).tolist()
+        units += [unit] * len(encoded.kept)
+        ordinals += [chosen[i][0] for i in encoded.kept]
+        return {(unit, chosen[i][0]): reason for i, reason in encoded.refused.items()}
 
     def _order_documents(self, epoch: int) -> np.ndarray:
         """Return the documents of an epoch in the order in which they are dealt, int64 [n]."""

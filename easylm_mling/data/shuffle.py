@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from easylm_mling.config import MixerConfig
+from easylm_mling.config import ConversationConfig, MixerConfig, from_tree
 from easylm_mling.data.catalog import SHARES_UNITS, Catalog, Source
+from easylm_mling.data.conversations.reading import read_conversations
 from easylm_mling.data.sources.readers import BadRecord, read_unit
 from easylm_mling.data.splits import choose
 from easylm_mling.data.weights import ONE, MixingPlan, first_epoch_after, language_rates
@@ -31,7 +32,8 @@ class Window(NamedTuple):
     """A shuffled portion of a block.
 
     `documents` are those of the chosen split, in UTF-8. `provenance`, int64 [documents, 2]: each one's unit, and its
-    number among the unit's good documents, or those of the block's part of it. `good` counts the good documents of both splits. `last` ends the block.
+    number among the unit's good documents, or those of the block's part of it. `bad_units`: the unit of each bad record
+    that counts; more may be listed. `good` counts the good documents of both splits. `last` ends the block.
     """
 
     documents: list[bytes]
@@ -270,7 +272,23 @@ def unit_records(source: Source, unit: int, holds: Callable[[int], bool] | None 
     With `holds`, only those are read whose number in the unit, blank and bad ones counted, it returns True for.
     Raises ConfigError for a file that is damaged, unreadable, or another than the one that was listed.
     """
+    if "conversations" in source.settings:
+        for item in unit_conversations(source, unit, holds):
+            yield item if isinstance(item, BadRecord) else item[2]
+        return
     index, start, end, _ = source.units[unit].tolist()
     file, column, row = source.files[index], source.settings["text_column"], source.settings["row"]
     source.check_file(index)
     yield from read_unit(file.name, file.layout, start, end, column, row, source.retry, holds)
+
+
+def unit_conversations(
+    source: Source, unit: int, holds: Callable[[int], bool] | None = None
+) -> Iterator[tuple[int, bytes, bytes] | BadRecord]:
+    """Yield (offset, head, canonical JSON) of one unit's conversations, and its bad records, as `unit_records` does."""
+    index, start, end, _ = source.units[unit].tolist()
+    file = source.files[index]
+    config = from_tree(ConversationConfig, source.settings["conversations"]["config"])
+    source.check_file(index)
+    items = read_conversations(file.name, file.layout, start, end, config, source.retry)
+    yield from (item for number, item in enumerate(items) if holds is None or holds(number))

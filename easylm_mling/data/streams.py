@@ -1,29 +1,26 @@
-"""The endless token stream of one lane and source, and the spill file that keeps its text out of memory.
+"""The endless token stream of one lane and source.
 
-A host may hold a thousand streams, each in the middle of a window of megabytes. Their shuffled text waits in one
-unlinked temporary file and is tokenised a row at a time: memory does not grow with the window, and a resume tokenises
-no more than one row and a document of each stream.
+Texts follow one another without a gap, and are tokenised a row at a time: a resume tokenises no more than one row and a
+document of each stream. Conversations are put whole into rows (data/packing.py), and are tokenised when their window is
+opened, for packing has to know their lengths.
 """
 
-import tempfile
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from easylm_mling.data.documents import encode_window, has_conversations
 from easylm_mling.data.mixture import COUNTERS
-from easylm_mling.data.shuffle import EpochOrder, Window, epoch_windows, windows
+from easylm_mling.data.packing import choose_next, take
+from easylm_mling.data.shuffle import EpochOrder, epoch_windows, windows
 from easylm_mling.data.sources.readers import BadRecord
+from easylm_mling.data.spill_file import SpillFile
 from easylm_mling.data.token_cache import TokenCache, TokenWindow
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
 from easylm_mling.errors import ConfigError
 
-# Blocks of several windows are read by a generator that waits in between, with an open file. One host keeps at most
-# this many; a block whose generator was dropped is read again from its start.
-_WAITING_READERS = 256
 # Text tokenised at a time: about one row, at four bytes a token.
 _BYTES_PER_TOKEN = 4
 
@@ -32,9 +29,8 @@ _BYTES_PER_TOKEN = 4
 class StreamState:
     """What a lane has consumed of a source.
 
-    The cursor: epoch, block, window of the block, document of the window, and token of the document (`offset`). Then
-    totals: tokens, documents begun, bad and good records of the windows entered, and padding, in tokens, of the stream's
-    last row.
+    The cursor: epoch, block, window of the block, document of the window, and token of the document (`offset`), or, of
+    conversations, which of the next ones are gone (packing.take). Then totals: tokens, documents begun, bad and good records of the windows entered, and padding, in tokens.
     """
 
     epoch: int
@@ -63,62 +59,17 @@ _values = attrgetter(*(f.name for f in fields(StreamState)))
 
 
 class EnteredWindow(NamedTuple):
-    """A window whose first document has come: where it is, its bad records, and how many good ones were read for it."""
+    """A window whose first document has come: where it is, its bad records, and how many good ones were read for it.
+
+    `bad_units` are the units of those that count; others are listed only.
+    """
 
     epoch: int
     block: int
     window: int
     bad: list[BadRecord]
+    bad_units: list[int]
     good: int
-
-
-class SpillFile:
-    """What the streams of one host share: their windows' text, and the readers that wait inside a block."""
-
-    def __init__(self):
-        """Open a file in TMPDIR, which takes about 1.2 x block_bytes a stream and cannot outlive the process."""
-        self._file = tempfile.TemporaryFile(prefix="easylm_mling_")
-        self._regions: dict[tuple, tuple[int, int]] = {}
-        self._end = 0
-        self._readers: OrderedDict[tuple, Iterator[Window]] = OrderedDict()
-
-    def put_text(self, key: tuple, texts: list[bytes]):
-        """Keep the texts of one window in place of the stream's last one; raises ConfigError on a full disk."""
-        blob = b"".join(texts)
-        start, room = self._regions.get(key, (0, 0))
-        if len(blob) > room:
-            start, room = self._end, len(blob)
-            self._end += room
-            self._regions[key] = (start, room)
-        try:
-            self._file.seek(start)
-            self._file.write(blob)
-            self._file.flush()
-        except OSError as error:
-            raise ConfigError(
-                f"{tempfile.gettempdir()}: no room for the text that waits to be tokenised ({error}); "
-                "set TMPDIR to a folder on a larger disk"
-            ) from error
-
-    def get_text(self, key: tuple, begin: int, end: int) -> bytes:
-        """Return bytes [begin, end) of the stream's window."""
-        self._file.seek(self._regions[key][0] + begin)
-        return self._file.read(end - begin)
-
-    def keep_reader(self, key: tuple, reader: Iterator[Window]):
-        """Keep the reader of the stream's block for its next window."""
-        self._readers[key] = reader
-        if len(self._readers) > _WAITING_READERS:
-            self._readers.popitem(last=False)
-
-    def take_reader(self, key: tuple) -> Iterator[Window] | None:
-        """Return the reader that waits in the stream's block, if it is still kept."""
-        return self._readers.pop(key, None)
-
-    def close(self):
-        """Drop the text and close the readers' files."""
-        self._readers.clear()
-        self._file.close()
 
 
 class LaneStream:
@@ -158,14 +109,20 @@ class LaneStream:
         self._row, self._filled = np.zeros(0, np.int32), 0
         # Windows in a row that held no document.
         self._barren = 0
+        self._whole = has_conversations(order.source)
+        # Of conversations: the open window, until its first one is taken.
+        self._to_enter: EnteredWindow | None = None
 
     def take(self, count: int) -> np.ndarray | None:
         """Return the next `count` tokens and the one after them, which the next call gives again: int32 [count + 1].
 
         None: a window was entered on the way, which is now `entered`; call again with the same count. A window is
         entered with its first token, so not again when a run resumes inside it. The row is shorter than `count` if the
-        source ends in it (max_epochs), and empty ever after. Raises ConfigError if the source has no document to train on.
+        source ends in it (max_epochs), and empty ever after. A row of conversations is as long as they are, and has no
+        token after it. Raises ConfigError if the source has no document to train on.
         """
+        if self._whole:
+            return self._take_whole(count)
         if not self._filled:
             self._row = np.empty(count + 1, np.int32)
         while self._filled < count:
@@ -174,7 +131,8 @@ class LaneStream:
                     self._check_barren()
                     if not self._move_on():
                         break
-                    if self._open_window():
+                    if entered := self._open_window():
+                        self._enter(entered)
                         return None
                     continue
                 self._fill_buffer(count)
@@ -191,6 +149,52 @@ class LaneStream:
         # The buffer holds whole documents, so where it ends a document begins, whichever it will be.
         row[count] = self._buffer[0] if len(self._buffer) else self._tokenizer.bos_id
         return row
+
+    def _take_whole(self, count: int) -> np.ndarray | None:
+        """Return whole conversations of at most `count` tokens, as `take` does."""
+        state = self.state
+        if not self._filled:
+            self._row = np.empty(count, np.int32)
+        while True:
+            is_through = self._ends is None or state.document == len(self._ends)
+            if is_through and not self._to_enter:
+                self._check_barren()
+                if not self._move_on():
+                    break
+                self._to_enter = self._open_window()
+                continue
+            chosen = None
+            if not is_through:
+                assert self._ends is not None
+                room = count - self._filled
+                chosen = choose_next(self._ends, state.document, state.offset, room, not self._filled)
+                if chosen is None:
+                    break
+            if self._to_enter:
+                # With its first conversation, or in passing if it has none: the cursor says which windows are counted.
+                self._enter(self._to_enter)
+                self._to_enter = None
+                return None
+            assert chosen is not None
+            self._consume_whole(chosen)
+        row, self._filled = self._row[: self._filled], 0
+        state.tokens += len(row)
+        state.padding += count - len(row) if len(row) else 0
+        return row
+
+    def _consume_whole(self, document: int):
+        assert self._ends is not None
+        begin, end = int(self._ends[document - 1]) if document else 0, int(self._ends[document])
+        if self._stored:
+            tokens = self._stored.tokens[begin:end]
+        else:
+            tokens = np.frombuffer(self._spill_file.get_text(self._key, begin * 4, end * 4), np.int32)
+        self._row[self._filled : self._filled + len(tokens)] = tokens
+        self._filled += len(tokens)
+        language = int(self._language[document]) if len(self._language) else 0
+        self.languages[language, :2] += len(tokens), 1
+        self.state.documents += 1
+        self.state.document, self.state.offset = take(self.state.document, self.state.offset, document)
 
     def _consume(self, tokens: np.ndarray):
         # The buffer holds whole documents: behind it, another begins.
@@ -240,8 +244,8 @@ class LaneStream:
             state.epoch += 1
         return state.epoch != last
 
-    def _open_window(self) -> bool:
-        """Read the window at the cursor; True if its first document is to come, False on a resume inside it."""
+    def _open_window(self) -> EnteredWindow | None:
+        """Read the window at the cursor; returns it if its first document is to come, None on a resume inside it."""
         state = self.state
         reader, at = self._spill_file.take_reader(self._key), (state.epoch, state.block, state.window)
         self._stored = self._cache.load(self._order, *at) if self._cache else None
@@ -252,20 +256,29 @@ class LaneStream:
             window = next(reader)
             if not window.last:
                 self._spill_file.keep_reader(self._key, reader)
-            self._spill_file.put_text(self._key, window.documents)
-            self._ends = np.cumsum([len(text) for text in window.documents], dtype=np.uint32)
+            if self._whole:
+                tokens, self._ends, window = encode_window(
+                    self._order, self._tokenizer, state.epoch, state.block, window
+                )
+                self._spill_file.put_text(self._key, [tokens.tobytes()])
+            else:
+                self._spill_file.put_text(self._key, window.documents)
+                self._ends = np.cumsum([len(text) for text in window.documents], dtype=np.uint32)
         source = self._order.source
         if len(source.languages) > 1:
             self._language = source.unit_languages[window.provenance[:, 0]].astype(np.int16)
         self._last = window.last
-        is_new = not state.document and not state.offset
-        if is_new:
-            state.bad += len(window.bad)
-            state.good += window.good
-            np.add.at(self.languages[:, 2], source.unit_languages[np.array(window.bad_units, np.int64)], 1)
-            self.entered = EnteredWindow(*at, window.bad, window.good)
         self._barren = 0 if len(self._ends) else self._barren + 1
-        return is_new
+        is_new = not state.document and not state.offset
+        return EnteredWindow(*at, window.bad, window.bad_units, window.good) if is_new else None
+
+    def _enter(self, window: EnteredWindow):
+        """Count the records of a window whose first document comes now."""
+        self.state.bad += len(window.bad_units)
+        self.state.good += window.good
+        units = np.array(window.bad_units, np.int64)
+        np.add.at(self.languages[:, 2], self._order.source.unit_languages[units], 1)
+        self.entered = window
 
     def _check_barren(self):
         """Raise ConfigError rather than search for ever, once an epoch's worth of windows in a row held nothing."""

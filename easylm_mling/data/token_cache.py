@@ -17,9 +17,10 @@ import orjson
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from easylm_mling.data.documents import encode_window
 from easylm_mling.data.shuffle import EpochOrder, Window, windows
 from easylm_mling.data.sources.readers import BadRecord
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, document_ends, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check_format
 from easylm_mling.storage.atomic import write_atomically
 
@@ -76,15 +77,16 @@ class TokenCache:
                 return 0
             number += 1
         for window in windows(order, epoch, block, skip=number):
-            tokens += self._write(self._path(order, epoch, block, number), window)
+            tokens += self._write(order, epoch, block, number, window)
             number += 1
         return tokens
 
-    def _write(self, path: Path, window: Window) -> int:
-        tokens = join_documents(self.tokenizer, [text.decode() for text in window.documents])
+    def _write(self, order: EpochOrder, epoch: int, block: int, number: int, window: Window) -> int:
+        path = self._path(order, epoch, block, number)
+        tokens, ends, window = encode_window(order, self.tokenizer, epoch, block, window)
         arrays = {
             "tokens": tokens,
-            "ends": document_ends(self.tokenizer, tokens),
+            "ends": ends,
             "provenance": window.provenance,
             "bad_units": np.array(window.bad_units, np.int64),
         }

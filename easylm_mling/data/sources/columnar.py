@@ -1,7 +1,7 @@
-"""The text column of parquet and Arrow files, a portion at a time, and the offsets of an Arrow stream's record batches."""
+"""Columns of parquet and Arrow files, a portion at a time, and the offsets of an Arrow stream's record batches."""
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,19 +16,21 @@ _PORTION_BYTES = 1 << 26
 HEADER_CHUNK = 1 << 13
 _RECORD_BATCH = 3
 
-# (position, texts, a function from the number of a text to its offset in a BadRecord). Positions: see data/sources/readers.py.
-Portion = tuple[int, pa.Array, Callable[[int], int]]
+# (position, rows, a function from the number of a row to its offset in a BadRecord). Positions: see data/sources/readers.py.
+Portion = tuple[int, pa.RecordBatch, Callable[[int], int]]
 
 
-def portions(path: str, layout: str, start: int, column: str, retry: Retry) -> Iterator[Portion]:
-    """Yield the text column from position `start` to the end of the file, as strings that may be invalid UTF-8.
+def portions(path: str, layout: str, start: int, columns: Sequence[str], retry: Retry) -> Iterator[Portion]:
+    """Yield those of the columns that the file has, in the order of `columns`, from position `start` to its end.
+
+    Strings may be invalid UTF-8.
 
     In memory is a page of one column chunk of parquet, or one record batch of Arrow; local Arrow files are mapped. Raises
     pa.ArrowException or OSError for a damaged file.
     """
     if layout == "parquet":
-        return _parquet_portions(path, start, column, retry)
-    return (_arrow_portions if layout == "arrow" else _arrow_file_portions)(path, start, column, retry)
+        return _parquet_portions(path, start, columns, retry)
+    return (_arrow_portions if layout == "arrow" else _arrow_file_portions)(path, start, columns, retry)
 
 
 def open_parquet(file) -> pq.ParquetFile:
@@ -37,27 +39,29 @@ def open_parquet(file) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=LOCAL_CHUNK, pre_buffer=False)
 
 
-def text_chunk(file: pq.ParquetFile, group: int, column: str) -> int:
-    """Return the bytes of a top-level column in a row group, decompressed."""
-    leaf = [c.path for c in file.metadata.schema].index(column)
-    return file.metadata.row_group(group).column(leaf).total_uncompressed_size
+def chunk_bytes(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    """Return the bytes of top-level columns in a row group, decompressed; a column may have several leaves."""
+    leaves = [i for i, c in enumerate(file.metadata.schema) if c.path.partition(".")[0] in columns or c.path in columns]
+    return sum(file.metadata.row_group(group).column(i).total_uncompressed_size for i in leaves)
 
 
-def _parquet_portions(path, start, column, retry):
+def _parquet_portions(path, start, columns, retry):
     with open_binary(path, retry) as binary, open_parquet(binary) as file:
+        columns = [name for name in columns if name in file.schema_arrow.names]
         groups = range(file.num_row_groups)
         offset = sum(file.metadata.row_group(g).num_rows for g in groups[:start])
         for group in groups[start:]:
-            row = text_chunk(file, group, column) // max(1, file.metadata.row_group(group).num_rows)
+            row = chunk_bytes(file, group, columns) // max(1, file.metadata.row_group(group).num_rows)
             rows = max(1, min(ROWS, _PORTION_BYTES // max(1, row)))
-            for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
-                yield group, batch.column(0), offset.__add__
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                yield group, batch.select(columns), offset.__add__
                 offset += len(batch)
 
 
-def _arrow_portions(path, start, column, retry):
+def _arrow_portions(path, start, columns, retry):
     with open_arrow(path, retry) as source:
         schema = pa.ipc.read_schema(source)
+        columns = [name for name in columns if name in schema.names]
         if start:
             source.seek(start)
         while True:
@@ -67,17 +71,19 @@ def _arrow_portions(path, start, column, retry):
             except EOFError:
                 return
             _check_kind(message.type == "record batch")
-            texts = pa.ipc.read_record_batch(message, schema).column(column)
-            yield position, texts, lambda _, position=position: position
+            rows = pa.ipc.read_record_batch(message, schema).select(columns)
+            yield position, rows, lambda _, position=position: position
 
 
-def _arrow_file_portions(path, start, column, retry):
+def _arrow_file_portions(path, start, columns, retry):
     with open_arrow(path, retry) as source:
-        # Only this column is read, which matters for a remote file.
-        field = pa.ipc.open_file(source).schema.get_field_index(column)
-        file = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[field]))
+        # Only these columns are read, which matters for a remote file.
+        schema = pa.ipc.open_file(source).schema
+        columns = [name for name in columns if name in schema.names]
+        fields = [schema.get_field_index(name) for name in columns]
+        file = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
         for index in range(start, file.num_record_batches):
-            yield index, file.get_batch(index).column(0), _RowsBefore(path, index, retry)
+            yield index, file.get_batch(index).select(columns), _RowsBefore(path, index, retry)
 
 
 class _RowsBefore:

@@ -7,7 +7,7 @@ is one unit. A document belongs to the unit in which it starts.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -68,6 +68,56 @@ def read_unit(
                 yield record
     except DAMAGE as error:
         raise damaged(path, error) from error
+
+
+def read_rows(
+    path: str, layout: str, start: int, end: int, columns: Sequence[str], retry: Retry = DEFAULT_RETRY
+) -> Iterator[tuple[int, bytes, dict[str, Any]] | BadRecord]:
+    """Yield (offset, head, row) for the rows that start in [start, end), and the bad records between them.
+
+    Offset and head: see BadRecord. A row is what is in its `columns`, as Python's own values; of JSON the whole object.
+    Raises ConfigError, naming the file, if it is damaged, cut off or unreadable.
+    """
+    try:
+        if layout.startswith("jsonl"):
+            for offset, line in file_lines(path, layout, start, end, retry):
+                if "." not in layout and offset >= end:
+                    return
+                if line and not line.isspace():
+                    yield _json_row(path, offset, line)
+            return
+        for position, table, offset_of in portions(path, layout, start, columns, retry):
+            if position >= end:
+                return
+            for begin in range(0, len(table), ROWS):
+                yield from _table_rows(path, offset_of, table.slice(begin, ROWS), begin)
+    except DAMAGE as error:
+        raise damaged(path, error) from error
+
+
+def _json_row(path: str, offset: int, line: bytes) -> tuple[int, bytes, dict[str, Any]] | BadRecord:
+    head = line.rstrip(b"\r\n")[:HEAD_BYTES]
+    try:
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"line {_TOO_LONG}")
+        value = parse_json(line)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        return BadRecord(str(error), path, offset, head)
+    return offset, head, value
+
+
+def _table_rows(path: str, offset_of: Callable[[int], int], table: pa.RecordBatch, begin: int):
+    for i in range(len(table)):
+        offset = offset_of(begin + i)
+        try:
+            # One by one: a row of invalid UTF-8 must not spoil the rows around it.
+            row = table.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield BadRecord("invalid UTF-8", path, offset, b"")
+            continue
+        yield offset, repr(row)[:HEAD_BYTES].encode(errors="replace")[:HEAD_BYTES], row
 
 
 def damaged(path: str, error: Exception) -> ConfigError:
@@ -164,9 +214,9 @@ def _rows(
             yield offset if splittable else 0, record
         return
     number = -1
-    for position, texts, offset_of in portions(path, layout, start, column, retry):
+    for position, table, offset_of in portions(path, layout, start, [column], retry):
         # As bytes: one row of invalid UTF-8 must not spoil the rows around it.
-        values = texts.cast(pa.large_binary())
+        values = table.column(0).cast(pa.large_binary())
         for begin in range(0, len(values), ROWS):
             for i, value in enumerate(values.slice(begin, ROWS).to_pylist(), begin):
                 number += 1

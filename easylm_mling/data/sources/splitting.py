@@ -4,12 +4,13 @@ No file's body is read, but a sample of a packed one to measure its text: parque
 headers, and lines are cut by arithmetic.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 
-from easylm_mling.data.sources.columnar import HEADER_CHUNK, arrow_heads, open_parquet, text_chunk
+from easylm_mling.data.sources.columnar import HEADER_CHUNK, arrow_heads, chunk_bytes, open_parquet
 from easylm_mling.data.sources.lines import file_lines, unpacked_size
 from easylm_mling.data.sources.readers import parse_json
 from easylm_mling.errors import ConfigError
@@ -49,22 +50,33 @@ def layout_of(path: str, retry: Retry = DEFAULT_RETRY) -> str:
     return "arrow-file" if layout == "arrow" and _is_arrow_file(path, retry) else layout
 
 
-def cut(path: str, layout: str, size: int, column: str, unit_bytes: int, retry: Retry = DEFAULT_RETRY) -> list[Cut]:
+def cut(
+    path: str,
+    layout: str,
+    size: int,
+    columns: Sequence[str],
+    unit_bytes: int,
+    retry: Retry = DEFAULT_RETRY,
+    setting: str = "text_column",
+) -> list[Cut]:
     """Return the units of a file in order, each of about `unit_bytes` of text where the format allows it.
 
+    The first of `columns` must be in the file, and is named by the source's `setting`; a text_column must hold text.
     Raises ConfigError, naming the file, if it has no such text column, and one of readers.DAMAGE if it is damaged.
     """
     if size == 0:
         return []
     if layout == "parquet":
-        pieces = _parquet_pieces(path, column, retry)
+        pieces = _parquet_pieces(path, columns, setting, retry)
     elif layout == "arrow":
-        pieces = _arrow_pieces(path, column, retry)
+        pieces = _arrow_pieces(path, columns[0], setting, retry)
     elif layout == "arrow-file":
-        pieces = _arrow_file_pieces(path, column, size, retry)
+        pieces = _arrow_file_pieces(path, columns[0], setting, size, retry)
     else:
         if layout.startswith("jsonl"):
-            _check_json_field(path, layout, column, retry)
+            _check_json_field(path, layout, columns[0], setting, retry)
+        elif setting != "text_column":
+            raise ConfigError(f"{path}: a text file holds no conversations; name .jsonl, .parquet or .arrow files")
         if "." in layout:
             # An empty text still is a unit: a reader tells what is wrong with it.
             return [(0, 1, max(1, unpacked_size(path, layout, size, retry)))]
@@ -87,18 +99,18 @@ def _merge(pieces: list[Cut], unit_bytes: int) -> list[Cut]:
     return [*units, (begin, pieces[-1][1], total)] if total else units
 
 
-def _parquet_pieces(path, column, retry):
+def _parquet_pieces(path, columns, setting, retry):
     with open_binary(path, retry) as binary, open_parquet(binary) as file:
-        _check_column(path, file.schema_arrow, column)
+        _check_column(path, file.schema_arrow, columns[0], setting)
         groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
         # A column that is null throughout takes no bytes, and its rows are bad records.
-        return [(i, i + 1, max(1, text_chunk(file, i, column))) for i, g in enumerate(groups) if g.num_rows]
+        return [(i, i + 1, max(1, chunk_bytes(file, i, columns))) for i, g in enumerate(groups) if g.num_rows]
 
 
-def _arrow_pieces(path, column, retry):
+def _arrow_pieces(path, column, setting, retry):
     with open_arrow(path, retry, HEADER_CHUNK) as source:
         schema = pa.ipc.read_schema(source)
-        _check_column(path, schema, column)
+        _check_column(path, schema, column, setting)
         encoded = [field.name for field in schema if pa.types.is_dictionary(field.type)]
         if encoded:
             raise ConfigError(f"{path}: column {encoded[0]!r} is dictionary-encoded; write the file with plain columns")
@@ -109,9 +121,9 @@ def _arrow_pieces(path, column, retry):
     return [(begin, end, body) for begin, end, _, body in heads]
 
 
-def _arrow_file_pieces(path, column, size, retry):
+def _arrow_file_pieces(path, column, setting, size, retry):
     with open_arrow(path, retry) as source, pa.ipc.open_file(source) as file:
-        _check_column(path, file.schema, column)
+        _check_column(path, file.schema, column, setting)
         count = file.num_record_batches
         _check_batch(path, size // max(1, count))
         return [(i, i + 1, max(1, size // count)) for i in range(count)]
@@ -130,20 +142,20 @@ def _is_arrow_file(path: str, retry: Retry) -> bool:
         return file.read(6) == b"ARROW1"
 
 
-def _check_column(path: str, schema: pa.Schema, column: str):
+def _check_column(path: str, schema: pa.Schema, column: str, setting: str):
     names = ", ".join(schema.names)
     if column not in schema.names:
-        raise ConfigError(f"{path}: no column {column!r}; set text_column to one of: {names}")
+        raise ConfigError(f"{path}: no column {column!r}; set {setting} to one of: {names}")
     if schema.names.count(column) > 1:
         raise ConfigError(
             f"{path}: it has {schema.names.count(column)} columns {column!r}; give each a name of its own"
         )
     kind = schema.field(column).type
-    if kind not in _TEXT_TYPES:
+    if setting == "text_column" and kind not in _TEXT_TYPES:
         raise ConfigError(f"{path}: column {column!r} is {kind}, not text; set text_column to another of: {names}")
 
 
-def _check_json_field(path: str, layout: str, column: str, retry: Retry):
+def _check_json_field(path: str, layout: str, column: str, setting: str, retry: Retry):
     """Raise ConfigError if none of the first rows that parse has the field: then its name is wrong, not the rows."""
     seen: dict[str, None] = {}
     parsed, lines = 0, 0
@@ -162,6 +174,6 @@ def _check_json_field(path: str, layout: str, column: str, retry: Retry):
             break
     if parsed:
         names = ", ".join(list(seen)[:20])
-        raise ConfigError(f"{path}: no field {column!r} in its first {parsed} rows; set text_column to one of: {names}")
+        raise ConfigError(f"{path}: no field {column!r} in its first {parsed} rows; set {setting} to one of: {names}")
     if lines and ".json" in Path(path).suffixes:
         raise ConfigError(f"{path}: no line of it is a JSON object; write one object a line (jq -c '.[]' does it)")

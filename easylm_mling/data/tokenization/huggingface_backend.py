@@ -42,7 +42,7 @@ class HuggingFaceBackend:
         tree = orjson.loads(content)
         _check_model(tree)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            self._tokenizer = tokenizers.Tokenizer.from_str(_with_special(tree, special.controls, content).decode())
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(str(error)) from None
         # A file may say that texts are cut or filled up: documents are whole here.
@@ -162,6 +162,16 @@ def _check_model(tree: Any):
         raise ConfigError("its BPE has dropout, so a text has other ids each time; set model.dropout to null in it")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ConfigError("its pieces have a prefix or a suffix that is no text; only BPE without them is supported")
+
+
+def _with_special(tree: dict[str, Any], controls: frozenset[str], content: bytes) -> bytes:
+    """Return the file with the tokens among `controls` marked as special: a text could write the others."""
+    others = [t for t in tree.get("added_tokens") or () if t["content"] in controls and not t.get("special")]
+    if not others:
+        return content
+    for token in others:
+        token["special"] = True
+    return orjson.dumps(tree)
 
 
 def _unknown_piece(model: dict[str, Any]) -> str | None:

@@ -14,13 +14,16 @@ import numpy as np
 
 from easylm_mling.config import MixerConfig, StageConfig, from_tree, load_kept
 from easylm_mling.data.catalog import Catalog, reopen_catalog
+from easylm_mling.data.conversations.encoding import UNTRAINED
+from easylm_mling.data.documents import encode_documents, has_conversations
 from easylm_mling.data.estimates import catalog_rates, load_estimates
 from easylm_mling.data.loader import Batch, Loader
 from easylm_mling.data.mixture import BLOCK, DOCUMENT, EPOCH, OFFSET, WINDOW, DataState, initial_state
+from easylm_mling.data.packing import choose_next, take
 from easylm_mling.data.pool import Piece, Pool, is_pooled
 from easylm_mling.data.shuffle import EpochOrder, unit_records, windows
 from easylm_mling.data.state_archive import kept_steps, load_state
-from easylm_mling.data.tokenization.tokenizer import Tokenizer, join_documents
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import make_plan
 from easylm_mling.errors import ConfigError
 from easylm_mling.storage.object_store import run_files
@@ -98,7 +101,7 @@ def _rows(
                 continue
             documents = next(readers[source]) if source in readers else pooled[r]
             tokens = batch["tokens"][r]
-            made = np.concatenate([d.pop("ids") for d in documents])
+            made = np.concatenate([d.pop("ids") for d in documents]) & ~UNTRAINED
             if not np.array_equal(made, tokens[: len(made)]) or (tokens[len(made) :] != tokenizer.pad_id).any():
                 raise ConfigError(f"row {r}: its tokens are not those of its documents; please report this as a bug")
             if row in (None, r):
@@ -140,7 +143,7 @@ def _document(order: EpochOrder, tokenizer: Tokenizer, provenance: tuple[int, in
     unit, number = provenance
     good = (record for record in unit_records(order.source, unit) if isinstance(record, bytes))
     text = next(islice(good, number, None))
-    whole = join_documents(tokenizer, [text.decode()])
+    whole = encode_documents(order.source, tokenizer, [text]).tokens
     ids = whole[piece.first : piece.first + piece.tokens]
     about = _about(order, unit, number, piece.epoch, piece.first, text, ids)
     return {**about, "tokens": piece.tokens}
@@ -165,6 +168,9 @@ def _pieces(
     order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int, length: int
 ) -> Iterator[list[dict]]:
     """Yield the documents of each row of a lane's stream from `cursor` on, with the `ids` of each."""
+    if has_conversations(order.source):
+        yield from _whole_rows(order, tokenizer, cursor, lanes, length)
+        return
     row, room = [], length
     for document in _documents(order, tokenizer, cursor, lanes):
         ids, first = document.pop("ids"), document["first"]
@@ -179,6 +185,46 @@ def _pieces(
         yield row
 
 
+def _whole_rows(
+    order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int, length: int
+) -> Iterator[list[dict]]:
+    """Yield the conversations of each row of a lane's stream from `cursor` on, with the `ids` of each."""
+    row: list[dict] = []
+    room, at = length, [int(cursor[c]) for c in (DOCUMENT, OFFSET)]
+    for window in _encoded_windows(order, tokenizer, cursor, lanes):
+        ends = np.cumsum([len(d["ids"]) for d in window], dtype=np.int64)
+        while at[0] < len(window):
+            chosen = choose_next(ends, *at, room, not row)
+            if chosen is None:
+                yield row
+                row, room = [], length
+                continue
+            row.append({**window[chosen], "tokens": len(window[chosen]["ids"])})
+            room -= row[-1]["tokens"]
+            at = list(take(*at, chosen))
+        at = [0, 0]
+    if row:
+        yield row
+
+
+def _encoded_windows(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[list[dict]]:
+    """Yield the conversations of a lane's windows from the one at `cursor` on, those that are refused left out."""
+    epoch, block, skip = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW))
+    while order.epochs is None or epoch < order.epochs:
+        blocks = order.blocks(epoch)
+        if block >= blocks:
+            epoch, block = epoch + 1, block - blocks
+            continue
+        for window in windows(order, epoch, block, skip=skip):
+            documents = []
+            for text, (unit, number) in zip(window.documents, window.provenance.tolist(), strict=True):
+                ids = encode_documents(order.source, tokenizer, [text]).tokens
+                if len(ids):
+                    documents.append(_about(order, unit, number, epoch, 0, text, ids))
+            yield documents
+        block, skip = block + lanes, 0
+
+
 def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:
     """Yield a lane's documents from a cursor on, without data/streams.py, which the audit checks, too."""
     epoch, block, skip, first, offset = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET))
@@ -189,7 +235,7 @@ def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lane
             continue
         for window in windows(order, epoch, block, skip=skip):
             for text, (unit, number) in list(zip(window.documents, window.provenance.tolist(), strict=True))[first:]:
-                ids = join_documents(tokenizer, [text.decode()])[offset:]
+                ids = encode_documents(order.source, tokenizer, [text]).tokens[offset:]
                 yield _about(order, unit, number, epoch, offset, text, ids)
                 offset = 0
             first = 0

@@ -11,12 +11,14 @@ from rich.table import Table
 from easylm_mling.charts import Line, draw_lines, draw_png
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Source, build_catalog
+from easylm_mling.data.documents import has_conversations
 from easylm_mling.data.estimates import catalog_rates, estimate
 from easylm_mling.data.pool import is_pooled
 from easylm_mling.data.shuffle import shares_units
 from easylm_mling.data.sources.listing import left_out_text
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.tools.forecast import forecast
+from easylm_mling.data.tools.show import conversation_lines, sample_conversations
 from easylm_mling.data.weights import language_text, language_tokens, make_plan
 from easylm_mling.formatting import tokens_text
 
@@ -74,6 +76,8 @@ def inspect_data(config: MixerConfig) -> dict:
             "note": _note(e, config.data.sources[name].when_used_up) + _shared(source, config.lanes),
             "languages": languages,
         }
+        if has_conversations(source):
+            sources[name]["conversations"] = sample_conversations(catalog, source, tokenizer)
     budget = config.total_steps * config.tokens_per_step
     return {
         "budget": budget,
@@ -89,6 +93,8 @@ def print_inspection(inspection: dict, console: Console):
     console.print(_source_table(inspection))
     for name, source in inspection["sources"].items():
         console.print(f"  {name}: {source['note']}", highlight=False, soft_wrap=True)
+        for line in conversation_lines(name, source["conversations"]) if "conversations" in source else ():
+            console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
         if len(source["layouts"]) > 1:
             kinds = ", ".join(f"{count} {layout}" for layout, count in sorted(source["layouts"].items()))
             console.print(f"  {name}: its files are {kinds}", highlight=False, soft_wrap=True)
@@ -100,8 +106,11 @@ def print_inspection(inspection: dict, console: Console):
         console.print(
             f"  the data ends after {tokens_text(inspection['tokens'])} tokens, before the budget", highlight=False
         )
+    packed = any("conversations" in source for source in inspection["sources"].values())
+    besides = ", besides what whole conversations leave of their rows" if packed else ""
     console.print(
-        f"  padding: at most {inspection['padding'] / max(1, inspection['tokens']):.3%} of the tokens", highlight=False
+        f"  padding: at most {inspection['padding'] / max(1, inspection['tokens']):.3%} of the tokens{besides}",
+        highlight=False,
     )
     if count := inspection["texts_with_controls"]:
         console.print(
