@@ -60,7 +60,7 @@ class Scorer:
 
 def _attention_for(model: ModelConfig, mesh: Mesh, positions: int) -> Callable:
     if mesh.devices.flat[0].platform == "tpu" and runs_on(positions, model.head_dim):
-        return partial(splash_attention, local_window=model.sliding_window, block=_SPLASH_BLOCK)
+        return partial(splash_attention, block=_SPLASH_BLOCK)
     return attention
 
 
