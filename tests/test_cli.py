@@ -66,7 +66,8 @@ def test_config_explains_a_key_a_section_and_what_is_misspelt(capsys):
 def test_config_says_what_a_key_affects_and_whether_it_must_be_given(capsys):
     for key, *texts in (
         ("train.budget_tokens", "must be given", "with --change KEY=VALUE"),
-        ("train.batch_size", "is fixed for a run's life: the learning-rate schedule"),
+        ("data.lanes", "is fixed for a run's life: every lane reads its own blocks"),
+        ("train.batch_size", "with --change KEY=VALUE"),
         ("train.stop_at_step", "the step does not depend on it"),
         ("train.compiler_flags", "default: {}"),
         ("log.wandb", "default: ''"),
