@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from easylm_mling.checkpoint.best import best_steps
 from easylm_mling.checkpoint.layout import checkpoints_folder, remove_unfinished, set_aside, step_directory
 from easylm_mling.checkpoint.reading import check_stored, load_info, packed, read_data, read_strings, unpacked
 from easylm_mling.distributed.agreement import all_agree, broadcast, is_multiprocess, is_primary
@@ -89,6 +90,17 @@ class Restored(NamedTuple):
     damaged: list[tuple[int, str]]
 
 
+class _Best(_policies.PreservationPolicy):
+    """Keeps the steps that an evaluation chose as the best."""
+
+    def __init__(self, directory: str | Path):
+        self._directory = directory
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        best = {*best_steps(self._directory).values()}
+        return [c.step in best for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of the run in `directory`. A context manager: leaving it waits for the save under way.
 
@@ -103,6 +115,7 @@ class Checkpoints:
         directory: str | Path,
         keep_last: int = 2,
         keep_every_steps: int = 0,
+        keep_best: bool = False,
         bytes_at_a_time: int | None = None,
         stuck_seconds: float = 0.0,
         record_stuck: Callable[[str, int], None] = lambda what, code: None,
@@ -110,6 +123,8 @@ class Checkpoints:
         keep = [_policies.LatestN(keep_last)]
         if keep_every_steps:
             keep.append(_policies.EveryNSteps(keep_every_steps))
+        if keep_best and not is_bucket(directory):
+            keep.append(_Best(directory))
         for library in ("absl", "gcsfs"):
             logging.getLogger(library).setLevel(logging.ERROR)
         self._bucket = Bucket(str(directory)) if is_bucket(directory) else None

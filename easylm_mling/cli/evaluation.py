@@ -17,6 +17,7 @@ def add_verbs(verbs):
         help="a folder of tasks in the harness's YAML form",
     )
     evaluate.add_argument("--step", type=int, help="of a run: default, the newest")
+    evaluate.add_argument("--all", action="store_true", help="every kept checkpoint of a run, and which is the best")
     evaluate.add_argument("--tokenizer", help="default: the one that lies with the model")
     evaluate.add_argument("--baseline", metavar="RESULTS.json", help="show each score's paired difference from these")
     evaluate.add_argument("--output", metavar="DIR", help="default: RUN/evaluations/STEP")
@@ -35,10 +36,15 @@ def _eval(a) -> int:
     check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
     check(a.shots is None or a.shots >= 0, f"--shots {a.shots}: must be zero or more")
     check(a.limit is None or a.limit > 0, f"--limit {a.limit}: must be positive")
+    check(
+        not a.all or (a.step, a.output, a.baseline) == (None, None, None),
+        "--all: takes every step, and writes to RUN/evaluations; leave out --step, --output and --baseline",
+    )
     suite = with_include(load_suite(a.suite) if a.suite else tasks_suite(a.tasks, a.shots), a.include_path)
+    from easylm_mling.evaluation.checkpoints import evaluate_run
     from easylm_mling.evaluation.command import EvalOptions, evaluate_model
     from easylm_mling.monitoring.console import make_console
 
     options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.limit)
-    evaluate_model(options, make_console())
+    (evaluate_run if a.all else evaluate_model)(options, make_console())
     return 0

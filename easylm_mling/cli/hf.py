@@ -19,10 +19,12 @@ def add_verbs(verbs):
     exporter = verbs.add_parser("export-hf", help="a run or an imported checkpoint -> a Hugging Face directory")
     exporter.add_argument("checkpoint_dir", help="a run's directory, or one made by import-hf")
     exporter.add_argument("hf_dir")
-    exporter.add_argument("--step", type=int, help="default: the newest")
-    exporter.add_argument(
+    which = exporter.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="default: the newest")
+    which.add_argument(
         "--average", type=int, metavar="K", help="the mean of a run's K newest checkpoints (docs/merge.md)"
     )
+    which.add_argument("--best", metavar="SUITE", help="the step that `eval RUN --suite SUITE --all` chose as the best")
     exporter.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     exporter.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
     exporter.add_argument(
@@ -63,11 +65,13 @@ def _import(a) -> int:
 
 
 def _export(a) -> int:
+    from easylm_mling.checkpoint.best import best_step
     from easylm_mling.checkpoint.layout import step_directory
     from easylm_mling.errors import one_line
     from easylm_mling.hf.exporting import export_hf, note_export
 
-    step = int(step_directory(a.checkpoint_dir, a.step).name)
+    wanted = best_step(a.checkpoint_dir, a.best) if a.best else a.step
+    step = int(step_directory(a.checkpoint_dir, wanted).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
     merged = None
     if a.average is not None:

@@ -42,6 +42,9 @@ class CheckpointConfig:
     every_steps: int = setting(1000, "write a checkpoint at every multiple of this", unit="steps")
     keep_last: int = setting(2, "newest checkpoints to keep")
     keep_every_steps: int = setting(0, "keep the checkpoints of every multiple of this, too; 0: none", unit="steps")
+    keep_best: bool = setting(
+        True, "keep the checkpoints that `eval RUN --all` chose as the best, too; not of a run in a bucket"
+    )
     max_failed: int = setting(3, "failed saves in a row (a full disk, say) that end the training; fewer are reported")
     stuck_minutes: float = setting(
         15.0,

@@ -45,6 +45,11 @@ class EvalOptions:
     max_length: int | None = None
     limit: int | None = None  # items of each task
 
+    @property
+    def asked(self) -> list:
+        """What decides the scores beside the model: rows and window."""
+        return [[[r.name, r.task, r.shots, r.measure] for r in self.suite.rows], self.max_length]
+
 
 def evaluate_model(options: EvalOptions, console: Console) -> Results:
     """Evaluate a model, print its table and write its results. Everything that can be checked is, before it is loaded.
@@ -85,7 +90,7 @@ def evaluate_model(options: EvalOptions, console: Console) -> Results:
     about = {
         "model": Path(options.model).name, "step": step, "suite": options.suite.name, "dtype": options.dtype,
         "window": length, "limit": options.limit, "form": "plain", "bos": lm.bos, "lm_eval": version("lm_eval"),
-        "weights": name, "counts": dict(lm.counts),
+        "asked": options.asked, "weights": name, "counts": dict(lm.counts),
     }  # fmt: skip
     notes = _notes(about)
     results = write_results(folder, options.suite.name, about, scores, raw, notes)

@@ -20,6 +20,7 @@ def open_checkpoints(config: RunConfig, run: RunDirectory, monitor: Monitor) -> 
         run.name,
         keep_last=settings.keep_last,
         keep_every_steps=settings.keep_every_steps,
+        keep_best=settings.keep_best,
         stuck_seconds=settings.stuck_minutes * 60,
         record_stuck=monitor.stuck,
     )
