@@ -21,7 +21,7 @@ def add_verbs(verbs):
     exporter.add_argument("hf_dir")
     which = exporter.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="default: the newest")
-    which.add_argument(
+    exporter.add_argument(
         "--average", type=int, metavar="K", help="the mean of a run's K newest checkpoints (docs/merge.md)"
     )
     which.add_argument("--best", metavar="SUITE", help="the step that `eval RUN --suite SUITE --all` chose as the best")
@@ -105,9 +105,8 @@ def _export_average(a, shard_bytes: float, languages: tuple[str, ...]):
     from easylm_mling.merge.recipe import MergeRecipe
     from easylm_mling.merge.writing import merge_to_hf
 
-    check(
-        a.step is None, "--average takes the newest steps; leave out --step, or use `merge --average RUN --from --to`"
-    )
+    newest = a.step is None and a.best is None
+    check(newest, "--average takes the newest steps; leave out --step, or use `merge --average RUN --from --to`")
     recipe = MergeRecipe("average", run=a.checkpoint_dir, last=a.average)
     return merge_to_hf(recipe, a.hf_dir, a.dtype, shard_bytes, a.push_to_hub, languages)
 
