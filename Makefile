@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Neither the demo nor the tests may take a GPU or TPU that happens to be there.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow test-faults test-kills soak test-tpu lint format sample-data clean-demo
+.PHONY: demo test test-slow test-faults test-faults-short test-kills soak test-tpu lint format sample-data clean-demo
 
 demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
@@ -25,6 +25,10 @@ test: .venv/test.stamp
 # What `make test` leaves out for its time.
 test-slow: .venv/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not tpu_compiler"
+
+# Of every kind of fault that `make test` leaves out, the shortest: part of each check of a change.
+test-faults-short: .venv/test.stamp
+	EASYLM_MLING_KILLS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not long" tests/faults
 
 test-faults: .venv/test.stamp
 	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/test_processes.py

@@ -150,7 +150,7 @@ def test_models_come_from_and_go_to_a_bucket(proxy, hf_source, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_two_processes_train_in_a_bucket_and_one_is_killed(proxy, tmp_path, killed):
     """The other ends, and both go on together, on new machines, from what the bucket holds."""
     url, run_dir, often = f"gs://{BUCKET}/run", tmp_path / "run", "checkpoint.every_steps=2"
@@ -173,6 +173,7 @@ def test_two_processes_train_in_a_bucket_and_one_is_killed(proxy, tmp_path, kill
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_again_and_again_in_a_bucket(proxy, tmp_path, count):
     """kill -9 at random moments, and in between the disk is wiped: the bits of a run on a disk."""
@@ -194,7 +195,7 @@ def test_killed_again_and_again_in_a_bucket(proxy, tmp_path, count):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("ways", [WAYS_TO_FAIL[:2], WAYS_TO_FAIL])
+@pytest.mark.parametrize("ways", [WAYS_TO_FAIL[:2], pytest.param(WAYS_TO_FAIL, marks=pytest.mark.long)])
 def test_slow_and_flaky_storage_costs_time_only(undisturbed, proxy, ways):
     """One request of ten fails. Where an answer is lost a save may fail, which is told; another comes."""
     run_dir = f"gs://{BUCKET}/run"

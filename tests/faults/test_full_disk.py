@@ -56,7 +56,7 @@ def small_disk(folder, options):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_disk_that_fills_in_the_middle_of_saves_costs_nothing(tmp_path, count):
     settings = ("checkpoint.every_steps=1", "checkpoint.max_failed=99", "checkpoint.stuck_minutes=0.7")
     with small_disk(tmp_path / "small", "size=32m") as small:

@@ -44,7 +44,7 @@ def wait_for_a_moment(processes, run_dir, rng, in_a_save):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_again_and_again(tmp_path, count):
     run(tmp_path / "undisturbed", 1, *SETTINGS, seconds=1800)
     undisturbed = outcome(tmp_path / "undisturbed")

@@ -7,7 +7,7 @@ import pytest
 from fake_cloud import NO_CAPACITY, Cloud
 from launched import curve, end, expected_curve, kill, nothing_is_left, run_directory, stand_in, tpu
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.long]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,7 +13,7 @@ from processes import ROOT, TINY, assert_same_bits, outcome, run
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.monitoring.metrics import read_metrics
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.long]
 ON_CPU = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
