@@ -1,5 +1,7 @@
 """AdamW with float32 moments, its schedule, and the mask that keeps weight decay off some parameters."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,14 +20,13 @@ def make_schedule(o: OptimizerConfig, total_steps: int, tokens: StepTokens) -> o
     """
     warmup = min(o.warmup.amount if o.warmup.unit == "steps" else tokens.step_of(o.warmup.amount), total_steps)
     floor = o.learning_rate * o.final_fraction
-    # In steps of the present size.
-    length = total_steps - warmup if not tokens.earlier else _span(tokens, warmup, total_steps)
+    # In steps of the present size; optax takes fractions, too, and does not say so in its types.
+    length: Any = total_steps - warmup if not tokens.earlier else _span(tokens, warmup, total_steps)
     if o.schedule == "cosine":
         main = optax.cosine_decay_schedule(o.learning_rate, max(1, length), alpha=o.final_fraction)
     else:
         decay = o.decay.to_steps(tokens.per_step)
-        begin: float = max(0, length - decay)
-        main = optax.linear_schedule(o.learning_rate, floor, max(1, decay), transition_begin=begin)  # pyright: ignore[reportArgumentType]
+        main = optax.linear_schedule(o.learning_rate, floor, max(1, decay), transition_begin=max(0, length - decay))
     # Step 0 of the warm-up already learns: (step + 1) / warmup of the peak.
     rise = optax.linear_schedule(o.learning_rate / max(1, warmup), o.learning_rate, max(1, warmup - 1))
     if tokens.earlier:
