@@ -57,10 +57,10 @@ def main():
         for _ in range(a.rounds):
             for name, encode in contestants.items():
                 best[name] = min(best[name], seconds(encode, texts))
-    print(f"{'':44}{'MB/core-s':>10}{'Mtokens/core-s':>16}{'bytes a token':>15}")
+    print(f"{'':52}{'MB/core-s':>10}{'Mtokens/core-s':>16}{'bytes a token':>15}")
     for name, encode in contestants.items():
         tokens = sum(len(ids) for ids in encode(texts))
-        print(f"{name:44}{size / 1e6 / best[name]:>10.2f}{tokens / 1e6 / best[name]:>16.2f}{size / tokens:>15.2f}")
+        print(f"{name:52}{size / 1e6 / best[name]:>10.2f}{tokens / 1e6 / best[name]:>16.2f}{size / tokens:>15.2f}")
 
 
 def texts_of(paths: list[str], wanted: float) -> list[str]:
