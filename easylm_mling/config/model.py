@@ -119,7 +119,7 @@ class ModelConfig:
     initializer_range: float = setting(0.02, "standard deviation of freshly initialised parameters")
     pad_token_id: int = setting(0, "token of padding; -1: none")
     eos_token_id: int = setting(1, "token that ends every document; -1: none, and the model cannot be trained")
-    bos_token_id: int = setting(2, "token that begins every document; -1: none, and the model cannot be trained")
+    bos_token_id: int = setting(2, "token that begins every document; -1: none, so the tokenizer's separator does (docs/hf.md)")
     stop_token_ids: tuple[int, ...] = setting(
         (), "tokens that end a generated text besides eos_token_id, such as <end_of_turn>; not used in training"
     )
