@@ -28,6 +28,8 @@ _FAMILY_NAMES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text)",
+    "gemma4_text": "Gemma 4 (text)",
+    "gemma4_unified_text": "Gemma 4 (text)",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen 2",
@@ -263,8 +265,8 @@ def _base_text(base: Base) -> str:
 
 
 def _is_gemma(base: Base, model: ModelConfig) -> bool:
-    """Return True if the weights derive from Google's, whose terms then apply."""
-    return base.name is not None and model.model_type.startswith("gemma")
+    """Return True if the weights derive from those of Google that have its terms; Gemma 4 has the Apache licence."""
+    return base.name is not None and model.model_type in ("gemma", "gemma2", "gemma3_text")
 
 
 def _codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
