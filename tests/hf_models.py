@@ -17,6 +17,10 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedTextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -68,6 +72,19 @@ OTHER_YARN = YARN_ROPE | {
     "attention_factor": 1.5,
     "truncate": False,
 }
+GEMMA_4 = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 9,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "final_logit_softcapping": 2.0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+        "sliding_attention": NEAR,
+    },
+}
 FAR_BASE = {"rope_type": "default", "rope_theta": 1_000_000.0}
 FAMILIES = {
     "gemma": (GemmaConfig, GemmaForCausalLM, {"rope_parameters": NEAR}),
@@ -81,6 +98,24 @@ FAMILIES = {
         Gemma3ForCausalLM,
         LOCAL | {"sliding_window_pattern": 3, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
     ),
+    "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM, GEMMA_4 | {"hidden_size_per_layer_input": 0}),
+    # The small ones: embeddings of each layer, keys and values that the last layers share, and a wider MLP in those.
+    "gemma4_small": (
+        Gemma4TextConfig,
+        Gemma4ForCausalLM,
+        GEMMA_4
+        | {
+            "num_hidden_layers": 9,
+            "layer_types": GEMMA_4["layer_types"][:3] * 3,
+            "attention_k_eq_v": False,
+            "num_global_key_value_heads": None,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": TINY["vocab_size"],
+        },
+    ),
+    "gemma4_unified": (Gemma4UnifiedTextConfig, Gemma4UnifiedForCausalLM, GEMMA_4),
     "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": NEAR, "tie_word_embeddings": False}),
     "llama3": (
         LlamaConfig,
@@ -107,7 +142,7 @@ FAMILIES = {
     ),
 }
 # Families whose norms multiply by their weights alone.
-ONES = ("llama", "mistral", "qwen")
+ONES = ("llama", "mistral", "qwen", "gemma4")
 
 
 def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma", kernels=0.05, embedding=0.05, **other):
@@ -124,6 +159,11 @@ def transformers_model(heads=4, kv_heads=2, dtype=torch.float32, family="gemma",
             p.normal_(0, 0.1 if wide else embedding if "embed" in name else kernels)
             if "norm" in name and family.startswith(ONES):
                 p += 1
+            if family.startswith("gemma4") and ("q_norm" in name or "k_norm" in name):
+                p *= 0.4  # they carry the scale of the scores
+        for name, b in model.named_buffers():
+            if "layer_scalar" in name:
+                b.uniform_(0.5, 1.5)
     return model.to(dtype)
 
 

@@ -72,7 +72,10 @@ def recomputed(loaded, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize(
     "heads, kv_heads, family",
     [(4, 4, "gemma"), (4, 1, "gemma"), (4, 2, "gemma2"), (4, 2, "gemma3_text"), (4, 2, "llama")]
-    + [(4, 2, family) for family in ("mistral", "mistral_yarn", "qwen2", "qwen3", "qwen3_window")],
+    + [
+        (4, 2, family)
+        for family in ("gemma4", "gemma4_small", "mistral", "mistral_yarn", "qwen2", "qwen3", "qwen3_window")
+    ],
 )
 def test_greedy_text_is_that_of_transformers(tmp_path, heads, kv_heads, family):
     theirs = transformers_model(heads, kv_heads, family=family)
@@ -85,7 +88,7 @@ def test_greedy_text_is_that_of_transformers(tmp_path, heads, kv_heads, family):
     assert len({tuple(new) for new in ours}) == len(PROMPTS) and max(len(set(new)) for new in ours) > 3
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "mistral_yarn", "qwen2"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "gemma4_small", "mistral_yarn", "qwen2"])
 def test_the_cache_changes_nothing(family, tmp_path):
     transformers_model(family=family).save_pretrained(tmp_path)
     loaded = load_model(tmp_path, one_device())

@@ -162,7 +162,51 @@ def gemma3(**text):
     }
 
 
+def gemma4(kind, *shape, period=6, **text):
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    text |= {"attention_bias": False, "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256}
+    text |= {"enable_moe_block": False, "num_experts": None, "top_k_experts": None}
+    text = {"attention_k_eq_v": True, "max_position_embeddings": 262144, "sliding_window": 1024} | text
+    text |= {"use_bidirectional_attention": "vision"}
+    if kind == "gemma4":
+        text = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 262144} | text
+    text = {"num_kv_shared_layers": 0} | text
+    text |= {"vocab_size": 262144, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
+    text |= {"layer_types": (["sliding_attention"] * (period - 1) + ["full_attention"]) * (shape[0] // period)}
+    text |= {"rope_parameters": {"sliding_attention": NEAR, "full_attention": PROPORTIONAL}}
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": kind,
+        "eos_token_id": [1, 106],
+        "image_token_id": 258880,
+        "text_config": {"model_type": f"{kind}_text"} | dict(zip(names, shape, strict=True)) | text,
+        "tie_word_embeddings": True,
+        "vision_config": {"model_type": f"{kind}_vision"},
+        "dtype": "bfloat16",
+    }
+
+
+def gemma4_small(*shape, **text):
+    text |= {"attention_k_eq_v": False, "max_position_embeddings": 131072, "sliding_window": 512}
+    return gemma4("gemma4", *shape, hidden_size_per_layer_input=256, **text)
+
+
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25}
 PUBLISHED = {
+    # With one number for each layer's scalar, which transformers has as a buffer and does not count.
+    "gemma-4-e2b": (
+        4_628_569_344 + 35,
+        gemma4_small(35, 1536, 8, 1, 6144, period=5, num_kv_shared_layers=20, use_double_wide_mlp=True),
+    ),
+    "gemma-4-e4b": (7_463_013_376 + 42, gemma4_small(42, 2560, 8, 2, 10240, num_kv_shared_layers=18)),
+    "gemma-4-12b": (
+        11_907_350_272 + 48,
+        gemma4("gemma4_unified", 48, 3840, 16, 8, 15360, num_global_key_value_heads=1),
+    ),
+    "gemma-4-31b": (
+        30_697_345_280 + 60,
+        gemma4("gemma4", 60, 5376, 32, 16, 21504, num_global_key_value_heads=4),
+    ),
     "gemma-2b": (2_506_172_416, gemma1(18, 2048, 8, 1, 16384)),
     "gemma-7b": (8_537_680_896, gemma1(28, 3072, 16, 16, 24576, hidden_activation=None)),
     "gemma-2-2b": (2_614_341_888, gemma2(26, 2304, 8, 4, 9216)),
@@ -236,15 +280,30 @@ def test_transformers_understands_both_dialects_of_ours_as_the_published(name, t
     ours = OmegaConf.to_container(OmegaConf.load(SIZES / f"{name}.yaml"))["model"]
     written = hf_config(from_tree(ModelConfig, ours), "bfloat16")
     new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
-    old = {k: v for k, v in written.items() if k not in ("rope_parameters", "layer_types")}
+    # Gemma 4 is younger than the older dialect.
+    gone = () if "gemma-4" in name else ("rope_parameters", "layer_types")
+    old = {k: v for k, v in written.items() if k not in gone}
     names = ("rope_parameters", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-    names += ("vocab_size", "head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+    names += (
+        "vocab_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "num_kv_shared_layers",
+        "attention_k_eq_v",
+    )
+    names += ("hidden_size_per_layer_input", "use_double_wide_mlp")
+    heads = ("head_dim", "num_key_value_heads")
 
     def read(tree):
         config = AutoConfig.for_model(**tree)
         # The older of our dialects names no layer types, and transformers 5 makes them up from the window.
-        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return [getattr(config, n, None) for n in (*names, "layer_types", "sliding_window")]
+        values = {n: getattr(config, n, None) for n in (*names, "layer_types", "sliding_window")}
+        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+        for n in heads:
+            values[n] = [
+                getattr(layer, n, None) or config.hidden_size // config.num_attention_heads for layer in layers
+            ]
+        return values
 
     expected = read(text)
     assert read(written) == read(new) == read(old) == expected
@@ -299,6 +358,61 @@ def test_a_gemma_3_that_is_none_is_refused(tmp_path, message):
     with pytest.raises(ConfigError, match=message) as caught:
         model_config_from_hf(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+HEADS_OF_5 = {"head_dim": 64, "num_key_value_heads": 1}
+GEMMA_4_FAULTS = {
+    "model_type='gemma4_text' is a mixture of experts .enable_moe_block, num_experts, moe_intermediate_size.": {
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
+    "use_bidirectional_attention='all' is not supported": {"use_bidirectional_attention": "all"},
+    "per_layer_config must give every full_attention layer": {"per_layer_config": {"5": HEADS_OF_5}},
+    "per_layer_config must give every full_attention layer ": {
+        "per_layer_config": {"2": HEADS_OF_5, "5": HEADS_OF_5 | {"head_dim": 32}}
+    },
+    "per_layer_config must give every full_attention  *": {
+        "per_layer_config": {i: HEADS_OF_5 | {"num_attention_heads": 2} for i in "25"}
+    },
+    "global_head_dim=512, but per_layer_config has 64": {"global_head_dim": 512},
+    "needs attention_k_eq_v": {"attention_k_eq_v": False},
+    "must be a multiple of model.sliding_window_pattern=3": {
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2,
+        "per_layer_config": {"2": HEADS_OF_5},
+    },
+    "rope_type is 'proportional' in Gemma 4": {
+        "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR},
+    },
+    "attention_bias=True is not supported": {"attention_bias": True},
+    "num_kv_shared_layers=3 must leave": {"num_kv_shared_layers": 3},
+    "vocab_size_per_layer_input=262144 is not supported": {"hidden_size_per_layer_input": 16},
+}
+
+
+@pytest.mark.parametrize("message", GEMMA_4_FAULTS)
+def test_a_gemma_4_that_is_another_is_refused(tmp_path, message):
+    transformers_model(family="gemma4").config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["per_layer_config"] == {"2": HEADS_OF_5, "5": HEADS_OF_5}
+    with pytest.raises(ConfigError, match=message) as caught:
+        written(tmp_path, config=config | GEMMA_4_FAULTS[message])
+    assert "\n" not in str(caught.value)
+
+
+def test_both_forms_of_gemma_4_heads_are_one(tmp_path):
+    transformers_model(family="gemma4").config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    model = model_config_from_hf(tmp_path)
+    assert (model.global_head_dim, model.num_global_key_value_heads) == (64, 1)
+    del config["per_layer_config"]
+    assert written(tmp_path, config=config | {"global_head_dim": 64, "num_global_key_value_heads": 1}) == model
+    # What transformers assumes, and what it passes over.
+    assert written(tmp_path, config=config).global_head_dim == 512
+    passed_over = {"attention_k_eq_v": False, "num_global_key_value_heads": 1}
+    assert written(tmp_path, config=config | passed_over).num_global_key_value_heads is None
 
 
 def written(folder, **files):

@@ -197,6 +197,31 @@ def test_a_multimodal_gemma_3_is_reduced_to_its_text_model(multimodal, tmp_path,
     assert np.abs(our_logits(directory, tokens, jnp.float32) - their_logits(theirs, tokens)).max() < 1e-4
 
 
+def test_a_multimodal_gemma_4_is_reduced_to_its_text_model(tmp_path, caplog):
+    """Its towers are left out, and so are keys and values of layers that share those of others."""
+    theirs = transformers_model(family="gemma4_small")
+    source, directory = save(theirs, tmp_path / "text"), tmp_path / "hf"
+    directory.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): v for name, v in tensors.items()}
+    for name in (
+        "vision_tower.a",
+        "embed_vision.b",
+        "audio_tower.c",
+        "embed_audio.d",
+        "language_model.layers.7.self_attn.k_proj",
+    ):
+        renamed[f"model.{name}.weight"] = torch.ones(3)
+    save_file(renamed, directory / "model.safetensors")
+    text = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({"model_type": "gemma4", "text_config": text}))
+    tokens = np.random.default_rng(0).integers(4, 300, (2, 40))
+    assert np.abs(our_logits(directory, tokens, jnp.float32) - their_logits(theirs, tokens)).max() < 1e-4
+    assert "left out 4 tensors of the vision tower" in caplog.text
+    model = model_config_from_hf(directory)
+    assert (model.model_type, model.num_kv_shared_layers) == ("gemma4_text", 3)
+
+
 def test_a_tower_in_a_model_that_has_none_is_refused(hf_source, tmp_path):
     tensors = load_file(hf_source / "model.safetensors") | {"vision_tower.x.weight": torch.zeros(1)}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -11,13 +11,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import TypeCheckError
 
-from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig, OptimizerConfig
+from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig, OptimizerConfig, RopeScaling
 from easylm_mling.data.mixture import row_arrays
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.attention import attention, cudnn_attention
-from easylm_mling.model.decoder import ForwardOptions, logits, rms_norm
+from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import activated, gated_down
+from easylm_mling.model.layer import rms_norm
 from easylm_mling.model.params import parameter_table, to_flat, to_nested
 from easylm_mling.model.projection import project
 from easylm_mling.model.remat import REMAT_POLICIES, Remat
@@ -41,17 +42,46 @@ GEMMA_2B = ModelConfig(256000, 2048, 16384, 18, 8, 1, 256)
 GEMMA_7B = ModelConfig(256000, 3072, 24576, 28, 16, 16, 256)
 
 
+GEMMA_4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 4,
+    "sliding_window": 3,
+    "sliding_window_pattern": 2,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "rope_scaling": RopeScaling("proportional", 1.0, partial_rotary_factor=0.25),
+}
+SMALL = {
+    "num_hidden_layers": 6,
+    "num_global_key_value_heads": None,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+}
 LOCAL = {"num_hidden_layers": 4, "sliding_window": 3, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9}
 FAMILIES = {
     "gemma": M,
     "gemma2": replace(M, model_type="gemma2", **LOCAL, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
     "gemma3_text": replace(M, model_type="gemma3_text", **LOCAL, rope_theta=1e6, rope_local_base_freq=1e4),
+    "gemma4_text": replace(M, **GEMMA_4),
+    "gemma4_small": replace(M, **GEMMA_4 | SMALL),
     "llama": replace(M, model_type="llama", tie_word_embeddings=False),
     "mistral": replace(M, model_type="mistral", sliding_window=3),
     "qwen2": replace(M, model_type="qwen2"),
     "qwen3": replace(M, model_type="qwen3", tie_word_embeddings=False),
 }
-ONES = ("llama", "mistral", "qwen2", "qwen3")  # families whose norms multiply by their weights alone
+ONES = (
+    "gemma4_text",
+    "gemma4_small",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # families whose norms multiply by their weights alone
 
 
 @pytest.fixture(scope="module")
@@ -80,29 +110,33 @@ def test_the_table_is_the_model(family):
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(params))
     norms = {p.path for p in parameter_table(m) if p.kind == "norm"}
     counts = {"gemma": 3, "gemma2": 5, "gemma3_text": 7, "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 5}
+    counts |= {"gemma4_text": 2 * 6 + 1, "gemma4_small": 2 * 7 + 2 * 6 + 2}
     assert len(norms) == counts[family]
     biases = {p.path for p in parameter_table(m) if p.kind == "bias"}
     assert len(biases) == (3 if family == "qwen2" else 0)
     for path, value in to_flat(params).items():
         constant = 0.0 if path in biases else float(family in ONES)
-        assert (np.unique(value).tolist() == [constant]) == (path in norms | biases), path
+        scalar = path.endswith("layer_scalar")
+        assert (np.unique(value).tolist() == [constant]) == (path in norms | biases or scalar), path
 
 
-def test_biases_and_norms_are_not_decayed():
-    m = FAMILIES["qwen2"]
+@pytest.mark.parametrize("family", ["qwen2", "gemma4_text"])
+def test_biases_norms_and_scalars_are_not_decayed(family):
+    m = FAMILIES[family]
     mask = to_flat(decay_mask(OptimizerConfig(decay_embedding=True), m))
     assert {path for path, decayed in mask.items() if not decayed} == {
-        p.path for p in parameter_table(m) if p.kind in ("norm", "bias")
+        p.path for p in parameter_table(m) if p.path.endswith(("norm", "bias", "scalar"))
     }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_hugging_face_tensor_is_named_once_and_has_as_many_elements(family):
     table = parameter_table(FAMILIES[family])
-    names = [p.hf_name.format(layer=0) for p in table]
-    assert len(names) == len(set(names)) == len({p.path for p in table})
+    names = [name for p in table for name in p.hf_names]
+    assert len(names) == len(set(names)) and len({p.path for p in table}) == len(table)
     for p in table:
         assert np.prod(p.hf_shape) == np.prod(p.shape[1:] if p.stacked else p.shape), p.path
+        assert len(p.layers) == p.shape[0] if p.stacked else not p.layers
 
 
 def test_a_later_token_changes_nothing_before_it(params):
@@ -307,6 +341,31 @@ GOLDEN = {
         "layers.mlp.down_proj": (None, "fsdp", "tensor"),
         "norm": ("fsdp",),
     },
+    # Gemma 4: local and global layers have stacks of their own, and the one key/value head of global ones lies whole.
+    ("4", (1, 4, 2)): {
+        "embed_tokens": ("tensor", "fsdp"),
+        **{
+            f"{stack}.{name}": spec
+            for stack, few in (("local_layers", "tensor"), ("global_layers", None))
+            for name, spec in {
+                "input_layernorm": (None, "fsdp"),
+                "self_attn.q_proj": (None, "tensor", None, "fsdp"),
+                "self_attn.k_proj": (None, few, None, "fsdp"),
+                **({"self_attn.v_proj": (None, few, None, "fsdp")} if few else {}),
+                "self_attn.o_proj": (None, "fsdp", "tensor", None),
+                "post_attention_layernorm": (None, "fsdp"),
+                "mlp.gate_proj": (None, "tensor", "fsdp"),
+                "mlp.up_proj": (None, "tensor", "fsdp"),
+                "mlp.down_proj": (None, "fsdp", "tensor"),
+                "pre_feedforward_layernorm": (None, "fsdp"),
+                "post_feedforward_layernorm": (None, "fsdp"),
+                "self_attn.q_norm": (None, None),
+                "self_attn.k_norm": (None, None),
+                "layer_scalar": (None, None),
+            }.items()
+        },
+        "norm": ("fsdp",),
+    },
     # Gemma 2B has one key/value head: every tensor shard keeps it.
     ("2b", (1, 2, 4)): {
         "embed_tokens": ("tensor", "fsdp"),
@@ -327,7 +386,7 @@ GOLDEN = {
 @pytest.mark.parametrize("model, sizes", GOLDEN)
 def test_golden_sharding(model, sizes):
     mesh = make_mesh(MeshConfig(*sizes))
-    shardings = parameter_shardings({"2b": GEMMA_2B, "7b": GEMMA_7B}[model], mesh)
+    shardings = parameter_shardings({"2b": GEMMA_2B, "7b": GEMMA_7B, "4": FAMILIES["gemma4_text"]}[model], mesh)
     assert {k: tuple(v.spec) for k, v in to_flat(shardings).items()} == GOLDEN[model, sizes]
 
 

@@ -318,20 +318,6 @@ def test_a_backward_kernel_mapped_over_heads_runs_on_both_cores_of_a_v4():
         assert mapped == pytest.approx(factor * alone)
 
 
-def test_layers_of_two_kinds_take_the_mean_of_their_kernels():
-    """The window's kernel has a grid of a quarter of the width."""
-
-    def branch(name, width):
-        lines = f"  %q = bf16[16,8192,256]{{2,1,0}} parameter(1)\n  %m = s8[1,16,{width}]{{2,1,0}} parameter(2)\n"
-        return f"%{name} (p: f32[8]) -> f32[8] {{\n{X}\n{lines}{KERNEL.format(kind='fwd', block=512, suffix='')}\n}}"
-
-    entry = f"{X}\n  %c = f32[8]{{0}} conditional(%x, %x, %x), branch_computations={{%near, %far}}"
-    module = parse(program(entry, branch("near", 4), branch("far", 16)))
-    near, far = 4.37e-3 * (4 / 16) / (17 / 32), 4.37e-3
-    assert walk(module, V4, 5 / 6).attention == pytest.approx(near * 5 / 6 + far / 6)
-    assert walk(module, V4).attention == pytest.approx(far)
-
-
 def test_the_largest_buffers_are_those_alive_at_the_peak():
     report = (
         "HloLiveRange (max 3):\n  BufferLiveRange:\n    early{}:0-1\n  Live ranges at 2 (peak):\n"

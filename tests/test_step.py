@@ -248,7 +248,8 @@ def test_a_batch_that_does_not_divide_is_refused():
         run(make_config((4, 2, 1), accumulation=2), [])
 
 
-LOCAL = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9, "final_logit_softcapping": 0.5}
+WINDOW = {"sliding_window": 5, "sliding_window_pattern": 2, "final_logit_softcapping": 0.5}
+LOCAL = WINDOW | {"query_pre_attn_scalar": 9}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,7 @@ LOCAL = {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scala
         pytest.param({"model_type": "gemma3_text", "rope_local_base_freq": 100.0, **LOCAL}, marks=pytest.mark.slow),
         pytest.param({"model_type": "llama", "tie_word_embeddings": False}, marks=pytest.mark.slow),
         {"model_type": "qwen2", "sliding_window": 5},
+        {"model_type": "gemma4_text", "global_head_dim": 32, "attention_k_eq_v": True, **WINDOW},
     ],
 )
 def test_every_family_has_its_own_loss_on_any_mesh(family):
@@ -267,7 +269,8 @@ def test_every_family_has_its_own_loss_on_any_mesh(family):
     mesh, batch = make_mesh(config.mesh), make_batch()
     params = jax.jit(lambda: init_params(config.model, 0))()
     # Fresh biases are zeros, which would hide where they lie.
-    for i, name in enumerate(sorted(n for n in params["layers"]["self_attn"] if n.endswith("_bias"))):
+    attention = params.get("layers", {}).get("self_attn", {})
+    for i, name in enumerate(sorted(n for n in attention if n.endswith("_bias"))):
         shape = params["layers"]["self_attn"][name].shape
         params["layers"]["self_attn"][name] = jax.random.normal(jax.random.key(i), shape)
     gemma = nnx.merge(model_graph(config.model), params)
@@ -283,6 +286,17 @@ def test_every_family_has_its_own_loss_on_any_mesh(family):
         sums, _ = jit_eval_step(config, mesh)(sharded, jax.device_put(batch, batch_sharding(mesh)))
     expected = [entropy[batch["source"] == s].sum() for s in (0, 1)]
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_scalar_of_a_layer_is_trained_only_where_that_is_asked_for(trained):
+    config = make_config(weight_decay=0.5)
+    model = replace(config.model, model_type="gemma4_text", global_head_dim=32, attention_k_eq_v=True, **WINDOW)
+    config = replace(config, model=model, train=replace(config.train, layer_scalars=trained))
+    before = to_flat(init_params(config.model, 0))
+    after = to_flat(run(config, [make_batch(0)])[0].params)
+    for path, value in before.items():
+        assert (not np.array_equal(after[path], value)) == (trained or not path.endswith("scalar")), path
 
 
 def test_a_fresh_state_is_typed_as_a_restored_one():

@@ -22,6 +22,9 @@ class Family:
     activation: str = "gelu_pytorch_tanh"
     # Queries, keys and values have biases.
     qkv_bias: bool = False
+    # Attention scores are not divided, as the norms of queries and keys carry the scale; values are normed, without a weight;
+    # and a layer's output is multiplied by a number of its own.
+    gemma4: bool = False
     may_set: tuple[str, ...] = ()
 
     @property
@@ -34,16 +37,35 @@ _LOCAL = ("query_pre_attn_scalar", "sliding_window", "sliding_window_pattern", "
 _SCALED = ("rope_scaling", "tie_word_embeddings")
 _LLAMA = Family(norm_offset=0.0, scaled_embedding=False, activation="silu", may_set=_SCALED)
 _WINDOWED = replace(_LLAMA, may_set=(*_SCALED, "sliding_window"))
+_GEMMA_4 = Family(
+    post_norms=True,
+    qk_norm=True,
+    norm_offset=0.0,
+    gemma4=True,
+    may_set=(
+        *(
+            "sliding_window",
+            "sliding_window_pattern",
+            "final_logit_softcapping",
+            "rope_local_base_freq",
+            "rope_scaling",
+        ),
+        *("global_head_dim", "num_global_key_value_heads", "attention_k_eq_v"),
+        *("num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input"),
+    ),
+)
 FAMILIES = {
     "gemma": Family(),
     "gemma2": Family(post_norms=True, may_set=(*_LOCAL, "attn_logit_softcapping")),
     "gemma3_text": Family(post_norms=True, qk_norm=True, may_set=(*_LOCAL, "rope_local_base_freq", "rope_scaling")),
+    "gemma4_text": _GEMMA_4,
+    "gemma4_unified_text": _GEMMA_4,
     "llama": _LLAMA,
     "mistral": _WINDOWED,
     "qwen2": replace(_WINDOWED, qkv_bias=True),
     "qwen3": replace(_WINDOWED, qk_norm=True),
 }
-_ROPE_TYPES = ("linear", "llama3", "yarn")
+_ROPE_TYPES = ("linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True)
@@ -52,9 +74,10 @@ class RopeScaling:
 
     linear: all are divided by `factor`. llama3: low ones are divided, high ones stay, and between `low_freq_factor` and
     `high_freq_factor` the change is smooth. yarn: as llama3 by other bounds, and queries and keys grow too (Peng 2023).
+    proportional: all are divided by `factor`, and those behind the first `partial_rotary_factor` of them are 0.
     """
 
-    rope_type: str = setting(help="linear, llama3 or yarn")
+    rope_type: str = setting(help="linear, llama3, yarn or proportional")
     factor: float = setting(help="divisor of the frequencies")
     low_freq_factor: float = setting(
         1.0, "llama3: frequencies below this are divided by the whole factor", unit="waves in the original length"
@@ -75,6 +98,7 @@ class RopeScaling:
         None, "yarn: queries and keys are multiplied by this; null: by 0.1 * ln(factor) + 1"
     )
     truncate: bool = setting(True, "yarn: round the bounds outwards to whole dimensions of a head")
+    partial_rotary_factor: float = setting(1.0, "proportional: share of the frequencies that are not 0")
 
     def __post_init__(self):
         key = "model.rope_scaling"
@@ -91,6 +115,12 @@ class RopeScaling:
         check(
             self.attention_factor is None or 0 < self.attention_factor < math.inf,
             f"{key}.attention_factor={self.attention_factor} must be positive, or null",
+        )
+        check(
+            0 < self.partial_rotary_factor <= 1
+            and (self.partial_rotary_factor == 1 or self.rope_type == "proportional"),
+            f"{key}.partial_rotary_factor={self.partial_rotary_factor} must be above 0 and at most 1, and 1 unless "
+            "rope_type is 'proportional'",
         )
 
     @property
@@ -119,7 +149,9 @@ class ModelConfig:
     initializer_range: float = setting(0.02, "standard deviation of freshly initialised parameters")
     pad_token_id: int = setting(0, "token of padding; -1: none")
     eos_token_id: int = setting(1, "token that ends every document; -1: none, and the model cannot be trained")
-    bos_token_id: int = setting(2, "token that begins every document; -1: none, so the tokenizer's separator does (docs/hf.md)")
+    bos_token_id: int = setting(
+        2, "token that begins every document; -1: none, so the tokenizer's separator does (docs/hf.md)"
+    )
     stop_token_ids: tuple[int, ...] = setting(
         (), "tokens that end a generated text besides eos_token_id, such as <end_of_turn>; not used in training"
     )
@@ -138,6 +170,18 @@ class ModelConfig:
     rope_local_base_freq: float | None = setting(None, "base of local layers' rotary frequencies; null: rope_theta")
     rope_scaling: RopeScaling | None = setting(None, "rotary frequencies of global layers, for longer texts")
     tie_word_embeddings: bool = setting(True, "use the embedding as the output head")
+    global_head_dim: int | None = setting(None, "width of a head in global layers; null: head_dim")
+    num_global_key_value_heads: int | None = setting(
+        None, "key and value heads of a global layer, with attention_k_eq_v; null: num_key_value_heads"
+    )
+    attention_k_eq_v: bool = setting(
+        False, "global layers have no projection of values: these are the projected keys, normed without a weight"
+    )
+    num_kv_shared_layers: int = setting(
+        0, "so many last layers attend to the keys and values of the last layer of their kind before them"
+    )
+    use_double_wide_mlp: bool = setting(False, "the MLP of those layers has twice the width")
+    hidden_size_per_layer_input: int = setting(0, "width of each layer's own embedding of the token; 0: there is none")
 
     def __post_init__(self):
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))  # hashable, also from a plain tree
@@ -158,6 +202,33 @@ class ModelConfig:
             f"model.num_key_value_heads={self.num_key_value_heads}",
         )
         self._check_family()
+        if self.family.gemma4:
+            self._check_gemma4()
+
+    def _check_gemma4(self):
+        check(
+            self.sliding_window is not None and self.num_hidden_layers % self.sliding_window_pattern == 0,
+            f"model.num_hidden_layers={self.num_hidden_layers} must be a multiple of model.sliding_window_pattern="
+            f"{self.sliding_window_pattern}, and model.sliding_window set: the last layer of a {self.model_type} is global",
+        )
+        shared, pattern = self.num_kv_shared_layers, self.sliding_window_pattern
+        check(
+            0 <= shared <= self.num_hidden_layers - pattern and not (shared and self.attention_k_eq_v),
+            f"model.num_kv_shared_layers={shared} must leave a whole period of {pattern} layers of model.num_hidden_layers="
+            f"{self.num_hidden_layers}, and does not go with attention_k_eq_v",
+        )
+        own = self.hidden_size_per_layer_input
+        check(0 <= own <= 1 << 24, f"model.hidden_size_per_layer_input={own} must be zero or more")
+        width, heads = self.global_head_dim, self.num_global_key_value_heads
+        check(
+            width is None or (0 < width <= 1 << 24 and width % 2 == 0),
+            f"model.global_head_dim={width} must be even and positive",
+        )
+        check(
+            heads is None or (self.attention_k_eq_v and heads > 0 and self.num_attention_heads % heads == 0),
+            f"model.num_global_key_value_heads={heads} must divide model.num_attention_heads={self.num_attention_heads}, and "
+            "needs attention_k_eq_v",
+        )
 
     def _check_family(self):
         may_set = {name for family in FAMILIES.values() for name in family.may_set}
@@ -183,6 +254,10 @@ class ModelConfig:
             self.rope_scaling is None or self.model_type != "gemma3_text" or self.rope_scaling.rope_type == "linear",
             "model.rope_scaling.rope_type must be 'linear' in model_type='gemma3_text'",
         )
+        check(
+            self.rope_scaling is None or (self.rope_scaling.rope_type == "proportional") == self.family.gemma4,
+            "model.rope_scaling.rope_type is 'proportional' in Gemma 4, and in no other family",
+        )
 
     @property
     def family(self) -> Family:
@@ -192,6 +267,8 @@ class ModelConfig:
     @property
     def query_scale(self) -> float:
         """Factor of attention scores."""
+        if self.family.gemma4:
+            return 1.0
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property

@@ -75,6 +75,7 @@ class TrainConfig:
         512, "positions of each sequence whose logits are computed at a time", unit="tokens", free=True
     )
     z_loss: float = setting(0.0, "weight of the squared log-normaliser in the loss")
+    layer_scalars: bool = setting(False, "train the number that multiplies a layer's output, too (Gemma 4)")
     log_every_steps: int = setting(
         1, "write a line of metrics.jsonl at every multiple of this", unit="steps", free=True, outside_step=True
     )

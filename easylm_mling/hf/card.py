@@ -29,6 +29,8 @@ _FAMILY_NAMES = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text)",
+    "gemma4_text": "Gemma 4 (text)",
+    "gemma4_unified_text": "Gemma 4 (text)",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen 2",
@@ -277,8 +279,13 @@ def _base_text(base: Base) -> str:
 
 
 def is_gemma(base: Base, model: ModelConfig) -> bool:
-    """Return True if the weights derive from Google's, whose terms then apply."""
-    return base.name is not None and model.model_type.startswith("gemma")
+    """Return True if the weights derive from those of Google that have its terms."""
+    return base.name is not None and has_gemma_terms(model)
+
+
+def has_gemma_terms(model: ModelConfig) -> bool:
+    """Return True for the models that have Google's own terms; Gemma 4 has the Apache licence."""
+    return model.model_type in ("gemma", "gemma2", "gemma3_text")
 
 
 def language_codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:

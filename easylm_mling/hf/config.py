@@ -14,6 +14,8 @@ from easylm_mling.config import FAMILIES, ModelConfig, from_tree
 from easylm_mling.data.tokenization.files import JSON, MODEL
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
+from easylm_mling.hf.gemma4 import DEFAULTS as GEMMA_4
+from easylm_mling.hf.gemma4 import check_gemma4, read_heads, written_heads
 from easylm_mling.hf.rotary import read_rope, written_rope
 from easylm_mling.hf.windows import read_window, written_window
 
@@ -70,7 +72,10 @@ _DEFAULTS = {
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
+    **GEMMA_4,
 }
+# A multimodal file holds the settings of its text model, which are of this model_type.
+_TEXT_OF = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
 # Their head_dim is the width over the number of heads.
 _DIVIDED_WIDTH = ("llama", "mistral", "qwen2")
 _NULL_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
@@ -78,6 +83,8 @@ _ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -87,7 +94,6 @@ _ARCHITECTURES = {
 _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
-    "use_bidirectional_attention": False,
     "attention_dropout": 0,
     "partial_rotary_factor": 1,
     "is_causal": True,
@@ -121,27 +127,29 @@ _HARMLESS = {
     *("typical_p", "num_beams", "num_beam_groups", "length_penalty", "repetition_penalty", "diversity_penalty"),
     *("num_return_sequences", "is_decoder", "hidden_act", "hidden_activation", "layer_types", "quantization_config"),
     *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "tie_word_embeddings", "text_config"),
-    *("use_sliding_window", "max_window_layers", "original_max_position_embeddings"),
+    *("use_sliding_window", "max_window_layers", "original_max_position_embeddings", "per_layer_config"),
+    *("vocab_size_per_layer_input", "use_bidirectional_attention", "top_k_experts"),
 }
 GENERATION = "generation_config.json"
 # Any of these makes a mixture of experts of a config, whatever its model_type.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_EXPERTS = ("enable_moe_block", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _log = logging.getLogger(__name__)
 
 
 def model_config_from_hf(directory: str | Path) -> ModelConfig:
-    """Read the ModelConfig of the Hugging Face model in `directory`; for a multimodal Gemma 3, that of its text model.
+    """Read the ModelConfig of the Hugging Face model in `directory`; for a multimodal Gemma, that of its text model.
 
     Raises ConfigError for a missing or unreadable config.json, another model type, and every setting that would make
     the model compute something else (biases, an untied head in Gemma, another activation).
     """
     path = Path(directory) / "config.json"
     file = read_json(path)
-    if file.get("model_type") == "gemma3":
+    if file.get("model_type") in _TEXT_OF:
         text = file.get("text_config")
         if not isinstance(text, dict):
             raise ConfigError(f"{path}: text_config is missing; use the config.json that came with the weights")
-        file = {"model_type": "gemma3_text", **{k: file[k] for k in _IDS if k in file}, **text}
+        outer = {k: file[k] for k in (*_IDS, "quantization_config") if k in file}
+        file = {"model_type": _TEXT_OF[file["model_type"]], **outer, **text}
     kind = file.get("model_type")
     experts = [key for key in _EXPERTS if file.get(key)]
     if experts or "moe" in str(kind):
@@ -150,14 +158,16 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
             "supported; use a dense model"
         )
     if kind not in FAMILIES:
-        raise ConfigError(f"{path}: model_type={kind!r} is not supported; use one of {', '.join(FAMILIES)} or gemma3")
+        raise ConfigError(
+            f"{path}: model_type={kind!r} is not supported; use one of {', '.join((*FAMILIES, *_TEXT_OF))}"
+        )
     _check_fixed(file, path)
     ends = _ends(file, path.parent)
     tree = _settings(file | ({"eos_token_id": ends[0]} if ends else {})) | {"stop_token_ids": ends[1:]}
     missing = [key for key in _REQUIRED if tree.get(key) is None]
     if missing:
         raise ConfigError(f"{path}: {missing[0]} is missing; add it, as the tensors' shapes and the model's card say")
-    tree |= read_rope(file, tree, path) | read_window(file, tree, path)
+    tree |= read_rope(file, tree, path) | read_window(file, tree, path) | read_heads(file, tree, path)
     _correct_query_scale(tree, path)
     try:
         return from_tree(ModelConfig, tree)
@@ -220,6 +230,10 @@ def _with_default(file: dict, ends: list[int]) -> list[int]:
 def _check_fixed(file: dict, path: Path):
     kind = file["model_type"]
     fixed = _FIXED | {"attention_bias": FAMILIES[kind].qkv_bias}
+    if FAMILIES[kind].gemma4:
+        check_gemma4(file, path)
+    else:
+        fixed |= {"use_bidirectional_attention": False}
     if "tie_word_embeddings" not in FAMILIES[kind].may_set:
         fixed |= {"tie_word_embeddings": True}
     for key, wanted in fixed.items():
@@ -271,6 +285,7 @@ def hf_config(model: ModelConfig, dtype: str) -> dict:
         "hidden_act": activation,
         "hidden_activation": activation,
         **_caps(model),
+        **written_heads(model),
         **written_window(model),
         **written_rope(model),
         "torch_dtype": dtype,  # transformers 4
@@ -279,8 +294,9 @@ def hf_config(model: ModelConfig, dtype: str) -> dict:
 
 
 def _caps(model: ModelConfig) -> dict:
-    if "query_pre_attn_scalar" not in model.family.may_set:
-        return {}
+    may_set = model.family.may_set
+    if "query_pre_attn_scalar" not in may_set:
+        return {name: getattr(model, name) for name in ("final_logit_softcapping",) if name in may_set}
     caps = {name: getattr(model, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     return {"query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim} | caps
 

@@ -40,7 +40,7 @@ class Tensor:
 
     name: str
     parameter: Parameter
-    layer: int | None
+    layer: int | None  # its index in the stack
     nbytes: int  # in the dtype of the export
 
 
@@ -139,11 +139,16 @@ def plan_shards(model: ModelConfig, itemsize: int, max_shard_bytes: float) -> di
     order = []
     for stacked, group in itertools.groupby(parameter_table(model), lambda p: p.stacked):
         rows = list(group)
-        layers = range(model.num_hidden_layers) if stacked else (None,)
-        order += [(p, layer) for layer in layers for p in rows]
+        if not stacked:
+            order += [(p, p.hf_name, None) for p in rows]
+            continue
+        of_layers = [
+            (n, p, name, i) for p in rows for i, (n, name) in enumerate(zip(p.layers, p.hf_names, strict=True))
+        ]
+        order += [place for _, *place in sorted(of_layers, key=lambda each: each[0])]
     groups: list[list[Tensor]] = [[]]
-    for p, layer in order:
-        tensor = Tensor(p.hf_name.format(layer=layer), p, layer, math.prod(p.hf_shape) * itemsize)
+    for p, name, layer in order:
+        tensor = Tensor(name, p, layer, math.prod(p.hf_shape) * itemsize)
         if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > max_shard_bytes:
             groups.append([])
         groups[-1].append(tensor)

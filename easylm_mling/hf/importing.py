@@ -32,13 +32,15 @@ from easylm_mling.model.sharding import make_mesh, parameter_shardings
 from easylm_mling.storage.atomic import atomic_directory
 from easylm_mling.storage.object_store import Bucket, is_bucket
 
-# Where a multimodal Gemma 3 keeps its text model (transformers 4 and 5), and its other tensors.
+# Where a multimodal Gemma keeps its text model (transformers 4 and 5), and its other tensors.
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_TOWERS = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
+_NOT_TEXT = tuple(f"{prefix}{tower}." for prefix in ("", "model.") for tower in _TOWERS)
+_MULTIMODAL = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
 _PIECE = 64_000_000  # bytes compared at a time
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def import_hf(
 ) -> ModelConfig:
     """Write the model in `hf_dir` as a float32 checkpoint: step 0 of `checkpoint_dir`, with parameters only.
 
-    `hf_dir` may be a hub name (`google/gemma-7b`, at `revision`). Of a multimodal Gemma 3 only the text model is taken. The
+    `hf_dir` may be a hub name (`google/gemma-7b`, at `revision`). Of a multimodal Gemma only the text model is taken. The
     tokenizer's files are copied to `checkpoint_dir/tokenizer`. A `tokenizer` (its file or its folder) that extends
     the model's own takes its place, and the embedding gets rows for the new pieces.
 
@@ -147,21 +149,28 @@ def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
     hf_dir = Path(hf_dir)
     expected = {}
     for p in parameter_table(model):
-        for layer in range(model.num_hidden_layers if p.stacked else 1):
-            expected[p.hf_name.format(layer=layer)] = p.hf_shape
+        expected |= dict.fromkeys(p.hf_names, p.hf_shape)
     # A tied head may be in the files too: it repeats the embedding.
     accepted = expected | {"lm_head.weight": (model.vocab_size, model.hidden_size)}
 
+    # transformers passes over these, and published files may have them: such a layer uses those of an earlier one.
+    unused = tuple(
+        f"model.layers.{i}.self_attn.{name}."
+        for i in range(model.num_hidden_layers - model.num_kv_shared_layers, model.num_hidden_layers)
+        for name in ("k_proj", "v_proj", "k_norm")
+    )
     files, placed = _open_files(hf_dir)
     slices, dropped = {}, 0
     for file, handle in files.items():
         for stored in handle.keys():
             if stored.endswith("rotary_emb.inv_freq"):
                 continue  # a buffer of old transformers, computed from rope_theta
-            if model.model_type == "gemma3_text" and stored.startswith(_NOT_TEXT):
+            if model.model_type in _MULTIMODAL and stored.startswith(_NOT_TEXT):
                 dropped += 1
                 continue
             name = _text_name(stored, model)
+            if name.startswith(unused):
+                continue
             if name not in accepted or name in slices or placed.get(stored) != file:
                 raise ConfigError(
                     f"{hf_dir / file}: unexpected tensor {stored}; these are not the weights of config.json"
@@ -177,7 +186,9 @@ def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
                 f"{hf_dir / planned[name]}: tensor {name} is missing, but {INDEX} places it here; download both"
             )
     if dropped:
-        _log.warning("%s: left out %d tensors of the vision tower; this is the text model alone", hf_dir, dropped)
+        _log.warning(
+            "%s: left out %d tensors of the vision tower and its like; this is the text model alone", hf_dir, dropped
+        )
     if len(slices) > len(expected):
         _check_tied_head(hf_dir, slices, model)
     return {name: slices[name] for name in expected}
@@ -203,7 +214,7 @@ def _check_tied_head(hf_dir: Path, slices: dict[str, Any], model: ModelConfig):
 
 def _text_name(stored: str, model: ModelConfig) -> str:
     """Return a stored tensor's name in the parameter table."""
-    for prefix, ours in _TEXT_PREFIXES.items() if model.model_type == "gemma3_text" else ():
+    for prefix, ours in _TEXT_PREFIXES.items() if model.model_type in _MULTIMODAL else ():
         if stored.startswith(prefix):
             return ours + stored.removeprefix(prefix)
     return stored
@@ -232,9 +243,8 @@ def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
             rows[-1] = slice(rows[-1].start * size, rows[-1].stop * size)
         else:
             rows.append(slice(start, stop))
-    layers = range(*bounds[0]) if p.stacked else range(1)
-    for part, layer in zip(out if p.stacked else out[None], layers, strict=True):
-        name = p.hf_name.format(layer=layer)
+    names = p.hf_names[slice(*bounds[0])] if p.stacked else p.hf_names
+    for part, name in zip(out if p.stacked else out[None], names, strict=True):
         part[...] = weights[name][tuple(rows)].reshape(part.shape)
         if not np.isfinite(part).all():
             raise ConfigError(

@@ -20,6 +20,7 @@ _READS = {
         ("factor",),
         ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
     ),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
 }
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def read_rope(file: dict, tree: dict, path: Path) -> dict:
         if written_twice and old != value:
             raise ConfigError(f"{path}: {key}={old!r}, but rope_parameters has {value!r}; make them equal")
         chosen = old if old is not None else value
-        out[key] = chosen if chosen is not None else tree.get(key, getattr(ModelConfig, key))
+        said = chosen is not None or (key == "rope_scaling" and far)
+        out[key] = chosen if said else tree.get(key, getattr(ModelConfig, key))
     return out
 
 
@@ -62,19 +64,24 @@ def written_rope(model: ModelConfig) -> dict:
             if f.name in ("rope_type", *needed, *optional)
             and ((value := getattr(model.rope_scaling, f.name)) != f.default or f.name in always)
         }
+        if model.family.gemma4 and model.rope_scaling.factor == 1:
+            scaling.pop("factor")
     far = {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})}
     old = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
     if "rope_local_base_freq" not in model.family.may_set:
         return old | {"rope_parameters": far}
     local = model.rope_local_base_freq or model.rope_theta
     near = {"rope_theta": local, "rope_type": "default"}
+    if model.family.gemma4:
+        return {"rope_parameters": {FULL: far, SLIDING: near}}  # it is younger than the old dialect
     return old | {"rope_local_base_freq": local, "rope_parameters": {FULL: far, SLIDING: near}}
 
 
 def _check_objects(file: dict, path: Path):
     for key in ("rope_parameters", "rope_scaling"):
         for rope in (file.get(key) or {}, *(file.get(key) or {}).values()) if isinstance(file.get(key), dict) else ():
-            if isinstance(rope, dict) and rope.get("partial_rotary_factor") not in (None, 1):
+            proportional = isinstance(rope, dict) and rope.get("rope_type") == "proportional"
+            if isinstance(rope, dict) and not proportional and rope.get("partial_rotary_factor") not in (None, 1):
                 raise ConfigError(
                     f"{path}: {key}: partial_rotary_factor is not supported; here all of a head is rotated"
                 )
@@ -98,6 +105,8 @@ def _scaling(rope: dict, file: dict, tree: dict, path: Path) -> dict | None:
             raise ConfigError(
                 f"{path}: {key} is missing in the rotary scaling {kind!r}; use the model's own config.json"
             )
+    if kind == "proportional":
+        rest = {"factor": 1.0, **rest}
     if "original_max_position_embeddings" in optional:
         rest["original_max_position_embeddings"] = _original_length(rest, file, tree, path)
     return {"rope_type": kind, **(_yarn(rest, tree, path) if kind == "yarn" else rest)}

@@ -16,7 +16,7 @@ from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 
 # The tensors with a row for each piece.
-_WITH_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+_WITH_ROWS = ("model.embed_tokens.weight", "model.embed_tokens_per_layer.weight", "lm_head.weight")
 
 
 def extend_vocabulary(

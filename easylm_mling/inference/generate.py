@@ -218,7 +218,7 @@ def _prefill(model: Gemma, tokens, lengths, room: int, dtype):
     def attend(q, k, v, window, _):
         slots = min(window or P + room, P + room)
         context = attention(q, k, v, jnp.ones((B, P), jnp.int32), window, model.config.attn_logit_softcapping)
-        return context, (_in_slots(k, lengths, slots), _in_slots(v, lengths, slots))
+        return context, (_in_slots(k, lengths, slots), _in_slots(v, lengths, slots)), (k, v)
 
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
     return model.run(tokens, positions, attend, None, ForwardOptions(dtype, Remat("none")))
@@ -242,11 +242,16 @@ def _decode(model: Gemma, token, position, caches, dtype):
     row = jnp.arange(token.shape[0])
 
     def attend(q, k, v, _, cache):
-        slots = cache[0].shape[1]
-        keys, values = (old.at[row, position % slots].set(new[:, 0]) for old, new in zip(cache, (k, v), strict=True))
+        slots = (cache or (k, v))[0].shape[1]
+        if cache is None:
+            keys, values = k, v  # shared: the slots of an earlier layer
+        else:
+            keys, values = (
+                old.at[row, position % slots].set(new[:, 0]) for old, new in zip(cache, (k, v), strict=True)
+            )
         mask = _held(position, slots) >= 0  # what the window hides is not there
         context = masked_attention(q, keys, values, mask[:, None], model.config.attn_logit_softcapping)
-        return context, (keys, values)
+        return context, (keys, values), (keys, values)
 
     options = ForwardOptions(dtype, Remat("none"))
     hidden, caches = model.run(token[:, None], position[:, None], attend, caches, options)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from easylm_mling.formatting import markdown_table
-from easylm_mling.hf.card import Export, front_matter, language_codes, limits, usage, write_card
+from easylm_mling.hf.card import Export, front_matter, has_gemma_terms, language_codes, limits, usage, write_card
 from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.merge.opening import Opened
 from easylm_mling.merge.recipe import PARAMETER_KINDS, MergeRecipe, ModelRef
@@ -33,7 +33,7 @@ def write_merge_card(
         write_card(folder, export, languages, section(opened))
         return
     codes = language_codes(languages, {})
-    gemma = opened.model.model_type.startswith("gemma")
+    gemma = has_gemma_terms(opened.model)
     hub = list(dict.fromkeys(s.ref.model for s in opened.sources if s.on_hub))
     values = {"tags": ["merge"], **({"base_model": hub, "base_model_relation": "merge"} if hub else {})}
     head = f"# {name.split('/')[-1]}\n\n{title(opened)[0].upper()}{title(opened)[1:]}, made with easylm_mling.\n"

@@ -1,7 +1,8 @@
 """FLOPs that training needs by the model's shape alone, the basis of MFU."""
 
 from easylm_mling.config import ModelConfig
-from easylm_mling.model.params import parameter_count
+from easylm_mling.model.layer_kinds import layer_kinds
+from easylm_mling.model.params import looked_up_only, parameter_count
 
 
 def model_flops(m: ModelConfig, positions: int) -> float:
@@ -10,10 +11,9 @@ def model_flops(m: ModelConfig, positions: int) -> float:
     Six for each parameter and token, and attention over the pairs that the mask shows. Recomputation does not count, nor
     does an embedding that is only looked up.
     """
-    looked_up = 0 if m.tie_word_embeddings else m.vocab_size * m.hidden_size
-    width = m.num_attention_heads * m.head_dim
-    attention = sum(4 * width * _pairs(positions, m.sliding_window if local else None) for local in m.local_layers)
-    return 6.0 * (parameter_count(m) - looked_up) * positions + 3.0 * attention
+    heads = m.num_attention_heads
+    attention = sum(4 * heads * kind.head_dim * _pairs(positions, kind.window) for kind in layer_kinds(m))
+    return 6.0 * (parameter_count(m) - looked_up_only(m)) * positions + 3.0 * attention
 
 
 def _pairs(positions: int, window: int | None) -> float:

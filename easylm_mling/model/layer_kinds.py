@@ -4,7 +4,7 @@ Inside a period each layer's kind is known to the compiler, so a local layer has
 shapes can alternate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from easylm_mling.config import ModelConfig
@@ -17,6 +17,11 @@ class LayerKind:
     stack: str  # the stack of parameters that the layer is in
     local: bool  # which rotary frequencies it has
     window: int | None  # positions that it sees; None: all before it
+    head_dim: int
+    kv_heads: int
+    k_eq_v: bool  # it has no projection of values
+    mlp_width: int
+    shares: bool = False  # it attends to the keys and values of the last layer of its reach that has its own
 
 
 class Run(NamedTuple):
@@ -26,6 +31,11 @@ class Run(NamedTuple):
     count: int
 
     @property
+    def shares(self) -> bool:
+        """True where its layers have no keys and values of their own."""
+        return self.kinds[0].shares
+
+    @property
     def per_period(self) -> dict[str, int]:
         """Layers of each stack in one period."""
         stacks = [kind.stack for kind in self.kinds]
@@ -33,8 +43,27 @@ class Run(NamedTuple):
 
 
 def layer_kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
-    """Return the kind of each layer."""
-    return tuple(LayerKind("layers", local, m.sliding_window if local else None) for local in m.local_layers)
+    """Return the kind of each layer.
+
+    The name of a stack is `layers`; where local and global layers differ in shape, each kind has a stack of its own, and so
+    have layers that share keys and values.
+    """
+    width, K = m.intermediate_size, m.num_key_value_heads
+    near = LayerKind("layers", True, m.sliding_window, m.head_dim, K, False, width)
+    far = replace(near, local=False, window=None, head_dim=m.global_head_dim or m.head_dim, k_eq_v=m.attention_k_eq_v)
+    far = replace(far, kv_heads=m.num_global_key_value_heads or K)
+    if (near.head_dim, near.kv_heads, near.k_eq_v) != (far.head_dim, far.kv_heads, far.k_eq_v):
+        near, far = replace(near, stack="local_layers"), replace(far, stack="global_layers")
+    own = m.num_hidden_layers - m.num_kv_shared_layers
+    return tuple(
+        (near if local else far) if i < own else _sharing(m, near if local else far)
+        for i, local in enumerate(m.local_layers)
+    )
+
+
+def _sharing(m: ModelConfig, kind: LayerKind) -> LayerKind:
+    width = kind.mlp_width * (2 if m.use_double_wide_mlp else 1)
+    return replace(kind, stack=f"shared_{kind.stack}", shares=True, k_eq_v=False, mlp_width=width)
 
 
 def stacks(m: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -51,6 +80,9 @@ def runs(kinds: tuple[LayerKind, ...]) -> list[Run]:
 
     The 26 layers of Gemma 3 1B are 4 times (5 local, 1 global) and then 2 times (1 local).
     """
+    own = tuple(kind for kind in kinds if not kind.shares)
+    if own and own != kinds:
+        return [*runs(own), *runs(kinds[len(own) :])]  # layers that share come last
     if not kinds:
         return []
     period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[: len(kinds) - p])

@@ -32,6 +32,9 @@ def scaled_frequencies(
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "proportional":
+        rotated = int(scaling.partial_rotary_factor * 2 * frequencies.shape[0] // 2)
+        return jnp.where(jnp.arange(frequencies.shape[0]) < rotated, frequencies / scaling.factor, 0.0)
     if scaling.rope_type == "yarn":
         low, high = _yarn_bounds(scaling, theta, frequencies.shape[0])
         kept = 1.0 - jnp.clip((jnp.arange(frequencies.shape[0], dtype=jnp.float32) - low) / (high - low), 0.0, 1.0)

@@ -4,6 +4,7 @@ Parameters stay in their stacks. A scan takes a run's part of each stack, and cu
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 
 from easylm_mling.model.layer_kinds import LayerKind, Run
 
-# (kind, residual stream, parameters, cache) of one layer -> (the residual stream behind it, its cache)
-OneLayer = Callable[[LayerKind, Any, Any, Any], tuple[Any, Any]]
+# (kind, carry, parameters, cache, own input) of one layer -> (the carry behind it, its cache)
+OneLayer = Callable[[LayerKind, Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def cut(layers: dict[str, Any], runs: list[Run]) -> list[dict[str, Any]]:
@@ -32,30 +33,44 @@ def cut(layers: dict[str, Any], runs: list[Run]) -> list[dict[str, Any]]:
     return parts
 
 
+def cut_by_layer(inputs: jax.Array, runs: list[Run]) -> list[jax.Array]:
+    """Cut [layers, ...], the layers in order, into the [periods, layers of a period, ...] of each run."""
+    sizes = [run.count * len(run.kinds) for run in runs]
+    pieces = jax.lax.split(inputs, sizes)
+    return [p.reshape(run.count, len(run.kinds), *p.shape[1:]) for p, run in zip(pieces, runs, strict=True)]
+
+
 def _by_period(stacked: jax.Array, run: Run, stack: str) -> jax.Array:
     many = run.per_period[stack]
     return stacked if many == 1 else stacked.reshape(run.count, many, *stacked.shape[1:])
 
 
 def scan_periods(
-    run: Run, one_layer: OneLayer, wrap: Callable, x: jax.Array, part: dict[str, Any], caches: tuple | None
-) -> tuple[jax.Array, tuple]:
-    """Run the layers of `run` on the residual stream `x`; returns it and, for each layer of a period, the caches.
+    run: Run,
+    one_layer: OneLayer,
+    wrap: Callable,
+    carry: Any,
+    part: dict[str, Any],
+    inputs: jax.Array | None,
+    caches: tuple | None,
+) -> tuple[Any, tuple]:
+    """Run the layers of `run` on the `carry`; returns it and, for each layer of a period, the caches.
 
-    `part` is what `cut` made. `wrap` makes the function of a layer save what its remat policy says. The caches of each
-    layer of a period have a leading axis of periods.
+    `part` and `inputs` are what `cut` and `cut_by_layer` made. `wrap` makes the function of a layer save what its remat
+    policy says. The caches of each layer of a period have a leading axis of periods.
     """
 
-    def period(x, scanned):
-        part, caches = scanned
+    def period(carry, scanned):
+        part, inputs, caches = scanned
         layers = {stack: iter(_single(part[stack], many)) for stack, many in run.per_period.items()}
         made = []
-        for kind, cache in zip(run.kinds, caches, strict=True):
-            x, new = wrap(lambda *args, kind=kind: one_layer(kind, *args))(x, next(layers[kind.stack]), cache)
+        for i, (kind, cache) in enumerate(zip(run.kinds, caches, strict=True)):
+            own = None if inputs is None else inputs[i]
+            carry, new = wrap(partial(one_layer, kind))(carry, next(layers[kind.stack]), cache, own)
             made.append(new)
-        return x, tuple(made)
+        return carry, tuple(made)
 
-    return jax.lax.scan(period, x, (part, caches or (None,) * len(run.kinds)))
+    return jax.lax.scan(period, carry, (part, inputs, caches or (None,) * len(run.kinds)))
 
 
 def _single(tree: Any, many: int) -> list[Any]:

@@ -24,6 +24,9 @@ RULES = {
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "global_kv_heads": "tensor",  # where global layers have another number of them
+    "per_layer": None,
+    "scalar": None,
     "head_dim": None,
     "layers": None,
     # Activations keep their feature and position axes whole; only parameters are cut along `embed`.
@@ -54,8 +57,11 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 def rules_for(model: ModelConfig, mesh: Mesh) -> dict:
     """Return RULES for this model. Key/value heads that are fewer than the tensor shards lie whole on each."""
-    tensor = mesh.shape["tensor"]
-    return RULES | ({"kv_heads": None} if model.num_key_value_heads < tensor else {})
+    heads = {
+        "kv_heads": model.num_key_value_heads,
+        "global_kv_heads": model.num_global_key_value_heads or model.num_key_value_heads,
+    }
+    return RULES | {axis: None for axis, count in heads.items() if count < mesh.shape["tensor"]}
 
 
 def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str) -> PartitionSpec:

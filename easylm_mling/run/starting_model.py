@@ -94,7 +94,12 @@ def _differences(stored: ModelConfig, values: dict[str, Any]) -> dict[str, tuple
 
 def _meaning(values: dict[str, Any], name: str) -> Any:
     """Return a setting's value, and where it is null what null stands for."""
-    stands_for = {"query_pre_attn_scalar": "head_dim", "rope_local_base_freq": "rope_theta"}
+    stands_for = {
+        "query_pre_attn_scalar": "head_dim",
+        "rope_local_base_freq": "rope_theta",
+        "global_head_dim": "head_dim",
+        "num_global_key_value_heads": "num_key_value_heads",
+    }
     return values[stands_for[name]] if values[name] is None and name in stands_for else values[name]
 
 

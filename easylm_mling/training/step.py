@@ -23,6 +23,8 @@ from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
 from easylm_mling.model.attention import cudnn_attention
 from easylm_mling.model.decoder import ForwardOptions
+from easylm_mling.model.layer_kinds import layer_kinds
+from easylm_mling.model.params import parameter_table, to_flat, to_nested
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import batch_sharding, parameter_shardings, replicated
@@ -47,6 +49,7 @@ class StepConfig:
     clip_norm: float
     sources: int  # how many losses are summed apart: `source` in a batch counts up to it
     attention: Callable  # as model/attention.py's
+    frozen: frozenset[str]  # paths of parameters that are not trained
 
     @property
     def forward(self) -> ForwardOptions:
@@ -65,12 +68,20 @@ def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
         clip_norm=config.optimizer.clip_norm,
         sources=len(config.data.sources),
         attention=attention_on(config, mesh),
+        frozen=frozen(config),
     )
+
+
+def frozen(config: RunConfig) -> frozenset[str]:
+    """The paths of parameters that are not trained: the layers' scalars, unless `train.layer_scalars` is set."""
+    scalars = {p.path for p in parameter_table(config.model) if p.kind == "scalar"}
+    return frozenset() if config.train.layer_scalars else frozenset(scalars)
 
 
 def batch_loss(params: dict, batch: dict, c: StepConfig) -> tuple[Float32[Array, ""], SourceSums]:
     """The sum to differentiate, and (cross entropy, target count) summed for each source."""
-    model = nnx.merge(c.graph, params)
+    held = {path: jax.lax.stop_gradient(a) if path in c.frozen else a for path, a in to_flat(params).items()}
+    model = nnx.merge(c.graph, to_nested(held))
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward)
     cap = model.config.final_logit_softcapping
     total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
@@ -139,7 +150,8 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
     """The attention function that `train.attention` means on `mesh`. Raises ConfigError if it cannot run there."""
     m, train, T = config.model, config.train, config.data.sequence_length
     platform, wanted = mesh.devices.flat[0].platform, train.attention
-    here = f"here are {platform} devices, data.sequence_length={T}, model.head_dim={m.head_dim}"
+    widths = {kind.head_dim for kind in layer_kinds(m)}
+    here = f"here are {platform} devices, data.sequence_length={T}, heads {' and '.join(map(str, sorted(widths)))} wide"
     if wanted == "cudnn":
         check(
             platform == "gpu" and m.attn_logit_softcapping is None and train.compute_dtype == "bfloat16",
@@ -147,7 +159,7 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
             f"train.compute_dtype={train.compute_dtype}; use auto or xla",
         )
         return cudnn_attention
-    possible = platform == "tpu" and runs_on(T, m.head_dim)
+    possible = platform == "tpu" and all(runs_on(T, width) for width in widths)
     check(
         possible or wanted != "splash",
         f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; {here}; use auto or xla",
