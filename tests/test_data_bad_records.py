@@ -78,7 +78,10 @@ def spelled(text: str) -> bytes:
     return tokenizer().encode([text])[0].tobytes()
 
 
-@pytest.mark.parametrize("suffix", CORPORA)
+SLOW = [pytest.param(x, marks=pytest.mark.slow) if x != "ndjson.gz" else x for x in CORPORA]
+
+
+@pytest.mark.parametrize("suffix", SLOW)
 def test_every_good_record_is_trained_on_once_and_every_bad_one_is_written_down(tmp_path, suffix):
     config, catalog, bad = corpus(tmp_path, suffix)
     quarantine, tokens = tmp_path / "quarantine.jsonl", []

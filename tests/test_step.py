@@ -258,7 +258,7 @@ LOCAL = WINDOW | {"query_pre_attn_scalar": 9}
         {"model_type": "gemma2", "attn_logit_softcapping": 2.0, **LOCAL},
         pytest.param({"model_type": "gemma3_text", "rope_local_base_freq": 100.0, **LOCAL}, marks=pytest.mark.slow),
         pytest.param({"model_type": "llama", "tie_word_embeddings": False}, marks=pytest.mark.slow),
-        {"model_type": "qwen2", "sliding_window": 5},
+        pytest.param({"model_type": "qwen2", "sliding_window": 5}, marks=pytest.mark.slow),
         {"model_type": "gemma4_text", "global_head_dim": 32, "attention_k_eq_v": True, **WINDOW},
     ],
 )
@@ -305,6 +305,7 @@ def test_a_fresh_state_is_typed_as_a_restored_one():
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_gradients_summed_in_float32_are_nearer_to_those_of_one_device():
     """In bfloat16 every device rounds its part."""
 

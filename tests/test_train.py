@@ -320,6 +320,7 @@ def test_a_longer_budget_goes_on_as_if_it_had_been_so_from_the_start(tmp_path):
     assert len(history(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_another_learning_rate_holds_from_the_next_step_on_and_survives_stops(undisturbed, tmp_path):
     change = {"optimizer.learning_rate": 0.0003, "optimizer.final_fraction": 0.5}
     for name, stops in (("once", ()), ("twice", (9,))):
