@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.checkpoint.reading import load_data_state
 from easylm_mling.config import load
 from easylm_mling.model.sharding import make_mesh

@@ -22,7 +22,8 @@ from easylm_mling.data.catalog import Catalog, build_catalog
 from easylm_mling.data.estimates import open_estimates
 from easylm_mling.data.mixture import COUNTERS
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.card import Export, write_card
+from easylm_mling.hf.card import write_card
+from easylm_mling.hf.card_sections import Export
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.monitoring.metrics import MetricsLog

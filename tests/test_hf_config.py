@@ -13,8 +13,9 @@ from transformers import AutoConfig
 
 from easylm_mling.config import ModelConfig, from_tree
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.config import hf_config, hf_generation_config, model_config_from_hf
+from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf.generation_config import hf_generation_config
 from easylm_mling.hf.importing import import_hf
 from easylm_mling.model.params import parameter_count
 

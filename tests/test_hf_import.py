@@ -20,7 +20,8 @@ from hf_models import (
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
-from easylm_mling.checkpoint.checkpoint import Checkpoints, load_params
+from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.config import MeshConfig, ModelConfig
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf

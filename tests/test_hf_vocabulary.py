@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from test_data_tokenizer_json import llama3
 
-from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.config import MeshConfig
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError

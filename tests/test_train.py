@@ -15,7 +15,7 @@ import pytest
 from processes import ROOT, SMALL
 from rich.console import Console
 
-from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.checkpoint.reading import load_data_state, load_info, packed
 from easylm_mling.cli.main import main
 from easylm_mling.config import load

@@ -119,10 +119,11 @@ def test_every_path_is_known_as_one():
     paths = {name for name, key in known_keys().items() if key.setting.path}
     assert paths == {
         "run_dir", "init_from", "data.tokenizer", "data.token_cache", "data.sources.NAME.paths",
-        "data.sources.NAME.dataset.name",
+        "data.sources.NAME.dataset.name", "data.sources.NAME.conversations.template",
     }  # fmt: skip
     arguments = set()
     for words in (["import-hf", "a", "b"], ["export-hf", "a", "b"], ["train", "a"], ["plan"], ["report", "a"],
-                  ["sample", "a", "--prompt", "x"], ["data", "inspect", "a"], ["data", "audit", "a", "--step", "1"]):  # fmt: skip
+                  ["sample", "a", "--prompt", "x"], ["data", "inspect", "a"], ["data", "audit", "a", "--step", "1"],
+                  ["merge", "a", "b"], ["eval", "a", "--suite", "quick"]):  # fmt: skip
         arguments |= vars(build_parser().parse_args(words)).keys()
     assert arguments >= PATHS

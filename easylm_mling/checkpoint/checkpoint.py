@@ -7,7 +7,7 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file knows Orbax; checkpoint/layout.py and checkpoint/reading.py find and read steps without it. Orbax does
+Nothing but this file and checkpoint/parameters.py knows Orbax; checkpoint/layout.py and checkpoint/reading.py do without. Orbax does
 not check what it restores: every leaf's digest (training/digests.py) is saved with the step and compared after a restore.
 """
 
@@ -24,48 +24,22 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from easylm_mling.checkpoint.best import best_steps
-from easylm_mling.checkpoint.layout import checkpoints_folder, remove_unfinished, set_aside, step_directory
-from easylm_mling.checkpoint.reading import check_stored, load_info, packed, read_data, read_strings, unpacked
+from easylm_mling.checkpoint.layout import checkpoints_folder, remove_unfinished, set_aside
+from easylm_mling.checkpoint.parameters import storage_context
+from easylm_mling.checkpoint.reading import check_stored, packed, read_data, read_strings, unpacked
 from easylm_mling.distributed.agreement import all_agree, broadcast, is_multiprocess, is_primary
 from easylm_mling.distributed.watchdog import Watchdog
-from easylm_mling.errors import ConfigError, DamagedCheckpoint, NoUsableCheckpoint, UnknownFormat, one_line
+from easylm_mling.errors import DamagedCheckpoint, NoUsableCheckpoint, UnknownFormat, one_line
 from easylm_mling.storage.files import transport_errors
 from easylm_mling.storage.object_store import Bucket, is_bucket
-from easylm_mling.training.digests import differing, digests, leaf_name
+from easylm_mling.training.digests import differing, digests
 from easylm_mling.training.state import TrainState
 
 # Typed as Any: Orbax's annotations of its policies and options do not agree with one another.
 _policies: Any = ocp.training.preservation_policies
 _save_policies: Any = ocp.training.save_decision_policies
-# Bytes. Over 32 MiB, up to which malloc may keep what is freed.
-_CHUNK = 64_000_000
 # Seconds before each further try to restore a step from a bucket: about four minutes in all.
 _BUCKET_WAITS = (0.5, 0.5, 1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 60.0, 60.0)
-
-
-def _context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
-    context = ocp.Context()
-    if wait_seconds:
-        # For the other processes, one of which may have failed.
-        context.async_options.timeout_secs = max(1, int(wait_seconds))
-    context.memory_options.write_concurrent_bytes = bytes_at_a_time
-    saving: Any = context.array.saving
-    # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
-    saving.use_compression = False
-    saving.ocdbt_target_data_file_size = 400_000_000
-    # To cut what is smaller for each of its replicas to write takes longer than the writing.
-    saving.min_slice_bytes_for_replica_parallel = 16_000_000
-    saving.scoped_storage_options_creator = _chunks
-    return context
-
-
-def _chunks(path, value):
-    """How an array is cut in storage, so that an exporter reads a layer without its neighbours, and little at a time.
-
-    A stacked parameter is cut into layers, and then, as any other array, into chunks of at most _CHUNK bytes.
-    """
-    stacked = "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1
-    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
 
 
 class SaveResult(NamedTuple):
@@ -141,7 +115,7 @@ class Checkpoints:
     def _open(self):
         return ocp.training.Checkpointer(
             str(self.path),
-            context=_context(self._bytes_at_a_time, self._stuck_seconds / 2),
+            context=storage_context(self._bytes_at_a_time, self._stuck_seconds / 2),
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),
             preservation_policy=self._keep,
             cleanup_tmp_directories=True,
@@ -317,41 +291,6 @@ class Checkpoints:
                 set_aside(self._directory, step, why)
         all_agree(True)
         self._orbax = self._open()
-
-
-def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
-    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
-
-    Raises ConfigError if they cannot be read, or are not what was saved: it names the first one.
-    """
-    where = step_directory(directory, step)
-    info = load_info(directory, int(where.name))
-    check_stored(where, {"params": abstract})
-    try:
-        with _context():
-            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        why = " ".join(str(error).split())[-200:]
-        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
-    saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
-    if leaf := differing(saved, {"params": params}):
-        raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
-    return params
-
-
-def check_same_shapes(directory: str | Path, abstract: dict):
-    """Raise ConfigError that names the first parameter whose shape is not the model's."""
-    where = step_directory(directory)
-    stored = ocp.checkpointables_metadata(str(where)).metadata["params"]
-    expected = jax.tree_util.tree_leaves_with_path(abstract)
-    shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}
-    for path, leaf in expected:
-        name = jax.tree_util.keystr(path)
-        if shapes.get(name) != tuple(leaf.shape):
-            raise ConfigError(
-                f"{where}: parameter {name} has shape {shapes.get(name)}, the model needs {tuple(leaf.shape)}; "
-                "use the model config that the checkpoint was made with"
-            )
 
 
 def _training(state: TrainState) -> dict:

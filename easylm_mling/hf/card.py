@@ -4,12 +4,9 @@ These are the checkpoint's info and data state, metrics.jsonl, catalog.json and 
 since they can hold names and keys; a source is called by its name in the config.
 """
 
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-
-import orjson
 
 from easylm_mling.checkpoint.reading import load_data_state, load_info
 from easylm_mling.config import ModelConfig, RunConfig, from_tree
@@ -17,7 +14,8 @@ from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError
 from easylm_mling.formatting import markdown_table, tokens_text
-from easylm_mling.hf.config import read_json
+from easylm_mling.hf.card_sections import Export, front_matter, has_gemma_terms, language_codes, limits, usage
+from easylm_mling.hf.json_files import read_json
 from easylm_mling.hf.plot import LOSSES, plot_losses
 from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.model.params import parameter_count
@@ -36,24 +34,7 @@ _FAMILY_NAMES = {
     "qwen2": "Qwen 2",
     "qwen3": "Qwen 3",
 }
-# A language's folder is named ja or jpn_Jpan; the hub wants the ISO 639 code in it.
-_FOLDER = re.compile(r"([a-z]{2})|([a-z]{3})_[A-Z][a-z]{3}")
-
-PRETRAINED = "This is a pretrained model. It continues text, follows no instructions, and was not made safe."
 _DATA_CHANGED = "## Data\n\nThe run went on with other data after this step; the card of a later step has the table.\n"
-
-
-@dataclass(frozen=True)
-class Export:
-    """What is exported, and how."""
-
-    checkpoint_dir: str | Path  # of a run or an import
-    files: Path  # the small files of `checkpoint_dir`
-    step: int
-    model: ModelConfig
-    dtype: str
-    name: str  # on the hub, or the folder's
-    bos: int | None = None  # how many of BOS transformers' tokenizer puts before a text; None: not seen
 
 
 @dataclass(frozen=True)
@@ -100,17 +81,6 @@ def _front_matter(base: Base, model: ModelConfig, codes: list[str]) -> str:
     if base.on_hub:
         values["base_model"] = base.name
     return front_matter(values, is_gemma(base, model), codes)
-
-
-def front_matter(values: dict, gemma: bool, codes: list[str]) -> str:
-    """Return the YAML at the top of a card: `values` and what every card has; `codes` are languages."""
-    values = {"library_name": "transformers", "pipeline_tag": "text-generation", **values}
-    if gemma:
-        values["license"] = "gemma"
-    if codes:
-        values["language"] = codes
-    # JSON is YAML too, and its quotes keep the language "no" from being read as false.
-    return "\n".join(["---", *(f"{key}: {orjson.dumps(value).decode()}" for key, value in values.items()), "---", ""])
 
 
 def _summary(base: Base, export: Export, info: dict, codes: list[str]) -> str:
@@ -210,51 +180,6 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
     return "\n".join(["## Training", "", *markdown_table(("setting", "value"), rows, "---"), ""])
 
 
-def usage(export: Export, separator: tuple[str, int] | None = None) -> str:
-    """Return the section on how to load it. `separator`: the tokenizer's, where it has no BOS (hf/tokenizer.py)."""
-    name, bos = export.name, export.model.bos_token_id
-    note = f"the model needs exactly one BOS (id {bos}) here; " + (
-        f"its tokenizer adds {export.bos}" if export.bos is not None else "not checked whether its tokenizer adds it"
-    )
-    note = f"adds the one BOS (id {bos}) that the model needs" if export.bos == 1 else note
-    note = "the model has no BOS" if bos < 0 else note
-    if separator and not export.bos:
-        note = f"adds no BOS; a text that begins a document follows {separator[0]} (id {separator[1]})"
-    return f"""## How to load
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="{export.dtype}")
-inputs = tokenizer("...", return_tensors="pt")  # {note}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-```
-
-In transformers 4 `dtype` is called `torch_dtype`.
-"""
-
-
-def limits(gemma: bool, derived: bool, kind: str = PRETRAINED) -> str:
-    """Return the section on licence and limits; `kind` says what sort of model it is."""
-    if gemma:
-        licence = (
-            "Derived from Gemma: the Gemma Terms of Use (https://ai.google.dev/gemma/terms) apply to these weights."
-        )
-    elif derived:
-        licence = "Derived from other weights: their licence applies to these too."
-    else:
-        licence = "Not derived from other weights: whoever publishes them chooses the licence, and names it here."
-    return f"""## Licence and limits
-
-{licence} The corpora have licences of their own.
-
-{kind}
-It repeats what its corpora say, also what is false or offensive, and is weaker in languages that it read little of.
-Losses on held-out text do not say how useful it is: evaluate it for your use.
-"""
-
-
 def _base(info: dict) -> Base:
     """Follow init_from from run to run to what was imported, as far as the checkpoints still exist."""
     seen = set()
@@ -281,20 +206,6 @@ def _base_text(base: Base) -> str:
 def is_gemma(base: Base, model: ModelConfig) -> bool:
     """Return True if the weights derive from those of Google that have its terms."""
     return base.name is not None and has_gemma_terms(model)
-
-
-def has_gemma_terms(model: ModelConfig) -> bool:
-    """Return True for the models that have Google's own terms; Gemma 4 has the Apache licence."""
-    return model.model_type in ("gemma", "gemma2", "gemma3_text")
-
-
-def language_codes(languages: tuple[str, ...], by_source: dict[str, tuple[str, ...]]) -> list[str]:
-    """Return the sorted ISO 639 codes of `languages` and of the data's folders. Raises ConfigError for one that is no code."""
-    for code in languages:
-        if not re.fullmatch(r"[a-z]{2,3}", code):
-            raise ConfigError(f"language {code!r} is no ISO 639 code; write two or three letters, such as ja")
-    matches = (_FOLDER.fullmatch(tag) for tags in by_source.values() for tag in tags)
-    return sorted({*languages, *(match[1] or match[2] for match in matches if match)})
 
 
 def _up_to(run: Path, kind: str, step: int) -> list[dict]:

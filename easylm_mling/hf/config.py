@@ -8,14 +8,12 @@ those of the published configs. What is rotary or about windows is in hf/rotary.
 import logging
 from pathlib import Path
 
-import orjson
-
 from easylm_mling.config import FAMILIES, ModelConfig, from_tree
-from easylm_mling.data.tokenization.files import JSON, MODEL
-from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.gemma4 import DEFAULTS as GEMMA_4
 from easylm_mling.hf.gemma4 import check_gemma4, read_heads, written_heads
+from easylm_mling.hf.generation_config import text_ends
+from easylm_mling.hf.json_files import read_json
 from easylm_mling.hf.rotary import read_rope, written_rope
 from easylm_mling.hf.windows import read_window, written_window
 
@@ -130,7 +128,6 @@ _HARMLESS = {
     *("use_sliding_window", "max_window_layers", "original_max_position_embeddings", "per_layer_config"),
     *("vocab_size_per_layer_input", "use_bidirectional_attention", "top_k_experts"),
 }
-GENERATION = "generation_config.json"
 # Any of these makes a mixture of experts of a config, whatever its model_type.
 _EXPERTS = ("enable_moe_block", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _log = logging.getLogger(__name__)
@@ -162,7 +159,8 @@ def model_config_from_hf(directory: str | Path) -> ModelConfig:
             f"{path}: model_type={kind!r} is not supported; use one of {', '.join((*FAMILIES, *_TEXT_OF))}"
         )
     _check_fixed(file, path)
-    ends = _ends(file, path.parent)
+    default = _DEFAULTS.get(kind, {}).get("eos_token_id", ModelConfig.eos_token_id)
+    ends = text_ends(file, path.parent, default)
     tree = _settings(file | ({"eos_token_id": ends[0]} if ends else {})) | {"stop_token_ids": ends[1:]}
     missing = [key for key in _REQUIRED if tree.get(key) is None]
     if missing:
@@ -198,33 +196,6 @@ def _settings(file: dict) -> dict:
             tree["num_key_value_heads"] = heads
         tree.setdefault("num_key_value_heads", heads)  # as in files from before there were groups
     return tree
-
-
-def _ends(file: dict, directory: Path) -> list[int]:
-    """Return the tokens that end a text, first the one that ends a document; [] if the files name none.
-
-    Of several, the tokenizer's eos ends a document, or the first where there is no tokenizer.
-    """
-    path = directory / GENERATION
-    ends: list[int] = []
-    for where, tree in ((directory / "config.json", file), (path, read_json(path) if path.is_file() else {})):
-        value = tree.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            if where == path or isinstance(value, list):
-                raise ConfigError(f"{where}: eos_token_id={value!r} must be token ids; correct it")
-            return []  # ModelConfig says so
-        if not ends and len(ids) > 1 and any((directory / name).is_file() for name in (JSON, MODEL)):
-            own = Tokenizer(str(directory), key="").eos_id
-            ids = sorted(ids, key=lambda i: i != own)
-        ends += [i for i in ids if i not in ends]
-    # generation_config.json alone does not say what ends a document.
-    return ends if file.get("eos_token_id") is not None or not ends else _with_default(file, ends)
-
-
-def _with_default(file: dict, ends: list[int]) -> list[int]:
-    eos = _DEFAULTS.get(file["model_type"], {}).get("eos_token_id", ModelConfig.eos_token_id)
-    return ends if eos < 0 else [eos, *(i for i in ends if i != eos)]
 
 
 def _check_fixed(file: dict, path: Path):
@@ -299,34 +270,3 @@ def _caps(model: ModelConfig) -> dict:
         return {name: getattr(model, name) for name in ("final_logit_softcapping",) if name in may_set}
     caps = {name: getattr(model, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     return {"query_pre_attn_scalar": model.query_pre_attn_scalar or model.head_dim} | caps
-
-
-def hf_generation_config(model: ModelConfig, kept: dict) -> dict:
-    """Make the generation_config.json, without which a loader has to guess where a text ends.
-
-    `kept` is the one that came with the model: its settings of sampling and the like stay, and the ids are the model's.
-    """
-    ids: dict = {name: getattr(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ends = [model.eos_token_id, *model.stop_token_ids]
-    if len(ends) > 1:
-        before = kept.get("eos_token_id")
-        ids["eos_token_id"] = before if isinstance(before, list) and set(before) == set(ends) else ends
-    return kept | {name: value for name, value in ids.items() if isinstance(value, list) or value >= 0}
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object from a file; raises ConfigError if it is missing or anything else."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; name a complete Hugging Face model directory")
-    try:
-        tree = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a JSON object; download it again")
-    return tree
-
-
-def write_json(path: Path, tree: dict):
-    """Write a JSON object, indented."""
-    path.write_bytes(orjson.dumps(tree, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

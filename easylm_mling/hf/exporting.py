@@ -20,9 +20,12 @@ from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.card import Export, write_card
-from easylm_mling.hf.config import GENERATION, hf_config, hf_generation_config, read_json, write_json
+from easylm_mling.hf.card import write_card
+from easylm_mling.hf.card_sections import Export
+from easylm_mling.hf.config import hf_config
+from easylm_mling.hf.generation_config import GENERATION, hf_generation_config
 from easylm_mling.hf.importing import DTYPES, INDEX
+from easylm_mling.hf.json_files import read_json, write_json
 from easylm_mling.hf.tokenizer import bos_seen, complete_tokenizer, own_tokenizer
 from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.monitoring.metrics import MetricsLog

@@ -24,8 +24,10 @@ from easylm_mling.config import MeshConfig, ModelConfig, to_tree
 from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import fingerprints
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf.config import GENERATION, model_config_from_hf, read_json
+from easylm_mling.hf.config import model_config_from_hf
+from easylm_mling.hf.generation_config import GENERATION
 from easylm_mling.hf.hub import local_directory
+from easylm_mling.hf.json_files import read_json
 from easylm_mling.hf.vocabulary import extend_vocabulary
 from easylm_mling.model.params import Parameter, parameter_count, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings

@@ -10,7 +10,7 @@ from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER
 from easylm_mling.data.tokenization.tokenizer import Tokenizer, fingerprints
 from easylm_mling.errors import ConfigError, one_line
-from easylm_mling.hf.config import write_json
+from easylm_mling.hf.json_files import write_json
 
 _CONFIG = "tokenizer_config.json"
 

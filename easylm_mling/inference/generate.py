@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.checkpoint.reading import load_info
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER, tokenizer_file

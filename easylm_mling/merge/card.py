@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from easylm_mling.formatting import markdown_table
-from easylm_mling.hf.card import Export, front_matter, has_gemma_terms, language_codes, limits, usage, write_card
+from easylm_mling.hf.card import write_card
+from easylm_mling.hf.card_sections import Export, front_matter, has_gemma_terms, language_codes, limits, usage
 from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.merge.opening import Opened
 from easylm_mling.merge.recipe import PARAMETER_KINDS, MergeRecipe, ModelRef

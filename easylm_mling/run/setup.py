@@ -9,8 +9,9 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from easylm_mling.checkpoint.checkpoint import Checkpoints, check_same_shapes, load_params
+from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
+from easylm_mling.checkpoint.parameters import check_same_shapes, load_params
 from easylm_mling.config import RunConfig, differences, from_tree, load_kept
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.state_archive import kept_steps

@@ -10,7 +10,7 @@ import pytest
 from processes import assert_same_bits, outcome, train_here
 
 import easylm_mling.run.train
-from easylm_mling.checkpoint.checkpoint import load_params
+from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.config import load
 from easylm_mling.errors import TrainingStopped
 from easylm_mling.model.sharding import make_mesh

@@ -1,0 +1,76 @@
+"""The parameters of a checkpoint without the rest of its state, and how arrays are laid out in storage."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from easylm_mling.checkpoint.layout import step_directory
+from easylm_mling.checkpoint.reading import check_stored, load_info
+from easylm_mling.errors import ConfigError
+from easylm_mling.training.digests import differing, leaf_name
+
+# Bytes. Over 32 MiB, up to which malloc may keep what is freed.
+_CHUNK = 64_000_000
+
+
+def storage_context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
+    """Return how Orbax reads and writes arrays here; `wait_seconds`: how long it waits for other processes (0: Orbax's own)."""
+    context = ocp.Context()
+    if wait_seconds:
+        # For the other processes, one of which may have failed.
+        context.async_options.timeout_secs = max(1, int(wait_seconds))
+    context.memory_options.write_concurrent_bytes = bytes_at_a_time
+    saving: Any = context.array.saving
+    # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
+    saving.use_compression = False
+    saving.ocdbt_target_data_file_size = 400_000_000
+    # To cut what is smaller for each of its replicas to write takes longer than the writing.
+    saving.min_slice_bytes_for_replica_parallel = 16_000_000
+    saving.scoped_storage_options_creator = _chunks
+    return context
+
+
+def _chunks(path, value):
+    """How an array is cut in storage, so that an exporter reads a layer without its neighbours, and little at a time.
+
+    A stacked parameter is cut into layers, and then, as any other array, into chunks of at most _CHUNK bytes.
+    """
+    stacked = "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
+
+
+def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
+    """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
+
+    Raises ConfigError if they cannot be read, or are not what was saved: it names the first one.
+    """
+    where = step_directory(directory, step)
+    info = load_info(directory, int(where.name))
+    check_stored(where, {"params": abstract})
+    try:
+        with storage_context():
+            params = ocp.load_checkpointables(str(where), {"params": abstract})["params"]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        why = " ".join(str(error).split())[-200:]
+        raise ConfigError(f"{where}: the parameters cannot be read ({why}); use another step, or a copy") from None
+    saved = {path: digest for path, digest in info.get("digests", {}).items() if path.startswith(leaf_name("params"))}
+    if leaf := differing(saved, {"params": params}):
+        raise ConfigError(f"{where}: {leaf} is not what was saved; use another step, or a copy")
+    return params
+
+
+def check_same_shapes(directory: str | Path, abstract: dict):
+    """Raise ConfigError that names the first parameter whose shape is not the model's."""
+    where = step_directory(directory)
+    stored = ocp.checkpointables_metadata(str(where)).metadata["params"]
+    expected = jax.tree_util.tree_leaves_with_path(abstract)
+    shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}
+    for path, leaf in expected:
+        name = jax.tree_util.keystr(path)
+        if shapes.get(name) != tuple(leaf.shape):
+            raise ConfigError(
+                f"{where}: parameter {name} has shape {shapes.get(name)}, the model needs {tuple(leaf.shape)}; "
+                "use the model config that the checkpoint was made with"
+            )
