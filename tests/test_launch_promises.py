@@ -150,7 +150,8 @@ def test_a_state_that_is_lost_or_damaged_loses_no_machine_and_no_log(cloud, tmp_
     assert "attempt 2 starts" in json.dumps(json.loads(state.read_text())["history"])
 
 
-@pytest.mark.parametrize("silent", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
 def test_a_silent_worker_costs_its_own_answer_only(cloud, tmp_path, silent):
     """The run comes to its end beside it, `stop` does not wait for it, and what stands still is replaced."""
     policy = {"answer_seconds": 3, "silence_minutes": 0.1}

@@ -102,6 +102,7 @@ def test_layers_that_share_keys_and_values_are_runs_and_stacks_of_their_own(laye
         assert kind.mlp_width == (128 if kind.shares else 64) and kind.head_dim == (16 if kind.local else 32)
 
 
+@pytest.mark.slow
 def test_a_change_of_shared_keys_reaches_every_layer_that_shares_them():
     """The gradient of the loss by k and v of each layer that has them: as by a plain loop over transformers' rule."""
     m = replace(GEMMA_4, num_hidden_layers=6, sliding_window_pattern=2, num_kv_shared_layers=2)
