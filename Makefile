@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Neither the demo nor the tests may take a GPU or TPU that happens to be there.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow test-faults test-faults-short test-kills soak test-tpu lint format sample-data clean-demo
+.PHONY: demo test test-slow test-faults test-faults-short test-kills soak test-tpu test-tpu-short lint format sample-data clean-demo
 
 demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
@@ -43,6 +43,10 @@ soak: .venv/test.stamp
 # Compiles real steps for real slices with the TPU's compiler, which needs no TPU.
 test-tpu: .venv/tpu.stamp
 	$(BIN)/python -m pytest -m tpu_compiler tests/test_plan.py
+
+# Without the comparison of two compilations, which takes most of the time: part of each check of a change.
+test-tpu-short: .venv/tpu.stamp
+	$(BIN)/python -m pytest -m "tpu_compiler and not long" tests/test_plan.py
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check --fix .

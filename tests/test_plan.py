@@ -645,6 +645,7 @@ def test_flags_may_be_written_as_they_are_meant(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
+@pytest.mark.long
 def test_a_step_compiled_in_short_is_planned_as_the_whole(monkeypatch):
     # Of Gemma 7B's width: operations that are compiled twice are the large ones.
     config = make_config("v6e-8", rows=8, remat="save_dots")
