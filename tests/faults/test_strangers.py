@@ -152,14 +152,14 @@ def hook(event, arguments):
     if event in ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
         ran.append(event)
 sys.addaudithook(hook)
-from easylm_mling.errors import tell
+from easylm_mling.errors import is_expected, report_error
 IMPORTS
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = 0
 try:
     WORK
 except BaseException as error:
-    code = tell(error) or "traceback: " + repr(error)
+    code = report_error(error) if is_expected(error) else "traceback: " + repr(error)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
 print("RESULT", json.dumps([code, ran, grown]))
 """
@@ -176,7 +176,7 @@ ONE_DEVICE = [
     "mesh.cpu_devices=0",
 ]
 RESUME = f"""
-from easylm_mling.checkpoint import Checkpoints
+from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import load
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.training.state import abstract_state
@@ -302,12 +302,12 @@ CHECKPOINTS = {
     "code as the type of its values": (lambda d: text_in(d, "params/_METADATA", "jax.Array", "os.system"), None),
     "a model of 4 TB": (
         lambda d: edit_info(
-            d, lambda i: json.dumps({"model": i["model"] | {"vocab_size": 1 << 24, "hidden_size": 1 << 16}})
+            d, lambda i: json.dumps(i | {"model": i["model"] | {"vocab_size": 1 << 24, "hidden_size": 1 << 16}})
         ),
         "not ((16777216, 65536)",
     ),
     "a model of text": (
-        lambda d: edit_info(d, lambda i: json.dumps({"model": i["model"] | {"vocab_size": "$(touch OWNED)"}})),
+        lambda d: edit_info(d, lambda i: json.dumps(i | {"model": i["model"] | {"vocab_size": "$(touch OWNED)"}})),
         "must be a whole number",
     ),
     "info that is nested without end": (
@@ -316,7 +316,7 @@ CHECKPOINTS = {
     ),
     "8 GB in its info": (array_in_the_info, None),
     "info that is no info": (lambda d: edit_info(d, lambda i: "[1]"), "cannot be read"),
-    "info without a model": (lambda d: edit_info(d, lambda i: "{}"), "names no model"),
+    "info without a model": (lambda d: edit_info(d, lambda i: json.dumps({"format": i["format"]})), "names no model"),
     "an index that reaches outside": (reach_outside, "Invalid key"),
     "a tokenizer that is a link to a secret": (link_the_tokenizer, "is a link to a file elsewhere"),
     "a step that is a link elsewhere": (lambda d: (d / "checkpoints/7").symlink_to("/etc"), "error: "),
