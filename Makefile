@@ -26,7 +26,7 @@ test: .venv/test.stamp
 test-slow: .venv/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not tpu_compiler"
 
-# Of every kind of fault that `make test` leaves out, the shortest: part of each check of a change.
+# Of every kind of fault that `make test` leaves out, the shortest.
 test-faults-short: .venv/test.stamp
 	EASYLM_MLING_KILLS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not long" tests/faults
 

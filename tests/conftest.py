@@ -10,10 +10,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test's time is compilation, and its programs run once: so they are not optimised.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 # Tests compile the same few programs again and again, also in processes of their own.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -21,7 +21,7 @@ from hf_models import (
 from safetensors.torch import load_file
 from transformers import GemmaForCausalLM
 
-from easylm_mling.checkpoint import checkpoint
+from easylm_mling.checkpoint import parameters
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.errors import ConfigError
@@ -70,7 +70,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path, family, dtype, shard):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_small_chunks_come_out_in_order(tmp_path, monkeypatch, devices):
     """Rows in pieces where a parameter is stored by rows, whole tensors where devices held columns."""
-    monkeypatch.setattr(checkpoint, "_CHUNK", 4096)
+    monkeypatch.setattr(parameters, "_CHUNK", 4096)
     monkeypatch.setattr(exporting, "_PIECE", 10_000)
     real, axes = exporting._pieces, []
     monkeypatch.setattr(exporting, "_pieces", lambda view: axes.append(real(view)[0]) or real(view))
