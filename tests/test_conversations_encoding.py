@@ -23,11 +23,13 @@ from conversation_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_data_tokenizer_json import qwen
 
 from easylm_mling.config import ConversationConfig
-from easylm_mling.data.conversations.encoding import UNTRAINED, TooLong
+from easylm_mling.data.conversations.encoding import UNTRAINED, ConversationEncoder, TooLong
 from easylm_mling.data.conversations.messages import document
 from easylm_mling.data.conversations.templates import plain_names, read_template
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 
 CONTROLS = ("<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<mask>")
@@ -357,3 +359,16 @@ def test_every_form_that_comes_with_the_package_says_what_it_is():
 def test_the_environment_is_new_enough():
     assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)
     assert Path("easylm_mling/data/conversations/templates").is_dir()
+
+
+def test_a_token_that_is_both_bos_and_eos_may_end_a_conversation_and_not_stand_inside(tmp_path):
+    qwen_like = Tokenizer(str(qwen(tmp_path / "qwen")))
+    config = ConversationConfig(template="komt")
+    made = ConversationEncoder(config, read_template(config, "", "key"), qwen_like, 4096, "key")
+    tokens = made.encode(conversation("a question", "an answer"))
+    both = qwen_like.bos_id
+    assert both == qwen_like.eos_id and (tokens & ~UNTRAINED).tolist().count(both) == 2
+    (answer,) = trained_runs(tokens)
+    assert answer[-1] == both and qwen_like.decode(answer[:-1]) == "an answer"
+    with pytest.raises(ValueError, match="both BOS and EOS, inside"):
+        made.encode(conversation("one", "two", "three", "four"))

@@ -1,6 +1,7 @@
 """The promises of the mixer for conversations: whole in rows that are nearly full, the same bits on any hosts and restarts."""
 
 import dataclasses
+import gzip
 import json
 from collections import Counter
 
@@ -185,6 +186,34 @@ def test_an_epoch_has_every_conversation_once_and_bad_rows_are_written_down(root
     }  # fmt: skip
     final = batches[-1][1].lanes
     assert (final[..., BAD].sum(), final[..., GOOD].sum()) == (3, 90)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lanes_that_share_a_file_read_every_conversation_once(root, tmp_path, monkeypatch, packed):
+    """One file for four lanes: each parses a part of its rows, and the bad ones of its part are written down."""
+    monkeypatch.setattr(pool, "POOLED_BYTES", 0)
+    path, content = root / "chat.jsonl", (root / "chat.jsonl").read_bytes()
+    if packed:
+        path = tmp_path / "chat.jsonl.gz"
+        path.write_bytes(gzip.compress(content))
+    rule = {"max_epochs": 2, "when_used_up": "redistribute"}
+    sources = {"chat": source(path, **rule), "text": source(root / "text.jsonl")}
+    config, catalog = build(sources, 4, **{"max_bad_fraction": 1.0})
+    orders = open_orders(config.mixer, catalog, make_plan(config.mixer, catalog, None))
+    assert orders[0].shares_units and len(catalog.sources["chat"].units) < 4 * 32
+    batches = draw(config, catalog, 400, quarantine=tmp_path / "q.jsonl")
+    wanted = wanted_of(root, "chat")
+    assert check_batches(batches, 0, wanted) == Counter({text: 2 for text in wanted.values()})
+    final = batches[-1][1].lanes[:, 0]
+    assert (final[:, BAD].sum(), final[:, GOOD].sum()) == (6, 180)
+    assert final[:, DOCUMENTS].sum() == 180 and np.count_nonzero(final[:, DOCUMENTS]) == 4
+    # Each at its place in the file: the row that is refused, and no other of its number in another part.
+    entries = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert len(entries) == 6
+    for entry in entries:
+        assert ("no token of an answer" in entry["reason"]) == ("x x x" in entry["head"])
+        if not packed:
+            assert content[entry["offset"] :].split(b"\n")[0][:200].decode() == entry["head"]
 
 
 def test_a_conversation_that_is_dropped_is_listed_and_not_counted(root, tmp_path):

@@ -31,7 +31,7 @@ def results(folder: Path, right: dict[str, np.ndarray], choices: dict[str, int])
         Score(task, task, "acc", "none", float(np.mean(v)), None, "1.0", "0", "test", [task], True)
         for task, v in right.items()
     ]
-    about = {"suite": "s", "dtype": "bfloat16", "limit": None, "asked": OPTIONS.asked, "counts": {}}
+    about = {"suite": "s", "limit": None, "asked": OPTIONS.asked, "weights": "w bfloat16", "counts": {}}
     return write_results(folder, "s", about, scores, {"samples": samples}, [])
 
 
@@ -79,7 +79,9 @@ def test_every_checkpoint_is_evaluated_once(tmp_path, monkeypatch):
         right = np.arange(60) % 3 < (2 if options.step == 20 else 1)
         return results(tmp_path / "evaluations" / str(options.step), {"a": right}, {"a": 2})
 
+    weights = {"all": "w"}
     monkeypatch.setattr(checkpoints, "evaluate_model", evaluate)
+    monkeypatch.setattr(checkpoints, "identity", lambda o: f"{weights.get(o.step, weights['all'])} {o.dtype}")
     for step in (10, 20, 30):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     options = EvalOptions(str(tmp_path), OPTIONS.suite)
@@ -96,5 +98,13 @@ def test_every_checkpoint_is_evaluated_once(tmp_path, monkeypatch):
     assert calls[4:] == [20] and read_results(file).scores
     checkpoints.evaluate_run(EvalOptions(str(tmp_path), OPTIONS.suite, dtype="float32"), quiet)
     assert calls[5:] == [10, 20, 30, 40]
+    # A rewound run has done step 30 again.
+    weights[30] = "others"
+    checkpoints.evaluate_run(options, quiet)
+    assert calls[9:] == [30]
+    # A trial on a few items chooses nothing.
+    (tmp_path / "evaluations" / "best-s.json").unlink()
+    checkpoints.evaluate_run(EvalOptions(str(tmp_path), OPTIONS.suite, limit=2), quiet)
+    assert not (tmp_path / "evaluations" / "best-s.json").exists()
     with pytest.raises(ConfigError, match="no checkpoints"):
         checkpoints.evaluate_run(EvalOptions(str(tmp_path / "nowhere"), OPTIONS.suite), quiet)

@@ -7,8 +7,9 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file and checkpoint/parameters.py knows Orbax; checkpoint/layout.py and checkpoint/reading.py do without. Orbax does
-not check what it restores: every leaf's digest (training/digests.py) is saved with the step and compared after a restore.
+Nothing but this file and checkpoint/parameters.py knows Orbax; checkpoint/layout.py and checkpoint/reading.py do without.
+Orbax does not check what it restores: every leaf's digest (training/digests.py) is saved with the step and compared after
+a restore.
 """
 
 import logging

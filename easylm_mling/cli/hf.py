@@ -73,17 +73,18 @@ def _export(a) -> int:
     wanted = best_step(a.checkpoint_dir, a.best) if a.best else a.step
     step = int(step_directory(a.checkpoint_dir, wanted).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
-    merged = None
+    merged, averaged = None, []
     if a.average is not None:
         merged, warnings = _export_average(a, shard_bytes, languages)
-        what = f"the mean of the steps {', '.join(str(s.step) for s in merged.sources[::-1])}"
+        averaged = [int(s.step) for s in merged.sources[::-1]]
+        what = f"the mean of the steps {', '.join(map(str, averaged))}"
     else:
         warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages)
         what = f"step {step}"
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype) else "the run is being trained"
+        reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype, averaged) else "the run is being trained"
     except OSError as error:  # a run of somebody else's, which may only be read; the export is whole
         reason = one_line(error)
     if reason:

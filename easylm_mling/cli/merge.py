@@ -42,13 +42,15 @@ def _merge(a) -> int:
 
     flags = [name for name in ("average", "linear", "chat_vector", "slerp") if getattr(a, name)]
     check(len(flags) + (a.recipe is not None) == 1, "say what to merge: a recipe, or one of --average, --linear, ...")
-    given = [n for n in ("last", "first_step", "last_step", "weights", "vocabulary", "tokenizer") if getattr(a, n)]
+    names = {"last": "last", "first_step": "from", "last_step": "to", "weights": "weights", "vocabulary": "vocabulary"}
+    given = [flag for n, flag in {**names, "tokenizer": "tokenizer"}.items() if getattr(a, n) not in (None, [])]
     if a.recipe is not None and given:
-        raise ConfigError(f"--{given[0].split('_')[0]} goes with the flags; write it into {a.recipe}")
+        raise ConfigError(f"--{given[0]} goes with the flags; write it into {a.recipe}")
     recipe = load_recipe(a.recipe) if a.recipe is not None else _recipe(a, flags[0])
     if a.checkpoint:
         from easylm_mling.merge.writing import merge_to_checkpoint
 
+        check(not a.language, "--language is for the model card, which a checkpoint has none of; leave it out")
         check(not a.verify, "--verify compares a Hugging Face directory; leave out --checkpoint or --verify")
         opened, warnings = merge_to_checkpoint(recipe, a.output), []
     else:

@@ -269,7 +269,7 @@ def epoch_windows(order: EpochOrder, epoch: int, split: str) -> Iterator[Window]
 def unit_records(source: Source, unit: int, holds: Callable[[int], bool] | None = None) -> Iterator[bytes | BadRecord]:
     """Yield the documents (UTF-8) of one unit in the file's order, and the bad records between them.
 
-    With `holds`, only those are read whose number in the unit, blank and bad ones counted, it returns True for.
+    With `holds`, only those are read whose number in the unit, bad ones counted, it returns True for.
     Raises ConfigError for a file that is damaged, unreadable, or another than the one that was listed.
     """
     if "conversations" in source.settings:
@@ -290,5 +290,4 @@ def unit_conversations(
     file = source.files[index]
     config = from_tree(ConversationConfig, source.settings["conversations"]["config"])
     source.check_file(index)
-    items = read_conversations(file.name, file.layout, start, end, config, source.retry)
-    yield from (item for number, item in enumerate(items) if holds is None or holds(number))
+    yield from read_conversations(file.name, file.layout, start, end, config, source.retry, holds)

@@ -30,7 +30,8 @@ class StreamState:
     """What a lane has consumed of a source.
 
     The cursor: epoch, block, window of the block, document of the window, and token of the document (`offset`), or, of
-    conversations, which of the next ones are gone (packing.take). Then totals: tokens, documents begun, bad and good records of the windows entered, and padding, in tokens.
+    conversations, which of the next ones are gone (packing.take). Then totals: tokens, documents begun, bad and good
+    records of the windows entered, and padding, in tokens.
     """
 
     epoch: int

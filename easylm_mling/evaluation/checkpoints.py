@@ -8,7 +8,7 @@ from rich.console import Console
 from easylm_mling.checkpoint.best import write_best
 from easylm_mling.checkpoint.layout import committed_steps
 from easylm_mling.errors import ConfigError, check
-from easylm_mling.evaluation.command import EvalOptions, evaluate_model
+from easylm_mling.evaluation.command import EvalOptions, evaluate_model, identity
 from easylm_mling.evaluation.results import Results, read_results
 from easylm_mling.evaluation.selection import Candidate, choose
 from easylm_mling.monitoring.console import say
@@ -37,6 +37,9 @@ def evaluate_run(options: EvalOptions, console: Console) -> Candidate:
     say(console, "| step | centred mean, choosing half | other half |\n| ---: | ---: | ---: |")
     for c in candidates:
         say(console, f"| {c.step}{' (best)' if c == best else ''} | {c.choosing:.4f} | {c.reported:.4f} |")
+    if options.limit:
+        say(console, "with --limit the best is not noted: it would be chosen by a few items of each task")
+        return best
     about = {"by": "the centred mean of one half of the items", "on_the_other_half": best.reported}
     file = write_best(run, options.suite.name, best.step, {**about, "steps": [vars(c) for c in candidates]})
     say(
@@ -55,5 +58,7 @@ def _done(run: Path, step: int, options: EvalOptions) -> Results | None:
         results = read_results(file)
     except ConfigError:
         return None
-    asked = {"suite": options.suite.name, "dtype": options.dtype, "limit": options.limit, "asked": options.asked}
+    # A step may have been done again after a rewind: its weights count, not its number.
+    asked = {"suite": options.suite.name, "limit": options.limit, "asked": options.asked}
+    asked["weights"] = identity(replace(options, step=step))
     return results if {key: results.about.get(key) for key in asked} == asked else None

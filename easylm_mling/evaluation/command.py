@@ -14,7 +14,7 @@ import orjson
 from rich.console import Console
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info
+from easylm_mling.checkpoint.reading import load_info, stored_model
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import check
@@ -230,6 +230,15 @@ def _identity(path: str, step: int | None, model: ModelConfig, tokenizer: Tokeni
     rest = [to_tree(model), tokenizer.fingerprint, dtype, length]
     digest.update(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS, default=str))
     return digest.hexdigest()
+
+
+def identity(options: EvalOptions) -> str:
+    """Return the digest of all that the answers of a checkpoint depend on, without loading its parameters."""
+    step = int(step_directory(options.model, options.step).name)
+    tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, step)), "--tokenizer ")
+    model = stored_model(options.model, step)
+    length = options.max_length or min(model.max_position_embeddings, _LONGEST)
+    return _identity(options.model, step, model, tokenizer, options.dtype, length)
 
 
 def _mesh_of(params: dict) -> Any:

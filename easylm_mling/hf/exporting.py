@@ -6,7 +6,7 @@ Source of the format: safetensors README (8-byte little-endian header length, JS
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,14 +124,20 @@ def write_shards(
         write_json(folder / INDEX, shard_index(shards))
 
 
-def note_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype: str) -> bool:
-    """Note the export in the metrics of a run; an imported checkpoint has none. Returns False if the run is being trained."""
+def note_export(
+    checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype: str, averaged: Sequence[int] = ()
+) -> bool:
+    """Note the export in the metrics of a run; an imported checkpoint has none. Returns False if the run is being trained.
+
+    `averaged`: the steps that it is the mean of, if it is one.
+    """
     metrics = small_files(checkpoint_dir) / "metrics.jsonl"
     if not metrics.exists():
         return True
     before = metrics.read_bytes() if is_bucket(checkpoint_dir) else b""
+    mean = {"averaged": list(averaged)} if averaged else {}
     with MetricsLog(metrics) as log:
-        log.write("export", step, path=str(Path(hf_dir).absolute()), dtype=dtype)
+        log.write("export", step, path=str(Path(hf_dir).absolute()), dtype=dtype, **mean)
     if not is_bucket(checkpoint_dir):
         return True
     return Bucket(str(checkpoint_dir)).replace(metrics.name, before, metrics.read_bytes())

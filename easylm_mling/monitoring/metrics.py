@@ -5,7 +5,7 @@ train      a logged step: `tokens` so far; `loss` (nats a token; `sources`: of e
 eval       `loss` and `bits_per_byte` of held-out text; of each source and language, see run/validation.py
 languages  at each checkpoint, `languages`: what was consumed of each
 news       what became of sources, and which steps were skipped
-export     a step, its `dtype` and the `path` that it was exported to
+export     a step, its `dtype` and the `path` that it was exported to; `averaged`: the steps that it is the mean of
 digests    of every array of the state, with `train.digest_every_steps` (run/replay_check.py)
 """
 

@@ -61,9 +61,9 @@ class RunDirectory:
     """Opens or makes `config.run_dir`; raises ConfigError when it holds something else than this run.
 
     With `accept_data_change`, other sources or another tokenizer are not something else; neither are other values of the
-    keys `change`, and `changes` says which differ. Of several processes only the
-    first, number 0, `writes`. `config` has what the run's past adds to it (run/batch_size.py). `name` is what the config calls the directory, where the checkpoints lie; all other files are
-    below `path`.
+    keys `change`, and `changes` says which differ. Of several processes only the first, number 0, `writes`. `config` has
+    what the run's past adds to it (run/batch_size.py). `name` is what the config calls the directory, where the checkpoints
+    lie; all other files are below `path`.
     """
 
     def __init__(

@@ -24,7 +24,9 @@ def print_summary(run_dir: str, console: Console | None = None):
     state = DataState(**load_data_state(run_dir))
     console.print(summary_table(config, metrics_file, load_ledger(config, files).sources(state)))
     for export in read_metrics(metrics_file, "export"):
-        say(console, f"step {export['step']} exported in {export['dtype']} to {export['path']}")
+        steps = export.get("averaged", [])
+        what = f"the mean of steps {', '.join(map(str, steps))}" if steps else f"step {export['step']}"
+        say(console, f"{what} exported in {export['dtype']} to {export['path']}")
 
 
 def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dict]) -> Table:

@@ -218,8 +218,10 @@ class ConversationEncoder:
             parts.append(ids)
             trained.append(np.full(len(ids), is_target))
         ids = np.concatenate(parts)
-        if np.count_nonzero(ids == self._tokenizer.bos_id) != 1:
-            raise ValueError("the template writes BOS inside the conversation")
+        # Where EOS is the same token, it may end the conversation.
+        inside = ids[1:-1] if self._tokenizer.separates else ids[1:]
+        if (inside == self._tokenizer.bos_id).any():
+            raise ValueError("the template writes BOS, or the token that is both BOS and EOS, inside the conversation")
         return ids, np.concatenate(trained)
 
     def _split(self, text: str, mark: str) -> list[str | int]:

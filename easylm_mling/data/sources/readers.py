@@ -8,6 +8,7 @@ is one unit. A document belongs to the unit in which it starts.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import orjson
@@ -52,8 +53,8 @@ def read_unit(
 
     Documents are valid UTF-8 without NUL, and never blank. With `row == "line"` rows are joined to documents by
     newlines, and a blank row ends one. A row of a text file is a line. With `holds`, only the records are read whose
-    number in the unit it returns True for; the others are passed over, of a file of lines without parsing them. Raises ConfigError, naming the file, if it is
-    damaged, cut off or unreadable.
+    number in the unit it returns True for; the others are passed over, of a file of lines without parsing them. Raises
+    ConfigError, naming the file, if it is damaged, cut off or unreadable.
     """
     rows = _rows(path, layout, start, end, column, retry, None if row == "line" else holds)
     try:
@@ -71,26 +72,35 @@ def read_unit(
 
 
 def read_rows(
-    path: str, layout: str, start: int, end: int, columns: Sequence[str], retry: Retry = DEFAULT_RETRY
+    path: str,
+    layout: str,
+    start: int,
+    end: int,
+    columns: Sequence[str],
+    retry: Retry = DEFAULT_RETRY,
+    holds: Callable[[int], bool] | None = None,
 ) -> Iterator[tuple[int, bytes, dict[str, Any]] | BadRecord]:
     """Yield (offset, head, row) for the rows that start in [start, end), and the bad records between them.
 
     Offset and head: see BadRecord. A row is what is in its `columns`, as Python's own values; of JSON the whole object.
-    Raises ConfigError, naming the file, if it is damaged, cut off or unreadable.
+    With `holds`, only the rows are parsed whose number in the unit, blank lines not counted, it returns True for. Raises
+    ConfigError, naming the file, if it is damaged, cut off or unreadable.
     """
+    numbers = count()
     try:
         if layout.startswith("jsonl"):
             for offset, line in file_lines(path, layout, start, end, retry):
                 if "." not in layout and offset >= end:
                     return
-                if line and not line.isspace():
+                if line and not line.isspace() and (holds is None or holds(next(numbers))):
                     yield _json_row(path, offset, line)
             return
         for position, table, offset_of in portions(path, layout, start, columns, retry):
             if position >= end:
                 return
-            for begin in range(0, len(table), ROWS):
-                yield from _table_rows(path, offset_of, table.slice(begin, ROWS), begin)
+            for i in range(len(table)):
+                if holds is None or holds(next(numbers)):
+                    yield _table_row(path, offset_of(i), table.slice(i, 1))
     except DAMAGE as error:
         raise damaged(path, error) from error
 
@@ -98,26 +108,27 @@ def read_rows(
 def _json_row(path: str, offset: int, line: bytes) -> tuple[int, bytes, dict[str, Any]] | BadRecord:
     head = line.rstrip(b"\r\n")[:HEAD_BYTES]
     try:
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"line {_TOO_LONG}")
-        value = parse_json(line)
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
+        return offset, head, _json_object(line)
     except ValueError as error:
         return BadRecord(str(error), path, offset, head)
-    return offset, head, value
 
 
-def _table_rows(path: str, offset_of: Callable[[int], int], table: pa.RecordBatch, begin: int):
-    for i in range(len(table)):
-        offset = offset_of(begin + i)
-        try:
-            # One by one: a row of invalid UTF-8 must not spoil the rows around it.
-            row = table.slice(i, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            yield BadRecord("invalid UTF-8", path, offset, b"")
-            continue
-        yield offset, repr(row)[:HEAD_BYTES].encode(errors="replace")[:HEAD_BYTES], row
+def _json_object(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"line {_TOO_LONG}")
+    value = parse_json(line)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _table_row(path: str, offset: int, row: pa.RecordBatch) -> tuple[int, bytes, dict[str, Any]] | BadRecord:
+    """`row` has one row: one of invalid UTF-8 must not spoil the rows around it."""
+    try:
+        values = row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRecord("invalid UTF-8", path, offset, b"")
+    return offset, repr(values)[:HEAD_BYTES].encode(errors="replace")[:HEAD_BYTES], values
 
 
 def damaged(path: str, error: Exception) -> ConfigError:
@@ -228,11 +239,7 @@ def _json_record(path: str, offset: int, line: bytes, column: str) -> bytes | Ba
     if not line or line.isspace():
         return b""
     try:
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"line {_TOO_LONG}")
-        value = parse_json(line)
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
+        value = _json_object(line)
         text = value.get(column)
         if not isinstance(text, str):
             problem = "missing" if column not in value else f"{type(text).__name__}, not text"

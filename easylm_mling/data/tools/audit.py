@@ -209,6 +209,30 @@ def _whole_rows(
 
 def _encoded_windows(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[list[dict]]:
     """Yield the conversations of a lane's windows from the one at `cursor` on, those that are refused left out."""
+    for epoch, documents in _windows(order, cursor, lanes):
+        encoded = []
+        for text, (unit, number) in documents:
+            ids = encode_documents(order.source, tokenizer, [text]).tokens
+            if len(ids):
+                encoded.append(_about(order, unit, number, epoch, 0, text, ids))
+        yield encoded
+
+
+def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:
+    """Yield a lane's documents from a cursor on."""
+    first, offset = (int(cursor[c]) for c in (DOCUMENT, OFFSET))
+    for epoch, documents in _windows(order, cursor, lanes):
+        for text, (unit, number) in documents[first:]:
+            ids = encode_documents(order.source, tokenizer, [text]).tokens[offset:]
+            yield _about(order, unit, number, epoch, offset, text, ids)
+            offset = 0
+        first = 0
+
+
+def _windows(
+    order: EpochOrder, cursor: np.ndarray, lanes: int
+) -> Iterator[tuple[int, list[tuple[bytes, tuple[int, int]]]]]:
+    """Yield the epoch and the documents of a lane's windows, without data/streams.py, which the audit checks, too."""
     epoch, block, skip = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW))
     while order.epochs is None or epoch < order.epochs:
         blocks = order.blocks(epoch)
@@ -216,27 +240,5 @@ def _encoded_windows(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray
             epoch, block = epoch + 1, block - blocks
             continue
         for window in windows(order, epoch, block, skip=skip):
-            documents = []
-            for text, (unit, number) in zip(window.documents, window.provenance.tolist(), strict=True):
-                ids = encode_documents(order.source, tokenizer, [text]).tokens
-                if len(ids):
-                    documents.append(_about(order, unit, number, epoch, 0, text, ids))
-            yield documents
-        block, skip = block + lanes, 0
-
-
-def _documents(order: EpochOrder, tokenizer: Tokenizer, cursor: np.ndarray, lanes: int) -> Iterator[dict]:
-    """Yield a lane's documents from a cursor on, without data/streams.py, which the audit checks, too."""
-    epoch, block, skip, first, offset = (int(cursor[c]) for c in (EPOCH, BLOCK, WINDOW, DOCUMENT, OFFSET))
-    while order.epochs is None or epoch < order.epochs:
-        blocks = order.blocks(epoch)
-        if block >= blocks:
-            epoch, block = epoch + 1, block - blocks
-            continue
-        for window in windows(order, epoch, block, skip=skip):
-            for text, (unit, number) in list(zip(window.documents, window.provenance.tolist(), strict=True))[first:]:
-                ids = encode_documents(order.source, tokenizer, [text]).tokens[offset:]
-                yield _about(order, unit, number, epoch, offset, text, ids)
-                offset = 0
-            first = 0
+            yield epoch, list(zip(window.documents, map(tuple, window.provenance.tolist()), strict=True))
         block, skip = block + lanes, 0
