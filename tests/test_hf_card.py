@@ -26,7 +26,7 @@ from easylm_mling.hf.card import write_card
 from easylm_mling.hf.card_sections import Export
 from easylm_mling.hf.exporting import export_hf, stored_model
 from easylm_mling.hf.importing import import_hf
-from easylm_mling.monitoring.metrics import MetricsLog
+from easylm_mling.monitoring.metrics import MetricsLog, read_metrics
 from easylm_mling.training.spike_guard import nothing_recent
 from easylm_mling.training.state import TrainState, init_params
 
@@ -198,6 +198,8 @@ def test_an_average_has_the_runs_card_and_says_what_it_is(run, tmp_path, capsys)
     without = text[: text.index("## How it was made")] + text[text.index("## Data") :]
     plain = (tmp_path / "step" / "README.md").read_text(encoding="utf-8")
     assert without.replace("mean", "step") == plain.replace("mean", "step")
+    # The run's own records say that it was a mean.
+    assert [line["averaged"] for line in read_metrics(run / "metrics.jsonl", "export") if "averaged" in line] == [[3]]
     assert main(["export-hf", str(run), str(tmp_path / "more"), "--average", "2"]) == 2
     assert main(["export-hf", str(run), str(tmp_path / "more"), "--average", "1", "--step", "3"]) == 2
     assert not (tmp_path / "more").exists()

@@ -76,7 +76,7 @@ def _export(a) -> int:
     merged, averaged = None, []
     if a.average is not None:
         merged, warnings = _export_average(a, shard_bytes, languages)
-        averaged = [int(s.step) for s in merged.sources[::-1]]
+        averaged = [s.step for s in merged.sources[::-1] if s.step is not None]
         what = f"the mean of the steps {', '.join(map(str, averaged))}"
     else:
         warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages)
