@@ -67,6 +67,9 @@ class Proxy(threading.Thread):
 
     def _serve(self, client: socket.socket):
         with contextlib.suppress(OSError), client:
+            # Clients may connect twice and use the first connection that is there; only a request counts.
+            if not client.recv(1, socket.MSG_PEEK):
+                return
             number = self.asked = next(self._count)
             while self.gone:  # as if packets were dropped
                 time.sleep(0.05)
