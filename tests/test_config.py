@@ -152,8 +152,8 @@ FREE = {
     "train.remat_first_layers", "train.remat_memory", "train.attention", "train.attention_block", "train.offload",
     "train.accumulation_steps", "train.loss_chunk", "train.compiler_flags",
 }  # fmt: skip
-# The second is written by the run itself, from its checkpoint.
-FREE_LISTS = ("data.stages", "train.earlier_batch_sizes")
+# The last two are written by the run itself.
+FREE_LISTS = ("data.stages", "train.earlier_batch_sizes", "train.counted_tokens")
 FREE_SECTIONS = ("mesh", "checkpoint", "eval", "log", "profile")
 OUTSIDE_STEP = {
     "stop_at_step", "log_every_steps", "digest_every_steps", "max_skipped_in_a_row", "stuck_minutes", "rewind", "skip_batches",

@@ -232,6 +232,21 @@ class DataConfig:
                 sum(self.stage_weights(stage)) > 0, f"data.stages[{i}]: every weight is 0; give one a positive weight"
             )
 
+    def check_epochs(self, epochs: int):
+        """Raise ConfigError unless every source that is used is read `epochs` times, 0: as often as a budget needs."""
+        if not epochs:
+            return
+        check(
+            self.weighting.by in ("tokens", "bytes"),
+            f"train.budget_epochs={epochs} reads every source as often as the others, and data.weighting.by={self.weighting.by} "
+            "does not; say data.weighting.by=tokens, without weights",
+        )
+        for name, source in self.sources.items():
+            check(
+                source.weight == 0 or (source.max_epochs, source.when_used_up) == (epochs, "redistribute"),
+                f"data.sources.{name}: train.budget_epochs={epochs} says how often it is read; remove max_epochs and when_used_up",
+            )
+
     def stage_weights(self, stage: StageConfig) -> list[float]:
         """Return each source's weight during `stage`."""
         return [stage.weights.get(name, s.weight or 0.0) for name, s in self.sources.items()]

@@ -58,11 +58,12 @@ def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
     check("data" in tree, "data is missing; add it to the config")
     given = tree.get("train", {})
     # TrainConfig must have a budget; this one counts for nothing.
-    tree["train"] = {"budget_tokens": 1, **given} if isinstance(given, dict) else given
+    is_open = isinstance(given, dict) and not any(given.get(key) for key in ("budget_tokens", "budget_epochs"))
+    tree["train"] = {**given, "budget_tokens": 1} if is_open else given
     hints = typing.get_type_hints(RunConfig)
     sections = {name: _build(hints[name], value, name) for name, value in tree.items()}
-    budget = sections["train"].budget_tokens if "budget_tokens" in given else 0
-    return MixerConfig(sections["data"], sections["train"].batch_size, budget)
+    train = sections["train"]
+    return MixerConfig(sections["data"], train.batch_size, 0 if is_open else train.budget_tokens, train.budget_epochs)
 
 
 def _merged(files: list[str], overrides: Sequence[str]) -> dict:
@@ -93,6 +94,7 @@ def _merged(files: list[str], overrides: Sequence[str]) -> dict:
     data = tree.get("data") if isinstance(tree, dict) else None
     if isinstance(data, dict) and isinstance(data.get("sources"), dict):
         data["sources"] = _flat_sources(data["sources"], "data.sources")
+        _set_epochs(tree, data["sources"])
     return tree if isinstance(tree, dict) else {}
 
 
@@ -138,6 +140,17 @@ def _check_harmless(name: str):
             raise ConfigError(
                 f"{name}, line {event.start_mark.line + 1}: {what}, which no setting has; is it the right file?"
             )
+
+
+def _set_epochs(tree: typing.Any, sources: dict):
+    """Write `train.budget_epochs` into the sources that do not say how often they are read."""
+    train = tree.get("train")
+    if isinstance(train, dict) and train.get("budget_epochs"):
+        epochs = _build(int, train["budget_epochs"], "train.budget_epochs")
+        check(epochs > 0, f"train.budget_epochs={epochs} must be zero (by tokens) or more")
+        for source in sources.values():
+            if isinstance(source, dict) and source.get("weight") != 0:
+                source.update({"max_epochs": epochs, "when_used_up": "redistribute", **source})
 
 
 def _flat_sources(sources: dict, path: str) -> dict:

@@ -111,8 +111,10 @@ class MixerConfig:
     data: DataConfig
     batch_size: int  # rows a step
     budget_tokens: int  # 0: not known (load_mixer)
+    budget_epochs: int = 0  # the data ends after so many, and rows that it does not fill are padding
 
     def __post_init__(self):
+        self.data.check_epochs(self.budget_epochs)
         check(
             self.batch_size % self.lanes == 0,
             f"train.batch_size={self.batch_size} must be a multiple of data.lanes={self.lanes}",
@@ -169,11 +171,12 @@ class RunConfig:
                 getattr(self.model, name) >= 0,
                 f"model.{name}={getattr(self.model, name)}: every document has this token; set it to the tokenizer's id",
             )
+        self.data.check_epochs(self.train.budget_epochs)
         check(
-            self.profile.window[1] <= self.total_steps,
+            not self.budget_tokens or self.profile.window[1] <= self.total_steps,
             f"profile.steps={self.profile.steps} goes beyond the run ({self.total_steps} steps)",
         )
-        if self.optimizer.schedule == "wsd":
+        if self.optimizer.schedule == "wsd" and self.budget_tokens:
             check(
                 self.optimizer.decay.to_steps(self.tokens_per_step) <= self.total_steps,
                 f"optimizer.decay={self.optimizer.decay} is longer than the run ({self.total_steps} steps)",
@@ -182,7 +185,7 @@ class RunConfig:
     @property
     def mixer(self) -> MixerConfig:
         """The mixer's part of this run."""
-        return MixerConfig(self.data, self.train.batch_size, self.train.budget_tokens)
+        return MixerConfig(self.data, self.train.batch_size, self.budget_tokens, self.train.budget_epochs)
 
     # A whole run's config may stand where the mixer's part is asked for.
 
@@ -193,8 +196,8 @@ class RunConfig:
 
     @property
     def budget_tokens(self) -> int:
-        """As MixerConfig's."""
-        return self.train.budget_tokens
+        """As MixerConfig's; 0 where those of `train.budget_epochs` are not counted yet."""
+        return self.train.budget_tokens or self.train.counted_tokens
 
     @property
     def lanes(self) -> int:

@@ -24,7 +24,17 @@ class EarlierBatchSize:
 class TrainConfig:
     """How much is trained, and in which portions."""
 
-    budget_tokens: int = setting(help="tokens to train on in the whole run", unit="tokens", change=True)
+    budget_tokens: int = setting(
+        0, "tokens to train on in the whole run; or give budget_epochs", unit="tokens", change=True
+    )
+    budget_epochs: int = setting(
+        0,
+        "instead of budget_tokens: how often every document of every source is trained on. Goes with data.weighting.by tokens "
+        "or bytes, and is each source's max_epochs. The data is packed once before the run begins, to count its steps",
+    )
+    counted_tokens: int = setting(
+        0, "written by the run itself, when it begins: what budget_epochs comes to, in full rows", free=True
+    )
     batch_size: int = setting(
         64,
         "sequences a step, over all devices and accumulation steps. May change to another multiple of data.lanes, which "
@@ -132,7 +142,13 @@ class TrainConfig:
             all(a < b for a, b in pairwise(ends)) and all(e.batch_size > 0 for e in self.earlier_batch_sizes),
             "train.earlier_batch_sizes: is written by the run itself; leave it out",
         )
-        for name in ("budget_tokens", "batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
+        for name in ("budget_tokens", "budget_epochs", "counted_tokens"):
+            check(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+        check(
+            (self.budget_tokens > 0) != (self.budget_epochs > 0),
+            "train: give one of budget_tokens, such as 1B, and budget_epochs, such as 3",
+        )
+        for name in ("batch_size", "accumulation_steps", "loss_chunk", "log_every_steps"):
             check(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         check(self.batch_size <= 1 << 20, f"train.batch_size={self.batch_size} must be at most {1 << 20}")
         check(

@@ -29,16 +29,15 @@ from easylm_mling.data.mixture import (
     row_arrays,
     substitute,
 )
-from easylm_mling.data.pool import Pool, is_pooled
+from easylm_mling.data.pool import Pool, check_lanes_with_data, is_pooled, lanes_with_data
 from easylm_mling.data.quarantine import Quarantine
-from easylm_mling.data.shuffle import EpochOrder, open_orders
+from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.sources.readers import BadRecord
 from easylm_mling.data.spill_file import SpillFile
 from easylm_mling.data.streams import EnteredWindow, LaneStream, StreamState
 from easylm_mling.data.token_cache import TokenCache
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.data.weights import MixingPlan, make_plan, needs_estimates
-from easylm_mling.errors import ConfigError
 
 _BATCHES_AHEAD = 2
 
@@ -53,6 +52,9 @@ class Loader:
 
     If a lane needs a row that no source can give (SourceConfig.when_used_up), the iterator ends before that batch, for
     good, and `ended` says why. Other hosts' iterators may go on, so a trainer must end all of them.
+
+    With `budget_epochs` such a row is padding instead, and batches follow until nothing is left. A host that does not
+    have all lanes cannot know that, and its iterator is endless.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Loader:
         # Of pooled sources None until a row of it is due.
         self._pools: dict[int, Pool | None] = {i: None for i, o in enumerate(self.orders) if is_pooled(o.source)}
         self.lanes_with_data = lanes_with_data(config, self.orders)
-        self._check_lanes_with_data()
+        check_lanes_with_data(config, self.orders, self.lanes_with_data)
         ends = list(accumulate(len(s.languages) for s in catalog.sources.values()))
         # The rows of DataState.languages that are a source's.
         self._language_rows = [slice(start, end) for start, end in pairwise([0, *ends])]
@@ -135,7 +137,7 @@ class Loader:
         per_lane = self._config.batch_size // self._config.lanes
         with contextlib.closing(SpillFile()) as spill_file, contextlib.ExitStack() as stack:
             stack.callback(self._close_pools)
-            while True:
+            while not self._is_through():
                 tokens = np.empty((len(own), per_lane, data.sequence_length + 1), np.int32)
                 sources, real = np.empty((2, len(own), per_lane), np.int32)
                 for turn, counts in enumerate(batch_counts(self._plan, lanes[..., ROWS], per_lane)):
@@ -143,17 +145,20 @@ class Loader:
                     for lane in range(len(lanes)):
                         if self._closed:
                             return
-                        if (source := self._due(lane, int(assigned[lane]))) is None:
+                        source = self._due(lane, int(assigned[lane]))
+                        if source is None and not self._config.budget_epochs:
                             return
                         if lane not in own:
                             # What the other hosts' lanes read of a pooled source is not this host's, but known to it.
                             if source in self._pools:
                                 self._pool(source).take(lane, data.sequence_length)
                             continue
-                        if (source_and_row := self._take(spill_file, lane, source)) is None:
+                        taken = None if source is None else self._take(spill_file, lane, source)
+                        if taken is None and not self._config.budget_epochs:
                             return
                         i = lane - own.start
-                        sources[i, turn], row = source_and_row
+                        due = int(assigned[lane]) if source is None else source
+                        sources[i, turn], row = taken or self._padding(lane, due)
                         tokens[i, turn, : len(row)], real[i, turn] = row, len(row)
                     lanes[np.arange(len(assigned)), assigned, ROWS] += 1
                 batch = row_arrays(
@@ -222,6 +227,25 @@ class Loader:
         self.ended = f"every source{others} is used up in lane {lane}"
         return None
 
+    def _padding(self, lane: int, source: int) -> tuple[int, np.ndarray]:
+        """Return a row of no token in place of one that was due of a source."""
+        length = self._config.data.sequence_length
+        if source in self._pools:
+            self._pool(source).counters[lane, PADDING] += length
+        else:
+            self._streams[lane, source].state.padding += length
+        return source, np.zeros(0, np.int32)
+
+    def _is_through(self) -> bool:
+        """Return True if all of `budget_epochs` has been given. Known only where all lanes are this host's."""
+        if not self._config.budget_epochs or len(self._lanes) < self._config.lanes:
+            return False
+        shares = self._plan.shares_at(int(self._state.lanes[0, :, ROWS].sum()))
+        used = {i for i, share in enumerate(shares) if share}
+        return all(used <= self._used_up[lane] for lane in self._lanes) and all(
+            self._pool(i).is_used_up(lane) for i in used & self._pools.keys() for lane in self._lanes
+        )
+
     def _stops(self, source: int, lane: int) -> bool:
         """Return True, and say so, if the run ends with this source."""
         name = self.orders[source].source.name
@@ -267,25 +291,10 @@ class Loader:
             self._account(lane, source, stream.entered)
         return row
 
-    def _check_lanes_with_data(self):
-        for order, lanes_with_data in zip(self.orders, self.lanes_with_data, strict=True):
-            name = order.source.name
-            if lanes_with_data < self._config.lanes and self._config.data.sources[name].when_used_up == "stop":
-                raise ConfigError(
-                    f"data.sources.{name}.when_used_up=stop: its max_epochs make only {lanes_with_data} blocks, fewer than the "
-                    f"{self._config.lanes} lanes, and the run would end at once; use redistribute, fewer data.lanes or a "
-                    "smaller data.block_bytes"
-                )
-
     def _account(self, lane: int, source: int, window: EnteredWindow):
         """Write the bad records of a window to the quarantine."""
         if window.bad and self._quarantine:
             self._quarantine.write(lane, source, window)
-
-
-def lanes_with_data(config: MixerConfig, orders: list[EpochOrder]) -> list[int]:
-    """Return, for each source, how many lanes can be given rows of it: the first ones."""
-    return [config.lanes if is_pooled(o.source) else o.blocks_up_to(config.lanes) for o in orders]
 
 
 def to_device(batch: Batch, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:

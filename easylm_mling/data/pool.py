@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Source
 from easylm_mling.data.documents import encode_documents, has_conversations, refused_records
 from easylm_mling.data.mixture import BAD, BLOCK, DOCUMENT, DOCUMENTS, EPOCH, GOOD, OFFSET, PADDING, TOKENS, WINDOW
@@ -39,6 +40,23 @@ class Piece(NamedTuple):
 def is_pooled(source: Source) -> bool:
     """Return True if the source is small enough to be dealt by documents."""
     return int(source.units[:, 3].sum()) <= POOLED_BYTES
+
+
+def lanes_with_data(config: MixerConfig, orders: list[EpochOrder]) -> list[int]:
+    """Return, for each source, how many lanes can be given rows of it: the first ones."""
+    return [config.lanes if is_pooled(o.source) else o.blocks_up_to(config.lanes) for o in orders]
+
+
+def check_lanes_with_data(config: MixerConfig, orders: list[EpochOrder], lanes_with_data: list[int]):
+    """Raise ConfigError for a source that would end the run before its first step."""
+    for order, count in zip(orders, lanes_with_data, strict=True):
+        name = order.source.name
+        if count < config.lanes and config.data.sources[name].when_used_up == "stop":
+            raise ConfigError(
+                f"data.sources.{name}.when_used_up=stop: its max_epochs make only {count} blocks, fewer than the "
+                f"{config.lanes} lanes, and the run would end at once; use redistribute, fewer data.lanes or a "
+                "smaller data.block_bytes"
+            )
 
 
 class Pool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from easylm_mling.config import RunConfig, to_tree, to_yaml
-from easylm_mling.errors import ConfigError
+from easylm_mling.errors import ConfigError, check
 from easylm_mling.hardware import GiB
 from easylm_mling.monitoring.console import say
 from easylm_mling.monitoring.plan_comparison import PLAN_FILE, PLAN_FORMAT
@@ -47,6 +47,11 @@ def plan(configs: dict[str, RunConfig], options: PlanOptions, console: Console) 
     planner = _Planner(options.price, Console(stderr=True) if options.as_json else console)
     for config in configs.values():
         slice_of(config)
+        check(
+            config.budget_tokens > 0,
+            "plan: days and cost need tokens, and train.budget_epochs does not say how many; take them from `data inspect`, and "
+            "add train.budget_epochs=0 train.budget_tokens=N",
+        )
     if options.calibrate:
         planner.calibrate(options.calibrate)
     elif not configs:

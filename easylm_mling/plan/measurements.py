@@ -19,6 +19,8 @@ from easylm_mling.plan.slices import slice_of
 from easylm_mling.plan.text import settings_text
 from easylm_mling.storage.jsonl import JsonlWriter, read_jsonl
 
+# Settings of training that a step does not depend on.
+_OF_THE_WHOLE_RUN = ("budget_tokens", "budget_epochs", "counted_tokens", "seed")
 COMPILER_BYTES = 4 * GiB  # of this machine's memory, for one compilation: those of the largest models here take 3
 
 
@@ -62,7 +64,7 @@ class MeasurementCache:
     def key(self, config: RunConfig) -> str:
         """Return the digest of everything that the measurement depends on."""
         tree = to_tree(config)
-        train = {k: v for k, v in step_settings(config.train).items() if k not in ("budget_tokens", "seed")}
+        train = {k: v for k, v in step_settings(config.train).items() if k not in _OF_THE_WHOLE_RUN}
         data = [tree["data"]["sequence_length"], len(tree["data"]["sources"])]
         part = [tree["model"], train, tree["optimizer"], tree["mesh"], data, self.code]
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]

@@ -61,7 +61,7 @@ def sections(config: RunConfig, plan: dict) -> dict[str, list[str]]:
             f"{plan['seconds_a_sequence']['paid']:.2f} with it",
         ],
         "budget": [
-            f"{tokens_text(config.train.budget_tokens)} tokens in {plan['days']:.1f} days; {plan['chip_hours']:,.0f} chip-hours{cost}"
+            f"{tokens_text(config.budget_tokens)} tokens in {plan['days']:.1f} days; {plan['chip_hours']:,.0f} chip-hours{cost}"
         ],
         "checkpoint": [f"{plan['checkpoint']['bytes'] / 1e9:.1f} GB, {plan['checkpoint']['seconds']:.0f} s"],
         "data": [

@@ -19,6 +19,8 @@ def with_past(config: RunConfig, kept: RunConfig) -> RunConfig:
 
     Raises ConfigError for a size that is no multiple of the lanes.
     """
+    counted = kept.train.counted_tokens if kept.train.budget_epochs == config.train.budget_epochs else 0
+    config = replace(config, train=replace(config.train, counted_tokens=counted))
     step = newest_step(config.run_dir)
     if not step or (kept.train.batch_size == config.train.batch_size and not kept.train.earlier_batch_sizes):
         return replace(config, train=replace(config.train, earlier_batch_sizes=()))

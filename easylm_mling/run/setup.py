@@ -27,6 +27,7 @@ from easylm_mling.run.batch_size import after
 from easylm_mling.run.changes import BATCH_SIZE, change_text, check_changes, past_changes, record_changes
 from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
+from easylm_mling.run.epochs import with_counted_epochs
 from easylm_mling.run.host_sync import own_lanes
 from easylm_mling.run.rewind import batches_to_skip
 from easylm_mling.run.starting_model import check_start
@@ -65,6 +66,7 @@ def open_run(
     catalog = open_catalog(run, config, accept_data_change)
     for remark in catalog.remarks():
         warn(console, remark)
+    config = with_counted_epochs(config, run, catalog, tokenizer, accept_data_change)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     own_lanes(config, mesh)

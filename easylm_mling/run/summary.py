@@ -49,7 +49,7 @@ def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dic
     table.add_row("all", "", "", *_counts(total, ""), *(loss_text(line.get("loss")) for line in (first, last)))
     sizes = " and ".join(f"{size:,}" for _, _, size in config.step_tokens.pieces())
     table.caption = (
-        f"budget {config.train.budget_tokens:,} tokens; consumed {total['tokens']:,} in "
+        f"budget {config.budget_tokens:,} tokens; consumed {total['tokens']:,} in "
         f"{config.step_tokens.step_of(total['rows'] * config.data.sequence_length):,} steps of {sizes}"
     )
     return table

@@ -94,8 +94,9 @@ def _share(metrics: list[dict], name: str) -> str:
 
 def _budget(bucket: Bucket) -> int:
     """Tokens, from the resolved config that the run wrote; 0 if it did not yet."""
-    match = re.search(r"^ +budget_tokens: *(\d+) *$", bucket.read("config.yaml") or "", re.MULTILINE)
-    return int(match[1]) if match else 0
+    # Of a run by epochs the first is 0.
+    found = re.findall(r"^ +(?:budget|counted)_tokens: *(\d+) *$", bucket.read("config.yaml") or "", re.MULTILINE)
+    return max(map(int, found), default=0)
 
 
 def _last_event(state: State, events: list[dict], now: float) -> str:

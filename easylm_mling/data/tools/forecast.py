@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
-from easylm_mling.data.loader import lanes_with_data
+from easylm_mling.data.pool import lanes_with_data
 from easylm_mling.data.shuffle import open_orders
 from easylm_mling.data.weights import ONE, MixingPlan
 

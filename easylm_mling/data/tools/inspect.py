@@ -40,7 +40,7 @@ def inspect_data(config: MixerConfig) -> dict:
     sizes = {name: language_tokens(source, rates[name]) for name, source in catalog.sources.items()}
     if not config.budget_tokens:
         used = [size for name, size in sizes.items() if config.data.sources[name].weight != 0]
-        config = replace(config, budget_tokens=max(1, round(sum(map(sum, used)))))
+        config = replace(config, budget_tokens=max(1, round(sum(map(sum, used)) * max(1, config.budget_epochs))))
     plan = make_plan(config, catalog, rates)
     expected = forecast(config, catalog, plan, sizes)
     sources = {}

@@ -94,7 +94,7 @@ def _template():
 
 def _tiles(run: RunHistory) -> list[tuple[str, str, str]]:
     """Name, value and note of each figure at the top."""
-    train, steps, budget = run.train, run.config.total_steps, run.config.train.budget_tokens
+    train, steps, budget = run.train, run.config.total_steps, run.config.budget_tokens
     tokens, share, mfu = train.get("tokens", 0), run.goodput.share(), train.get("mfu")
     time_left = "-" if run.step >= steps else duration_text(train.get("seconds_to_budget"))
     bits = f"{_loss_text(run.evaluation.get('bits_per_byte'))} bits a byte"
