@@ -1,4 +1,4 @@
-"""Data before and after a run: `data inspect`, `data audit`, `data tokenize`."""
+"""Data before and after a run: `data convert`, `data inspect`, `data audit`, `data tokenize`."""
 
 import json
 
@@ -22,6 +22,11 @@ def add_verbs(verbs):
     )
     inspect.add_argument("--html", metavar="FILE", help="with --show: write them as a page")
     inspect.set_defaults(run=_inspect)
+
+    convert = verbs.add_parser("convert", help="supervised sets into conversations, asked in many phrasings")
+    convert.add_argument("recipe", metavar="RECIPE.yaml")
+    convert.add_argument("output", metavar="OUT.jsonl")
+    convert.set_defaults(run=_convert)
 
     audit = verbs.add_parser("audit", help="after a step: which documents each row of its batch came from")
     audit.add_argument("run_dir")
@@ -63,6 +68,17 @@ def _inspect(a) -> int:
         print_inspection(inspection, Console())
     if a.png:
         plot_inspection(inspection, a.png)
+    return 0
+
+
+def _convert(a) -> int:
+    from easylm_mling.data.conversion.convert import LEFT_OUT, convert
+
+    manifest = convert(a.recipe, a.output)
+    for name, one in manifest["sets"].items():
+        left = ", ".join(f"{one[why]:,} {why.replace('_', ' ')}" for why in LEFT_OUT if one[why])
+        print(f"{name}: {one['written']:,} of {one['read']:,} rows{f' (left out: {left})' if left else ''}")
+    print(f"{manifest['output']['rows']:,} conversations written to {a.output}")
     return 0
 
 
