@@ -6,14 +6,15 @@ Each verb imports what it needs when it runs: help and a wrong config must not w
 import argparse
 
 from easylm_mling import __version__
-from easylm_mling.cli import config, data, evaluation, hf, merge, plan, runs, train
+from easylm_mling.cli import chat, config, data, evaluation, hf, merge, plan, runs, train
 from easylm_mling.config.paths import expanded
 from easylm_mling.errors import report_error
 
 # The arguments of all verbs that name files. Those of a config are at their place in it.
 PATHS = {
     "average", "baseline", "calibrate", "chat_vector", "checkpoint_dir", "compare", "config", "hf_dir", "html", "include_path", "linear",
-    "model_dir", "output", "png", "recipe", "run_dir", "search", "slerp", "suite", "tokenizer"
+    "model_dir", "output", "png", "recipe", "run_dir", "search", "slerp", "suite", "template",
+    "tokenizer"
 }  # fmt: skip
 
 
@@ -35,6 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"easylm-mling {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for group in (train, plan, hf, merge, data, runs, evaluation, config):
+    for group in (train, plan, hf, merge, data, runs, chat, evaluation, config):
         group.add_verbs(verbs)
     return parser

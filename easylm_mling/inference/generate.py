@@ -34,7 +34,7 @@ from easylm_mling.storage.object_store import small_files
 from easylm_mling.training.state import abstract_params, model_graph
 
 # Lengths are rounded up to a multiple of this, so that prompts of other lengths reuse the compiled program.
-_SLOTS = 64
+SLOTS = 64
 
 
 def load_model(
@@ -80,7 +80,7 @@ def generate(
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     lengths = np.asarray([len(p) for p in prompts], np.int32)
-    unit = _SLOTS if lengths.max() <= QUERY_CHUNK else QUERY_CHUNK
+    unit = SLOTS if lengths.max() <= QUERY_CHUNK else QUERY_CHUNK
     tokens = np.full((len(prompts), -(-lengths.max() // unit) * unit), max(0, model.pad_token_id), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -93,7 +93,7 @@ def generate(
             np.int32(max_new_tokens),
             (np.float32(temperature or 1.0), np.int32(top_k or model.vocab_size), np.float32(top_p)),
             graph=graph,
-            room=-(-max_new_tokens // _SLOTS) * _SLOTS,
+            room=-(-max_new_tokens // SLOTS) * SLOTS,
             greedy=temperature == 0,
             dtype=jnp.dtype(dtype),
         )
@@ -181,7 +181,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     model = nnx.merge(graph, params)
     eos = model.config.eos_token_id
     ends = jnp.asarray([eos, *model.config.stop_token_ids], jnp.int32)
-    hidden, caches = _prefill(model, tokens, lengths, room, dtype)
+    hidden, caches = prefill(model, tokens, lengths, room, dtype)
     B = tokens.shape[0]
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
@@ -198,7 +198,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
         token = choose(hidden, n)
         new = new.at[:, n].set(jnp.where(ended, eos, token))
         count = jnp.where(ended, count, n + 1)
-        hidden, caches = _decode(model, token, lengths + n, caches, dtype)
+        hidden, caches = decode(model, token, lengths + n, caches, dtype)
         return n + 1, hidden, caches, new, ended | jnp.isin(token, ends), count
 
     zero = jnp.zeros((B,), jnp.int32)
@@ -207,7 +207,7 @@ def _generate(params, tokens, lengths, key, limit, settings, *, graph, room: int
     return new, count
 
 
-def _prefill(model: Gemma, tokens, lengths, room: int, dtype):
+def prefill(model: Gemma, tokens, lengths, room: int, dtype):
     """Compute the prompts' hidden states [B, P, D], and each layer's cache (k, v) [B, S, K, H] of the prompts.
 
     Padding needs no mask: it stands to the right of every real token, and its slots are overwritten before a later token can
@@ -237,7 +237,7 @@ def _held(newest, slots: int):
     return newest[:, None] - (newest[:, None] - jnp.arange(slots)) % slots
 
 
-def _decode(model: Gemma, token, position, caches, dtype):
+def decode(model: Gemma, token, position, caches, dtype):
     """Compute the hidden states [B, D] of one more `token` [B] at `position` [B], and the caches with it."""
     row = jnp.arange(token.shape[0])
 
@@ -259,7 +259,17 @@ def _decode(model: Gemma, token, position, caches, dtype):
 
 
 def _sample(key, n, scores, temperature, top_k, top_p):
-    """Draw one token [B] from float32 `scores` [B, V]; tokens that tie with the last kept one are kept too."""
+    """Draw one token [B] from float32 `scores` [B, V]."""
+    allowed = allowed_scores(scores, temperature, top_k, top_p)
+    keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.fold_in(key, b), n))(jnp.arange(scores.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+
+
+def allowed_scores(scores, temperature, top_k, top_p):
+    """Return float32 `scores` [B, V] over the temperature, -inf for tokens that may not be drawn.
+
+    The settings are scalars or [B, 1]. Tokens that tie with the last kept one are kept too.
+    """
     scores = scores / temperature
     ordered = jnp.sort(scores, axis=-1, descending=True)
     kept = jnp.arange(scores.shape[-1]) < top_k
@@ -267,6 +277,4 @@ def _sample(key, n, scores, temperature, top_k, top_p):
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept &= (before < top_p) | (top_p >= 1)
     lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    allowed = jnp.where(scores >= lowest, scores, -jnp.inf)
-    keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.fold_in(key, b), n))(jnp.arange(scores.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+    return jnp.where(scores >= lowest, scores, -jnp.inf)
