@@ -1,4 +1,4 @@
-"""Talking to a model: `chat`."""
+"""Talking to a model: `chat` and `serve`."""
 
 from easylm_mling.errors import check
 
@@ -6,7 +6,7 @@ _LONGEST = 8192  # tokens of a window, unless --max-length says more
 
 
 def add_verbs(verbs):
-    """Add `chat` to the parser's `verbs`."""
+    """Add `chat` and `serve` to the parser's `verbs`."""
     chat = verbs.add_parser("chat", help="talk to a model in the terminal")
     _add_model(chat)
     chat.add_argument("--system", default="", metavar="LINE", help="the system line")
@@ -15,6 +15,16 @@ def add_verbs(verbs):
     chat.add_argument("--top-p", type=float, default=0.95, help="draw from the smallest set with this probability")
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(run=_chat)
+
+    serve = verbs.add_parser("serve", help="answer requests as OpenAI's interface has them, on this machine")
+    _add_model(serve)
+    serve.add_argument("--name", default="", help="what clients call the model (default: its folder's name)")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which only this machine can reach")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    serve.add_argument(
+        "--rows", type=int, default=8, help="texts written at once (default: 8); each takes memory for a whole window"
+    )
+    serve.set_defaults(run=_serve)
 
 
 def _add_model(verb):
@@ -67,4 +77,31 @@ def _chat(a) -> int:
     chat = Chat(decoder, dialogue, lambda: TextStream(tokenizer, ends), draw, a.max_new_tokens, a.system)
     print(f"{a.model_dir}, asked by its template {dialogue.name}. {HELP}", file=sys.stderr)
     run_chat(chat, typed_lines("> "), sys.stdout, sys.stderr)
+    return 0
+
+
+def _serve(a) -> int:
+    import sys
+    from importlib.util import find_spec
+
+    check(a.rows > 0, f"--rows {a.rows}: must be positive")
+    check(
+        all(map(find_spec, ("starlette", "uvicorn"))),
+        "serve: its web server is not installed; run pip install 'easylm-mling[serve]'",
+    )
+    from easylm_mling.serving.command import LOOPBACK, ModelServer, ServeOptions, listen
+
+    listening = listen(a.host, a.port)
+    graph, params, model, tokenizer, length = _open(a)
+    options = ServeOptions(a.model_dir, a.step, a.template, a.name, a.rows, a.dtype)
+    server = ModelServer(options, (graph, params, model), tokenizer, length, listening)
+    if a.host not in LOOPBACK:
+        print(f"warning: whoever can reach {a.host} can use the model; no key is asked for", file=sys.stderr)
+    asked = f"chats by its template {server.template}" if server.template else f"no chats: {server.no_template}"
+    print(
+        f"{server.name} at {server.url}, window {length:,}, {a.rows} texts at once; {asked}",
+        file=sys.stderr,
+        flush=True,
+    )
+    server.run()
     return 0

@@ -1,0 +1,1 @@
+"""Serving: a model behind the HTTP interface that the tools people have know."""
