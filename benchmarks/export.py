@@ -84,14 +84,14 @@ def make(folder: Path, model_file: str, layers: int | None):
     import dataclasses
 
     import numpy as np
-    from omegaconf import OmegaConf
 
     from easylm_mling.config import ModelConfig, from_tree
+    from easylm_mling.config.yaml12 import read_yaml
     from easylm_mling.hf.config import hf_config, write_json
     from easylm_mling.hf.exporting import plan_shards, shard_header, shard_index
     from easylm_mling.hf.importing import DTYPES, INDEX
 
-    model = from_tree(ModelConfig, OmegaConf.to_container(OmegaConf.load(model_file))["model"])
+    model = from_tree(ModelConfig, read_yaml(Path(model_file).read_bytes())["model"])
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
     # Every value of a short list, from a place of its own in every tensor; drawing them all would take minutes.
     drawn = (0.02 * np.random.default_rng(0).standard_normal(10_000_019, np.float32)).astype(DTYPES["BF16"])

@@ -129,7 +129,7 @@ def test_metrics_tell_the_sources_every_step_and_the_languages_at_checkpoints(un
     assert all(text in output for text in news)
 
 
-@pytest.mark.parametrize("stops", [(3, 11), (16,)])
+@pytest.mark.parametrize("stops", [pytest.param((3, 11), marks=pytest.mark.slow), (16,)])
 def test_a_resumed_run_has_the_same_books(corpora, undisturbed, tmp_path, stops):
     for stop in stops:
         run(corpora, tmp_path / "run", f"train.stop_at_step={stop}")
@@ -262,6 +262,7 @@ def test_stages_may_change_on_resume_but_not_in_the_past(corpora, undisturbed, t
     assert load_info(tmp_path / "run")["config"]["data"]["stages"][0]["from_tokens"] == 14 * 256
 
 
+@pytest.mark.slow
 def test_a_run_may_end_with_its_data(corpora, tmp_path):
     rule = ["data.sources.pair.sources.ko.max_epochs=1", "data.sources.pair.sources.ko.when_used_up=stop"]
     rule += ["data.lanes=1", "data.block_bytes=1000", "checkpoint.every_steps=100", "data.sources.pair.weight=20"]
@@ -310,6 +311,7 @@ def test_a_change_of_the_data_is_refused_and_can_be_accepted(corpora, tmp_path):
         audit(run_dir, 9)
 
 
+@pytest.mark.slow
 def test_a_source_that_did_not_change_goes_on_where_it_was(corpora, undisturbed, tmp_path):
     run(corpora, tmp_path / "run", "train.stop_at_step=10")
     before = load_data_state(tmp_path / "run")["lanes"]

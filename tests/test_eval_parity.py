@@ -109,6 +109,7 @@ def test_rolling_loglikelihoods(saved, tmp_path):
     assert max(len(lm.own_tokenizer.encode([t])[0]) for (t,) in texts) > 2 * LENGTH, "no text has several windows"
 
 
+@pytest.mark.slow
 def test_generations(saved, tmp_path):
     """They are the harness's: stop strings, limits, contexts that are cut, ends that differ in a batch."""
     rng, lm = random.Random(3), theirs(saved, batch=1)

@@ -82,7 +82,7 @@ def test_the_devices_that_share_a_head_move_the_least(positions, vocabulary, gro
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((2, 4, 1), marks=pytest.mark.slow), (1, 4, 2)])
 def test_the_loss_is_one_whoever_shares_the_head(group, sizes, monkeypatch):
     """A head of 24 rows for every shard, rows and chunks that do not divide, a soft cap, and a z-loss."""
     monkeypatch.setattr(HeadShards, "on", lambda mesh, positions, rows: HeadShards(sizes[1], group, sizes[2]))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hf_models import FAMILIES, FAR, NEAR, TINY, save, transformers_model
 from hf_published import OTHERS
-from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from easylm_mling.config import ModelConfig, from_tree
+from easylm_mling.config.yaml12 import read_yaml
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
@@ -264,7 +264,7 @@ def test_the_published_configs_are_ours_with_their_parameter_counts(name, tmp_pa
     count, published = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(published))
     model = model_config_from_hf(tmp_path)
-    ours = from_tree(ModelConfig, OmegaConf.to_container(OmegaConf.load(SIZES / f"{name}.yaml"))["model"])
+    ours = from_tree(ModelConfig, read_yaml((SIZES / f"{name}.yaml").read_bytes())["model"])
     explicit = {"query_pre_attn_scalar": model.query_pre_attn_scalar}
     assert dataclasses.replace(ours, **explicit) == model and ours.query_scale == model.query_scale
     assert parameter_count(model) == count
@@ -278,7 +278,7 @@ def test_transformers_understands_both_dialects_of_ours_as_the_published(name, t
     """What transformers computes with, from the published file, from ours, and from each dialect of ours alone."""
     published = PUBLISHED[name][1]
     text = published.get("text_config", published)
-    ours = OmegaConf.to_container(OmegaConf.load(SIZES / f"{name}.yaml"))["model"]
+    ours = read_yaml((SIZES / f"{name}.yaml").read_bytes())["model"]
     written = hf_config(from_tree(ModelConfig, ours), "bfloat16")
     new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling", "rope_local_base_freq")}
     # Gemma 4 is younger than the older dialect.

@@ -73,7 +73,13 @@ for i in range(kills):
 
 
 @pytest.mark.parametrize(
-    "what, kills", [("export", 20), ("merge", 10), pytest.param("export", 100, marks=pytest.mark.slow)]
+    "what, kills",
+    [
+        ("export", 5),
+        ("merge", 5),
+        pytest.param("merge", 50, marks=pytest.mark.slow),
+        pytest.param("export", 100, marks=pytest.mark.slow),
+    ],
 )
 def test_a_kill_leaves_all_or_nothing(tmp_path, what, kills):
     model = ModelConfig(2000, 256, 512, 8, 4, 2, 64)

@@ -130,7 +130,7 @@ def test_what_another_made_is_never_touched(cloud, tmp_path):
     "code, attempts, why",
     [
         (1, 2, "worker 1 ended with 1; 2 crashes in a row without a new step"),
-        (2, 1, "something in the config or the data"),
+        pytest.param(2, 1, "something in the config or the data", marks=pytest.mark.slow),
     ],
 )
 def test_what_always_fails_is_given_up(cloud, tmp_path, code, attempts, why):

@@ -67,6 +67,7 @@ def places(cloud: Cloud) -> list[str]:
     return sorted(r["zone"] for r in cloud.state["resources"].values())
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_in_another_zone_is_withdrawn_and_down_deletes_all(cloud, tmp_path):
     with cloud.changing() as state:
         state["creations"] = [WAITS, WAITS]
@@ -85,6 +86,7 @@ def test_what_was_asked_for_in_another_zone_is_withdrawn_and_down_deletes_all(cl
     assert json.loads((run_directory(cloud) / "launch/state.json").read_text())["requests"] == []
 
 
+@pytest.mark.slow
 def test_a_machine_in_another_zone_that_may_train_is_no_one_to_be_left_or_deleted(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000)
     end(tpu(cloud, "run", run_file))
@@ -96,6 +98,7 @@ def test_a_machine_in_another_zone_that_may_train_is_no_one_to_be_left_or_delete
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_another_machine_than_the_file_asks_for_is_not_taken_for_it(cloud, tmp_path):
     with cloud.changing() as state:
         state["creations"] = [WAITS]
@@ -220,6 +223,7 @@ def test_machines_that_fail_each_time_end_with_googles_reason(cloud, tmp_path):
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_capacity_is_asked_for_again_and_again_until_valid_until(cloud, tmp_path):
     failing = [{"refuse": NO_CAPACITY}, {"states": [f"FAILED: {NO_CAPACITY}"]}]
     with cloud.changing() as state:

@@ -176,6 +176,7 @@ def params():
     return jax.tree.map(lambda a: 5 * a if a.ndim > 2 else a, init_params(GEMMA_3, 0))
 
 
+@pytest.mark.slow
 def test_scans_over_periods_are_the_layers_one_by_one(params):
     expected, gradient = jax.jit(jax.value_and_grad(one_by_one), static_argnums=1)(params, GEMMA_3)
     # Whole periods and a rest; and a policy of its own for a layer that is no whole period.

@@ -348,6 +348,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_merge_holds_little(tmp_path):
     model = ModelConfig(8000, 512, 2048, 12, 4, 4, 128)
     shapes = jax.eval_shape(lambda: init_params(model, 0))

@@ -253,6 +253,7 @@ def test_neither_file_of_the_runs_tokenizer_may_change(undisturbed, tmp_path, na
             run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_directory_in_which_no_step_was_done_may_be_begun_anew(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError):
@@ -340,6 +341,7 @@ def test_another_learning_rate_holds_from_the_next_step_on_and_survives_stops(un
         assert "optimizer.learning_rate was changed from" in (tmp_path / page).read_text(), page
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_with_the_same_documents_and_counts_its_tokens(tmp_path):
     """Of a run of 10 steps of 8 rows: 4 of them, and then 3 of 16."""
     larger, goes_on = {"train.batch_size": 16}, (*WSD, "train.log_every_steps=1")

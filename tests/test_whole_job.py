@@ -9,7 +9,7 @@ import torch
 from data_corpus import documents
 from hf_models import transformers_model
 from processes import ROOT
-from test_data_tokenizer_json import llama3, qwen
+from test_data_tokenizer_json import gemma, llama3, qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easylm_mling.cli.main import main
@@ -17,13 +17,15 @@ from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.inference.generate import sample_text
 from easylm_mling.monitoring.metrics import read_metrics
 
-VOCABULARY = 832  # divides over the devices; the tokenizers have fewer
+VOCABULARY = 832  # divides over the devices; the small tokenizers have fewer
 
 
 def published(folder: Path, family: str, make_tokenizer) -> tuple[Path, Tokenizer]:
     """Write a tiny model as the hub has it: weights, config.json and a tokenizer trained here."""
     tokenizer = Tokenizer(str(make_tokenizer(folder)))
-    model = transformers_model(family=family, vocab_size=VOCABULARY)
+    rows = max(VOCABULARY, tokenizer.vocab_size)
+    per_layer = {"vocab_size_per_layer_input": rows} if family == "gemma4_small" else {}
+    model = transformers_model(family=family, vocab_size=rows, **per_layer)
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
     model.save_pretrained(folder)
@@ -58,7 +60,9 @@ def write_config(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, make_tokenizer", [("llama3", llama3), ("qwen3", qwen)])
+@pytest.mark.parametrize(
+    "family, make_tokenizer", [("llama3", llama3), ("qwen3", qwen), ("gemma4", gemma), ("gemma4_small", gemma)]
+)
 def test_raw_text_to_a_published_model_that_generates(family, make_tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     source, tokenizer = published(tmp_path / "published", family, make_tokenizer)

@@ -4,9 +4,17 @@
 def add_verbs(verbs):
     """Add `eval` to the parser's `verbs`."""
     evaluate = verbs.add_parser("eval", help="scores of a model on a suite of tasks, by lm-evaluation-harness")
-    evaluate.add_argument("model_dir", help="a Hugging Face directory, a run's directory, or one made by import-hf")
+    evaluate.add_argument(
+        "model_dir",
+        help="a Hugging Face directory, a run's directory, or one made by import-hf; with --judge also a .jsonl of answers",
+    )
     asked = evaluate.add_mutually_exclusive_group(required=True)
     asked.add_argument("--suite", metavar="NAME", help="a YAML file, or its name in configs/eval: mling, kobest, quick")
+    asked.add_argument(
+        "--judge",
+        metavar="FILE",
+        help="answers marked 0 to 5 by a strong model: a YAML file, as configs/judge/sixty.yaml",
+    )
     asked.add_argument("--tasks", metavar="NAME,...", help="tasks or groups of the harness or of --include-path")
     evaluate.add_argument("--shots", type=int, help="with --tasks: examples in each prompt (default: the task's own)")
     evaluate.add_argument(
@@ -26,11 +34,16 @@ def add_verbs(verbs):
         "--max-length", type=int, metavar="TOKENS", help="longest text read (default: the model's, up to 8192)"
     )
     evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    evaluate.add_argument("--yes", action="store_true", help="with --judge: agree to what the judgements cost")
     evaluate.set_defaults(run=_eval)
 
 
 def _eval(a) -> int:
     from easylm_mling.errors import check
+
+    if a.judge:
+        return _judge(a)
+    check(not a.yes, "--yes: agrees to the cost of --judge; leave it out")
     from easylm_mling.evaluation.suites import load_suite, tasks_suite, with_include
 
     check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
@@ -47,4 +60,23 @@ def _eval(a) -> int:
 
     options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.limit)
     (evaluate_run if a.all else evaluate_model)(options, make_console())
+    return 0
+
+
+def _judge(a) -> int:
+    import sys
+
+    from easylm_mling.errors import check
+
+    other = {"--shots": a.shots, "--include-path": a.include_path, "--all": a.all, "--limit": a.limit}
+    given = next((flag for flag, value in other.items() if value), None)
+    check(given is None, f"{given}: is of suites and tasks; with --judge leave it out")
+    from easylm_mling.judging.command import JudgeOptions, ask_person, judge_model
+    from easylm_mling.monitoring.console import make_console
+
+    options = JudgeOptions(
+        a.model_dir, a.judge, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.yes,
+        ask_person if sys.stdin.isatty() else None,
+    )  # fmt: skip
+    judge_model(options, make_console())
     return 0

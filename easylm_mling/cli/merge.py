@@ -29,6 +29,16 @@ def add_verbs(verbs):
     kinds.add_argument("--weights", type=float, nargs="+", default=[], metavar="W", help="one for each model or step")
     kinds.add_argument("--vocabulary", choices=("same", "first_rows", "leave_embedding"))
     kinds.add_argument("--tokenizer", metavar="MODEL", help="the merged model whose tokenizer's files are taken")
+    search = p.add_argument_group("choose the weights of --linear, --chat-vector or a recipe by held-out text")
+    search.add_argument(
+        "--search",
+        nargs="+",
+        metavar="CONFIG.yaml|key=value",
+        help="a config with a `data` section, whose sources hold text out; the bits a byte of each count by its `weight`",
+    )
+    search.add_argument("--evaluations", type=int, metavar="N", help="most weights that are tried (default: 60)")
+    search.add_argument("--rows", type=int, metavar="N", help="most held-out rows of each source (default: 64)")
+    search.add_argument("--bounds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of a weight (default: 0 1)")
     p.add_argument("--checkpoint", action="store_true", help="write a checkpoint for init_from (float32)")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     p.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
@@ -47,6 +57,10 @@ def _merge(a) -> int:
     if a.recipe is not None and given:
         raise ConfigError(f"--{given[0]} goes with the flags; write it into {a.recipe}")
     recipe = load_recipe(a.recipe) if a.recipe is not None else _recipe(a, flags[0])
+    stray = next((flag for flag in ("evaluations", "rows", "bounds") if getattr(a, flag) and not a.search), None)
+    check(stray is None, f"--{stray} goes with --search")
+    if a.search:
+        return _search(a, recipe)
     if a.checkpoint:
         from easylm_mling.merge.writing import merge_to_checkpoint
 
@@ -63,6 +77,39 @@ def _merge(a) -> int:
 
         for line in verify_merge(opened.recipe, a.output):
             print(f"verified: {line}" if not line.startswith("not checked") else line)
+    return 0
+
+
+def _search(a, recipe) -> int:
+    """Choose the weights, merge with them, and measure what was written."""
+    check(
+        not a.checkpoint,
+        "--search writes a Hugging Face directory; then merge OUTPUT.search/recipe.yaml with --checkpoint",
+    )
+    check(not a.verify, "--search measures what it has written; then merge OUTPUT.search/recipe.yaml with --verify")
+    from pathlib import Path
+
+    from easylm_mling.config import load_mixer
+    from easylm_mling.merge.search import Search, SearchOptions, choose_weights, load_written
+    from easylm_mling.merge.search_page import summary, write_search
+    from easylm_mling.merge.writing import merge_to_hf
+    from easylm_mling.monitoring.console import make_console, say
+    from easylm_mling.storage.atomic import check_new
+
+    check_new(a.output)
+    files = [x for x in a.search if "=" not in x or Path(x).is_file()]
+    mixer = load_mixer(files, [x for x in a.search if x not in files])
+    low, high = a.bounds or (0.0, 1.0)
+    search = Search(recipe, SearchOptions(mixer, a.rows or 64, a.evaluations or 60, low, high))
+    console, folder = make_console(), Path(f"{a.output}.search")
+    best, tried = choose_weights(search, folder / "evaluations.jsonl", console)
+    chosen, note = search.with_weights(best.weights), summary(search, best, None)
+    opened, warnings = merge_to_hf(chosen, a.output, a.dtype, a.max_shard_gb * 1e9, None, tuple(a.language), (note,))
+    written = search.measure(load_written(a.output, search))
+    write_search(folder, search, best, tried, written)
+    _tell(a, opened, warnings)
+    say(console, summary(search, best, written))
+    say(console, f"the path is in {folder}: search.md, search.png, and recipe.yaml with the chosen weights")
     return 0
 
 

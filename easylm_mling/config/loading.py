@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from easylm_mling.config.basics import Duration, setting_of
 from easylm_mling.config.paths import expanded
@@ -68,34 +66,42 @@ def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
 
 def _merged(files: list[str], overrides: Sequence[str]) -> dict:
     """Return the plain tree of a config, its groups of sources flattened."""
-    merged = OmegaConf.create({})
-    try:
-        for name in files:
-            if not Path(name).is_file():
-                raise ConfigError(f"{name}: no such config file")
+    tree: dict = {}
+    for name in files:
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such config file")
+        try:
             _check_harmless(name)
             part = _read(name)
-            if not isinstance(part, dict):
-                raise ConfigError(f"{name}: expected `key: value` lines at the top level")
-            merged = OmegaConf.merge(merged, OmegaConf.create(part))
-        for item in overrides:
-            if not re.match(r"[\w.-]+=", item):
-                raise ConfigError(f"{item!r} is not an override; write key.path=value")
-            key, _, text = item.partition("=")
-            part = OmegaConf.create({})
-            OmegaConf.update(part, key, _override(key, text))
-            merged = OmegaConf.merge(merged, part)
-        # Not resolved: `${oc.env:...}` in somebody's config would put a secret into the config that a run keeps.
-        tree = OmegaConf.to_container(merged, resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{name if where else 'config'}: cannot be read as YAML: {detail}") from error
-    data = tree.get("data") if isinstance(tree, dict) else None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(part, dict):
+            raise ConfigError(f"{name}: expected `key: value` lines at the top level")
+        tree = _merge(tree, part)
+    for item in overrides:
+        if not re.match(r"[\w.-]+=", item):
+            raise ConfigError(f"{item!r} is not an override; write key.path=value")
+        key, _, text = item.partition("=")
+        part = _override(key, text)
+        for name in reversed(key.split(".")):
+            part = {name: part}
+        tree = _merge(tree, part)
+    data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("sources"), dict):
         data["sources"] = _flat_sources(data["sources"], "data.sources")
         _set_epochs(tree, data["sources"])
-    return tree if isinstance(tree, dict) else {}
+    return tree
+
+
+def _merge(old: typing.Any, new: typing.Any) -> typing.Any:
+    """Return `old` with what `new` has: sections key by key, everything else whole. Nothing is resolved.
+
+    So `${...}` in somebody's config, which may name a secret, stays the text that it is.
+    """
+    if not isinstance(new, dict):
+        return new
+    kept = old if isinstance(old, dict) else {}
+    return {**kept, **{key: _merge(kept.get(key), value) for key, value in new.items()}}
 
 
 def _read(name: str) -> typing.Any:
@@ -124,7 +130,7 @@ def _override(key: str, text: str):
 def _check_harmless(name: str):
     """Raise ConfigError for a file that is made to hurt its reader, before any value is built.
 
-    The loader does not know tags that would run code, and OmegaConf bounds what aliases grow to.
+    The loader does not know tags that would run code, and bounds what aliases grow to.
     """
     check(Path(name).stat().st_size <= 1_000_000, f"{name}: over 1 MB, which no config is; is it the right file?")
     depth = 0

@@ -70,19 +70,15 @@ def evaluate_model(options: EvalOptions, console: Console) -> Results:
     rows = load_rows(options.suite)
     graph, params, model = load_model(options.model, step=options.step)
     tokenizer.check_model(model)
-    length = options.max_length or min(model.max_position_embeddings, _LONGEST)
-    check(
-        0 < length <= model.max_position_embeddings,
-        f"--max-length {length}: the model reads 1 to {model.max_position_embeddings} tokens",
-    )
-    step, folder = _place(options)
+    length = longest_window(model, options.max_length)
+    step, folder = results_folder(options.model, options.step, options.output)
     scorer = Scorer(graph, params, model, _mesh_of(params), options.dtype)
-    name = _identity(options.model, step, model, tokenizer, options.dtype, length)
+    name = answers_digest(options.model, step, model, tokenizer, options.dtype, length)
     cache = RequestCache(folder / f"requests-{name}.jsonl")
     if cache.restored:
         say(console, f"{cache.restored:,} answers of earlier evaluations are kept in {folder}")
     try:
-        lm = HarnessModel(scorer, tokenizer, cache, Limits(length), _Meter(console))
+        lm = HarnessModel(scorer, tokenizer, cache, Limits(length), Meter(console))
         raw = _run(lm, rows, options.limit)
     finally:
         cache.close()
@@ -182,7 +178,7 @@ def _show(console: Console, results: Results, baseline: Results | None, notes: l
     say(console, f"written to {folder}")
 
 
-class _Meter:
+class Meter:
     """Prints what is done, and the time left, every few seconds."""
 
     SECONDS = 10.0
@@ -201,19 +197,31 @@ class _Meter:
             say(self._console, f"{done:,} of {of:,} {what}, {duration_text(left)} left")
 
 
-def _place(options: EvalOptions) -> tuple[int | None, Path]:
-    """Return the step, and the folder of the results: RUN/evaluations/STEP, where the model card looks for them."""
-    is_hf = (Path(options.model) / "config.json").is_file()
-    step = None if is_hf else int(step_directory(options.model, options.step).name)
-    if options.output:
-        return step, Path(options.output)
-    if is_hf or is_bucket(options.model):
-        name = Path(options.model.rstrip("/")).name
+def results_folder(path: str, step: int | None, output: str | None) -> tuple[int | None, Path]:
+    """Return a model's step, and the folder of its results: RUN/evaluations/STEP, where the model card looks for them."""
+    is_hf = (Path(path) / "config.json").is_file()
+    step = None if is_hf else int(step_directory(path, step).name)
+    if output:
+        return step, Path(output)
+    if is_hf or is_bucket(path):
+        name = Path(path.rstrip("/")).name
         return step, Path("evaluations") / name / ("" if step is None else str(step))
-    return step, Path(options.model) / "evaluations" / str(step)
+    return step, Path(path) / "evaluations" / str(step)
 
 
-def _identity(path: str, step: int | None, model: ModelConfig, tokenizer: Tokenizer, dtype: str, length: int) -> str:
+def longest_window(model: ModelConfig, max_length: int | None) -> int:
+    """Return the most tokens of a text: `max_length`, or the model's, up to 8192. Raises ConfigError for one it does not have."""
+    length = max_length or min(model.max_position_embeddings, _LONGEST)
+    check(
+        0 < length <= model.max_position_embeddings,
+        f"--max-length {length}: the model reads 1 to {model.max_position_embeddings} tokens",
+    )
+    return length
+
+
+def answers_digest(
+    path: str, step: int | None, model: ModelConfig, tokenizer: Tokenizer, dtype: str, length: int
+) -> str:
     """Return a digest of all that answers depend on: weights, model, tokenizer, dtype and window."""
     digest = blake2b(digest_size=6)
     if step is None:
@@ -237,8 +245,8 @@ def identity(options: EvalOptions) -> str:
     step = int(step_directory(options.model, options.step).name)
     tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, step)), "--tokenizer ")
     model = stored_model(options.model, step)
-    length = options.max_length or min(model.max_position_embeddings, _LONGEST)
-    return _identity(options.model, step, model, tokenizer, options.dtype, length)
+    length = longest_window(model, options.max_length)
+    return answers_digest(options.model, step, model, tokenizer, options.dtype, length)
 
 
 def _mesh_of(params: dict) -> Any:

@@ -30,15 +30,17 @@ def merge_to_hf(
     max_shard_bytes: float = 5e9,
     name: str | None = None,
     languages: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> tuple[Opened, list[str]]:
     """Write a merged model for transformers; returns what was merged and warnings, one line each.
 
     Values are computed as float32 and rounded once to `dtype`. In memory are a piece of a tensor of each model, and for slerp
-    one tensor of both. Raises ConfigError for models that do not fit each other, values that are not finite, and an
+    one tensor of both. `notes` are further sentences of the card. Raises ConfigError for models that do not fit each other, values that are not finite, and an
     `hf_dir` with content; then nothing is left.
     """
     tag = dtype_tag(dtype, max_shard_bytes)
     opened = open_merge(recipe)
+    opened.notes.extend(notes)
     shards = plan_shards(opened.model, DTYPES[tag].itemsize, max_shard_bytes)
     _check_room(hf_dir, sum(t.nbytes for group in shards.values() for t in group))
     with atomic_directory(hf_dir) as partial:

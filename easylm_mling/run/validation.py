@@ -1,5 +1,6 @@
 """Validation: the loss on held-out documents, over all and for each source and language."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -47,8 +48,28 @@ class Validation:
             parts.append(by_language(holdout_rows(self.config.mixer, self.catalog, self.tokenizer, name, count), first))
             first += len(source.languages)
         whole = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
-        padding = -len(whole["source"]) % self.rows_per_batch
-        return {key: np.concatenate([v, np.zeros((padding, *v.shape[1:]), v.dtype)]) for key, v in whole.items()}
+        return self._in_batches(whole)
+
+    def halves(self) -> tuple["Validation", "Validation"]:
+        """Return the same over the first half of each group's rows, and over the rest. At most one document is in both.
+
+        A group with one row is in the first half only.
+        """
+        rows = {key: v[self.rows["loss_mask"].any(axis=-1)] for key, v in self.rows.items()}
+        groups = rows["source"]
+        place = np.array([np.count_nonzero(groups[:i] == g) for i, g in enumerate(groups)], np.int64)
+        first = place < -(-np.bincount(groups, minlength=len(self.groups))[groups] // 2)
+        parts = []
+        for kept in (first, ~first):
+            part = copy.copy(self)
+            part.__dict__["rows"] = self._in_batches({key: v[kept] for key, v in rows.items()})
+            part.__dict__.pop("bytes", None)
+            parts.append(part)
+        return parts[0], parts[1]
+
+    def _in_batches(self, rows: Batch) -> Batch:
+        padding = -len(rows["source"]) % self.rows_per_batch
+        return {key: np.concatenate([v, np.zeros((padding, *v.shape[1:]), v.dtype)]) for key, v in rows.items()}
 
     @cached_property
     def bytes(self) -> np.ndarray:

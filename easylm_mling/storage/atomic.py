@@ -23,7 +23,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     which nothing reads and the next writer of `target` removes. Raises ConfigError unless `target` is new or empty.
     """
     target = Path(target).absolute()
-    _check_target(target)
+    check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_over(target)
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
@@ -37,7 +37,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
             for path in (*(Path(folder, name) for name in names), Path(folder)):
                 _sync(path)
         # A rename onto a directory with content fails, and another process may have filled the target meanwhile.
-        _check_target(target)
+        check_new(target)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +68,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _check_target(target: Path):
+def check_new(target: str | Path):
+    """Raise ConfigError unless `target` is new, or an empty directory."""
+    target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: already exists and is not an empty directory; name another one or remove it")
 

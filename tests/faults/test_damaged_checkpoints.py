@@ -66,7 +66,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize(
     "damage",
-    [pytest.param(d, id=name, marks=() if i < 2 else pytest.mark.slow) for i, (name, d) in enumerate(DAMAGE.items())],
+    [pytest.param(d, id=name, marks=() if i < 1 else pytest.mark.slow) for i, (name, d) in enumerate(DAMAGE.items())],
 )
 def test_the_step_before_is_taken_aloud(undisturbed, tmp_path, damage):
     run_dir = tmp_path / "run"

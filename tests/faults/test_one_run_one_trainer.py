@@ -121,6 +121,7 @@ def killed(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_time_is_up(undisturbed, tmp_path):
     assert "of 10, after --max-hours" in train_here(tmp_path / "run", max_hours=0)
     train_here(tmp_path / "run")
