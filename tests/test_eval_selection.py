@@ -11,8 +11,8 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.evaluation import checkpoints
 from easylm_mling.evaluation.command import EvalOptions
 from easylm_mling.evaluation.results import Results, Score, read_results, write_results
+from easylm_mling.evaluation.scoring.suites import Suite, SuiteRow
 from easylm_mling.evaluation.selection import CHOOSING, REPORTED, centred_mean, choose, half_of
-from easylm_mling.evaluation.suites import Suite, SuiteRow
 
 OPTIONS = EvalOptions("run", Suite("s", (SuiteRow("A", "a"),)))
 

@@ -31,7 +31,7 @@ def add_verbs(verbs):
 
 def _eval(a) -> int:
     from easylm_mling.errors import check
-    from easylm_mling.evaluation.suites import load_suite, tasks_suite, with_include
+    from easylm_mling.evaluation.scoring.suites import load_suite, tasks_suite, with_include
 
     check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
     check(a.shots is None or a.shots >= 0, f"--shots {a.shots}: must be zero or more")

@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import check
 from easylm_mling.evaluation.request_cache import RequestCache
 from easylm_mling.evaluation.results import Results, Score, paired_difference, read_results, table, write_results
-from easylm_mling.evaluation.suites import Suite
+from easylm_mling.evaluation.scoring.suites import Suite, harness_is_there
 from easylm_mling.formatting import duration_text
 from easylm_mling.inference.generate import find_tokenizer, load_model
 from easylm_mling.monitoring.console import say, warn
@@ -56,13 +55,10 @@ def evaluate_model(options: EvalOptions, console: Console) -> Results:
 
     Raises ConfigError for what is wrong: tasks, data sets, the baseline, the tokenizer, a window the model does not have.
     """
-    check(
-        find_spec("lm_eval") is not None,
-        "eval: lm-evaluation-harness is not installed; run pip install 'easylm-mling[eval]'",
-    )
+    check(harness_is_there(), "eval: lm-evaluation-harness is missing; run pip install 'easylm-mling[eval]'")
     from easylm_mling.evaluation.harness import HarnessModel, Limits
-    from easylm_mling.evaluation.scoring import Scorer
-    from easylm_mling.evaluation.tasks import load_rows  # they import lm_eval
+    from easylm_mling.evaluation.scoring.scorer import Scorer
+    from easylm_mling.evaluation.scoring.tasks import load_rows  # they import lm_eval
 
     baseline = read_results(options.baseline) if options.baseline else None
     tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")

@@ -12,10 +12,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check
 from easylm_mling.evaluation.generation import Task, Writer, batches_of_tasks
-from easylm_mling.evaluation.packing import arrays, batches_of, pack, segments_of
 from easylm_mling.evaluation.request_cache import RequestCache, request_key
-from easylm_mling.evaluation.scoring import Scorer
-from easylm_mling.evaluation.windows import Window, encode_pair, windows_of
+from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack, segments_of
+from easylm_mling.evaluation.scoring.scorer import Scorer
+from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
 
 _MAX_NEW_TOKENS = 256  # the harness's own default
 _GENERATION_SETTINGS = {"do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p"}
@@ -168,21 +168,11 @@ class HarnessModel(TemplateLM):
             self.progress("log-likelihoods", done, len(names))
         return [(value, bool(greedy)) for value, greedy in (self.cache[key] for key in keys)]
 
-    def _compute(self, rows: list, keys: list[str]):
-        batch = arrays(rows)
-        likelihood, likeliest = self.scorer.score(batch)
+    def _compute(self, rows: list[Row], keys: list[str]):
+        answers = self.scorer.answers(rows)
         self.counts["model calls"] += 1
         self.counts["tokens"] += sum(s.size for row in rows for s in row.segments)
-        self.counts["slots"] += batch.tokens.size
-        answers: dict[str, list] = {}
-        for b, owners in enumerate(batch.owners):
-            for q, window in enumerate(owners):
-                sums = answers.setdefault(keys[window], [0.0, True])
-                value = float(likelihood[b, q])
-                if value != value:
-                    raise ConfigError(
-                        "a log-likelihood is not a number: the model is damaged, or needs --dtype float32"
-                    )
-                sums[0] += value
-                sums[1] = bool(sums[1] and likeliest[b, q])
-        self.cache.add(answers)
+        self.counts["slots"] += sum(row.width for row in rows)
+        if any(value != value for value, _ in answers.values()):
+            raise ConfigError("a log-likelihood is not a number: the model is damaged, or needs --dtype float32")
+        self.cache.add({keys[window]: answer for window, answer in answers.items()})

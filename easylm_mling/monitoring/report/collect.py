@@ -46,6 +46,8 @@ class RunHistory:
     held_out: dict[str, Curve] = field(default_factory=dict)
     languages: dict[tuple[str, str], Curve] = field(default_factory=dict)
     validation: Curve = field(default_factory=Curve)
+    # Scores on tasks by (measure, row of the suite; "": their mean).
+    tasks: dict[tuple[str, str], Curve] = field(default_factory=dict)
     skips: list[int] = field(default_factory=list)
     # The last lines of metrics.jsonl, by kind.
     train: dict = field(default_factory=dict)
@@ -90,6 +92,11 @@ class RunHistory:
                 for language, loss in losses.items() if source in self.config.data.sources else ():
                     self.languages.setdefault((source, language), Curve(_LANGUAGE_POINTS)).add(x, loss)
             self.evaluation = line
+        elif kind == "tasks":
+            for row, scores in {"": line, **line.get("rows", {})}.items():
+                for key in ("bits_per_byte", "centred_accuracy"):
+                    if scores.get(key) is not None:
+                        self.tasks.setdefault((key, row), Curve(_LANGUAGE_POINTS)).add(x, scores[key])
         elif kind == "languages":
             self.consumed_languages = line.get("languages", {})
         elif kind == "news":
@@ -120,7 +127,7 @@ class RunHistory:
 
     def cut_losses(self):
         """Forget held-out losses of steps that were taken back and are not done again yet."""
-        for curve in (self.validation, *self.held_out.values(), *self.languages.values()):
+        for curve in (self.validation, *self.held_out.values(), *self.languages.values(), *self.tasks.values()):
             curve.cut(self.config.step_tokens.at(self.step) + 1)
 
     def _add_losses(self, curves: dict[str, Curve], x: int, line: dict):

@@ -26,7 +26,7 @@ _LOOKS = {"done": "good", "stopped": "good", "preempted": "warn", "failed": "bad
 # Goodput's kinds in the order of the bar.
 _KINDS = {
     "step": "training steps", "evaluation": "evaluation", "save": "blocked on saves", "compile": "compiling", "restore": "restoring",
-    "init": "starting", "lost": "steps done again", "idle": "between attempts",
+    "init": "starting", "lost": "steps done again", "idle": "between attempts", "tasks": "scoring tasks",
 }  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def page(run: RunHistory) -> str:
         written=datetime.now(UTC).isoformat(timespec="seconds"),
         tiles=_tiles(run),
         loss_charts=_loss_charts(run),
+        task_charts=_task_charts(run),
         sources=_sources(run),
         languages=_languages(run),
         speed_charts=_speed_charts(run),
@@ -131,6 +132,22 @@ def _loss_charts(run: RunHistory) -> list[dict | None]:
         _chart("Held-out loss of each source", *each_held_out, **common),
         _chart("Training loss of each source", *each_training, **common),
         _chart("Held-out loss of each language", *languages, **common),
+    ]
+
+
+def _task_charts(run: RunHistory) -> list[dict | None]:
+    rows = list(dict.fromkeys(row for _, row in run.tasks))[: 2 * len(COLOURS)]
+
+    def lines(key: str) -> list[Line]:
+        each = [
+            Line(row, run.tasks[key, row].points, i, "marked") for i, row in enumerate(rows) if (key, row) in run.tasks
+        ]
+        return each if len(each) < 2 else [Line("mean", run.tasks[key, ""].points, len(rows), "marked"), *each]
+
+    common: Any = {"marks": _restarts(run)}
+    return [
+        _chart("Right answers of tasks", *lines("bits_per_byte"), unit="bits a byte", **common),
+        _chart("Centred accuracy on tasks", *lines("centred_accuracy"), unit="0: chance, 1: all right", **common),
     ]
 
 

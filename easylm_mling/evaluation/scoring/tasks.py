@@ -10,7 +10,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from easylm_mling.errors import ConfigError, check, one_line
-from easylm_mling.evaluation.suites import Suite, SuiteRow
+from easylm_mling.evaluation.scoring.suites import Suite, SuiteRow
 
 _FEWSHOT_SEED = 1234  # the harness's own
 # A hint for each task that reads local files.

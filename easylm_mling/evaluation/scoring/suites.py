@@ -1,6 +1,7 @@
 """Suites: named lists of tasks with their shots and measures, as YAML in configs/eval/."""
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -31,12 +32,17 @@ class Suite:
     include: tuple[Path, ...] = ()
 
 
+def harness_is_there() -> bool:
+    """Return True if lm-evaluation-harness, which has the tasks, is installed."""
+    return find_spec("lm_eval") is not None
+
+
 def load_suite(name: str) -> Suite:
     """Read a suite by its name in configs/eval/, of the current folder or of this checkout, or by its file.
 
     Raises ConfigError for what is missing, unknown or wrong in it.
     """
-    folders = (SUITES, Path(__file__).parents[2] / SUITES)
+    folders = (SUITES, Path(__file__).parents[3] / SUITES)
     places = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in folders]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
