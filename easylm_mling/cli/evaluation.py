@@ -16,6 +16,7 @@ def add_verbs(verbs):
         metavar="DIR",
         help="a folder of tasks in the harness's YAML form",
     )
+    evaluate.add_argument("--data", metavar="DIR", help="read the tasks' data from here, where fetch-eval put it")
     evaluate.add_argument("--step", type=int, help="of a run: default, the newest")
     evaluate.add_argument("--all", action="store_true", help="every kept checkpoint of a run, and which is the best")
     evaluate.add_argument("--tokenizer", help="default: the one that lies with the model")
@@ -27,11 +28,16 @@ def add_verbs(verbs):
     )
     evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     evaluate.set_defaults(run=_eval)
+    fetch = verbs.add_parser("fetch-eval", help="keep the data of a suite in a folder, for machines without a network")
+    fetch.add_argument("suite", help="a YAML file, or its name in configs/eval")
+    fetch.add_argument("output", metavar="DIR", help="where it goes; what is there is kept")
+    fetch.add_argument("--include-path", action="append", default=[], metavar="DIR", help="as eval's")
+    fetch.set_defaults(run=_fetch)
 
 
 def _eval(a) -> int:
     from easylm_mling.errors import check
-    from easylm_mling.evaluation.scoring.suites import load_suite, tasks_suite, with_include
+    from easylm_mling.evaluation.scoring.suites import load_suite, tasks_suite, with_data, with_include
 
     check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
     check(a.shots is None or a.shots >= 0, f"--shots {a.shots}: must be zero or more")
@@ -41,10 +47,32 @@ def _eval(a) -> int:
         "--all: takes every step, and writes to RUN/evaluations; leave out --step, --output and --baseline",
     )
     suite = with_include(load_suite(a.suite) if a.suite else tasks_suite(a.tasks, a.shots), a.include_path)
+    suite = with_data(suite, a.data)
     from easylm_mling.evaluation.checkpoints import evaluate_run
     from easylm_mling.evaluation.command import EvalOptions, evaluate_model
     from easylm_mling.monitoring.console import make_console
 
     options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.limit)
     (evaluate_run if a.all else evaluate_model)(options, make_console())
+    return 0
+
+
+def _fetch(a) -> int:
+    from pathlib import Path
+
+    from easylm_mling.errors import ConfigError, check
+    from easylm_mling.evaluation.scoring.suites import harness_is_there, load_suite, with_include
+    from easylm_mling.monitoring.console import make_console, say
+
+    suite = with_include(load_suite(a.suite), a.include_path)
+    check(harness_is_there(), "fetch-eval: lm-evaluation-harness is missing; run pip install 'easylm-mling[eval]'")
+    from easylm_mling.evaluation.scoring.kept_data import fetch_suite
+
+    console = make_console()
+    if problems := fetch_suite(suite, Path(a.output), lambda line: say(console, line)):
+        raise ConfigError(
+            f"{len(problems)} tasks of {suite.name} cannot be had: {'; '.join(problems)}; the others are in {a.output}, and "
+            "the same command tries these again"
+        )
+    say(console, f"all of {suite.name} is in {a.output}; give eval --data {a.output}, or set eval.suite_data")
     return 0

@@ -74,6 +74,9 @@ class EvalConfig:
         "suite of tasks (a YAML file, or its name in configs/eval) of which a small fixed part is scored while the run trains; "
         "empty: none",
     )
+    suite_data: str | None = setting(
+        None, "folder with the suite's data, made by `fetch-eval`; default: the hub or its cache", path=True
+    )
     suite_every_steps: int = setting(
         0, "score the suite at every multiple of this; 0: only at the beginning and the end", unit="steps"
     )

@@ -13,7 +13,7 @@ from easylm_mling.distributed.agreement import broadcast_bytes, is_primary
 from easylm_mling.errors import check
 from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack, segments_of
 from easylm_mling.evaluation.scoring.scorer import Scorer
-from easylm_mling.evaluation.scoring.suites import harness_is_there, load_suite
+from easylm_mling.evaluation.scoring.suites import harness_is_there, load_suite, with_data
 from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
 from easylm_mling.monitoring.console import say
 from easylm_mling.training.state import model_graph
@@ -41,7 +41,8 @@ class TaskScores:
         from easylm_mling.evaluation.scoring.tasks import load_rows
 
         bos = [config.model.bos_token_id]
-        self._items = fixed_items(load_rows(load_suite(config.eval.suite)), config.eval.suite_items)
+        suite = with_data(load_suite(config.eval.suite), config.eval.suite_data)
+        self._items = fixed_items(load_rows(suite), config.eval.suite_items)
         self._pairs = [[encode_pair(tokenizer, bos, *p) for p in item.pairs] for item in self._items]
 
     def about(self) -> str:

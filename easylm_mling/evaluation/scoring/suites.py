@@ -30,6 +30,7 @@ class Suite:
     name: str
     rows: tuple[SuiteRow, ...]
     include: tuple[Path, ...] = ()
+    data: Path | None = None  # a folder of fetch-eval, for its tasks' data
 
 
 def harness_is_there() -> bool:
@@ -76,6 +77,17 @@ def with_include(suite: Suite, folders: list[str]) -> Suite:
     for folder in folders:
         check(Path(folder).is_dir(), f"--include-path {folder}: is no folder; name one that holds task YAML files")
     return replace(suite, include=(*suite.include, *(Path(f).resolve() for f in folders)))
+
+
+def with_data(suite: Suite, folder: str | None) -> Suite:
+    """Return the suite with its data in `folder`, if one is given. Raises ConfigError for one that fetch-eval did not make."""
+    if not folder:
+        return suite
+    check(
+        (Path(folder) / "manifest.json").is_file(),
+        f"{folder}: has no manifest.json; name a folder that fetch-eval made",
+    )
+    return replace(suite, data=Path(folder))
 
 
 def _row(file: Path, entry: object) -> SuiteRow:

@@ -39,8 +39,12 @@ class LoadedRow:
 
 
 def load_rows(suite: Suite) -> list[LoadedRow]:
-    """Load the tasks of all rows. Raises one ConfigError that names all that is wrong."""
-    manager = _manager(suite)
+    """Load the tasks of all rows, with the data of `suite.data` if it is given. Raises one ConfigError that names all that is wrong."""
+    manager = make_manager(suite)
+    if suite.data:
+        from easylm_mling.evaluation.scoring.kept_data import KeptFactory
+
+        manager._factory = KeptFactory(suite.data)
     rows, problems = [], []
     for row in suite.rows:
         try:
@@ -64,7 +68,8 @@ def load_rows(suite: Suite) -> list[LoadedRow]:
     return rows
 
 
-def _manager(suite: Suite) -> TaskManager:
+def make_manager(suite: Suite) -> TaskManager:
+    """Return the index of tasks for a suite. Raises ConfigError for names that are not in it."""
     folders: Any = [str(folder) for folder in suite.include]
     wanted = {row.task for row in suite.rows}
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -105,6 +110,11 @@ def _set_shots(row: LoadedRow) -> list[str]:
             if there < wanted:
                 problems.append(f"{name} ({wanted} shots are wanted, and its split {_shot_split(task)} has {there})")
     return problems
+
+
+def wanted_splits(task: Task) -> list[str]:
+    """Return the splits that a task takes its items and its shots from, of those that its data set has."""
+    return sorted({s for s in (_scored_split(task), _shot_split(task)) if s} & {*task.dataset})  # pyright: ignore[reportArgumentType]
 
 
 def _scored_split(task: Task) -> str | None:
