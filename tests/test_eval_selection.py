@@ -9,7 +9,7 @@ from rich.console import Console
 
 from easylm_mling.errors import ConfigError
 from easylm_mling.evaluation import checkpoints
-from easylm_mling.evaluation.command import EvalOptions
+from easylm_mling.evaluation.options import EvalOptions
 from easylm_mling.evaluation.results import Results, Score, read_results, write_results
 from easylm_mling.evaluation.scoring.suites import Suite, SuiteRow
 from easylm_mling.evaluation.selection import CHOOSING, REPORTED, centred_mean, choose, half_of
@@ -81,7 +81,9 @@ def test_every_checkpoint_is_evaluated_once(tmp_path, monkeypatch):
 
     weights = {"all": "w"}
     monkeypatch.setattr(checkpoints, "evaluate_model", evaluate)
-    monkeypatch.setattr(checkpoints, "identity", lambda o: f"{weights.get(o.step, weights['all'])} {o.dtype}")
+    monkeypatch.setattr(
+        checkpoints, "identity_of_checkpoint", lambda o: f"{weights.get(o.step, weights['all'])} {o.dtype}"
+    )
     for step in (10, 20, 30):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     options = EvalOptions(str(tmp_path), OPTIONS.suite)

@@ -1,4 +1,6 @@
-"""Scores of a model: `eval`."""
+"""Scores of a model: `eval`, and the data for it: `fetch-eval`."""
+
+from easylm_mling.cli.processes import add_processes, joined
 
 
 def add_verbs(verbs):
@@ -27,6 +29,16 @@ def add_verbs(verbs):
         "--max-length", type=int, metavar="TOKENS", help="longest text read (default: the model's, up to 8192)"
     )
     evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    evaluate.add_argument(
+        "--form", choices=("plain", "chat", "both"), default="plain", help="of the prompts: both makes separate columns"
+    )
+    evaluate.add_argument(
+        "--template",
+        default="tokenizer",
+        metavar="NAME",
+        help="of the chat form: tokenizer (its own, the default), a plain form such as alpaca, or a file",
+    )
+    add_processes(evaluate)
     evaluate.set_defaults(run=_eval)
     fetch = verbs.add_parser("fetch-eval", help="keep the data of a suite in a folder, for machines without a network")
     fetch.add_argument("suite", help="a YAML file, or its name in configs/eval")
@@ -48,12 +60,33 @@ def _eval(a) -> int:
     )
     suite = with_include(load_suite(a.suite) if a.suite else tasks_suite(a.tasks, a.shots), a.include_path)
     suite = with_data(suite, a.data)
+    from easylm_mling.distributed.agreement import is_primary
     from easylm_mling.evaluation.checkpoints import evaluate_run
-    from easylm_mling.evaluation.command import EvalOptions, evaluate_model
+    from easylm_mling.evaluation.command import evaluate_forms
+    from easylm_mling.evaluation.options import EvalOptions
     from easylm_mling.monitoring.console import make_console
 
-    options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.limit)
-    (evaluate_run if a.all else evaluate_model)(options, make_console())
+    forms = ["plain", "chat"] if a.form == "both" else [a.form]
+    check(len(forms) == 1 or not (a.baseline or a.all), "--form both: --baseline and --all are of one form")
+    options = EvalOptions(
+        a.model_dir,
+        suite,
+        a.step,
+        a.tokenizer,
+        a.output,
+        a.baseline,
+        a.dtype,
+        a.max_length,
+        a.limit,
+        forms[0],
+        a.template,
+    )
+    with joined(a):
+        console = make_console(quiet=not is_primary())
+        if a.all:
+            evaluate_run(options, console)
+        else:
+            evaluate_forms(options, forms, console)
     return 0
 
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from easylm_mling.checkpoint.best import write_best
 from easylm_mling.checkpoint.layout import committed_steps
 from easylm_mling.errors import ConfigError, check
-from easylm_mling.evaluation.command import EvalOptions, evaluate_model, identity
+from easylm_mling.evaluation.command import evaluate_model
+from easylm_mling.evaluation.options import EvalOptions, identity_of_checkpoint
 from easylm_mling.evaluation.results import Results, read_results
 from easylm_mling.evaluation.selection import Candidate, choose
 from easylm_mling.monitoring.console import say
@@ -41,7 +42,7 @@ def evaluate_run(options: EvalOptions, console: Console) -> Candidate:
         say(console, "with --limit the best is not noted: it would be chosen by a few items of each task")
         return best
     about = {"by": "the centred mean of one half of the items", "on_the_other_half": best.reported}
-    file = write_best(run, options.suite.name, best.step, {**about, "steps": [vars(c) for c in candidates]})
+    file = write_best(run, options.name, best.step, {**about, "steps": [vars(c) for c in candidates]})
     say(
         console,
         f"the best is step {best.step}: chosen on one half of the items, and {best.reported:.4f} on the other ({file})",
@@ -51,7 +52,7 @@ def evaluate_run(options: EvalOptions, console: Console) -> Candidate:
 
 def _done(run: Path, step: int, options: EvalOptions) -> Results | None:
     """Return the results of a step if they are there and were measured the same way."""
-    file = run / "evaluations" / str(step) / f"results-{options.suite.name}.json"
+    file = run / "evaluations" / str(step) / f"results-{options.name}.json"
     if not file.is_file():
         return None
     try:
@@ -60,5 +61,5 @@ def _done(run: Path, step: int, options: EvalOptions) -> Results | None:
         return None
     # A step may have been done again after a rewind: its weights count, not its number.
     asked = {"suite": options.suite.name, "limit": options.limit, "asked": options.asked}
-    asked["weights"] = identity(replace(options, step=step))
+    asked["weights"] = identity_of_checkpoint(replace(options, step=step))
     return results if {key: results.about.get(key) for key in asked} == asked else None

@@ -11,6 +11,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check
+from easylm_mling.evaluation.chat import ChatForm
 from easylm_mling.evaluation.generation import Task, Writer, batches_of_tasks
 from easylm_mling.evaluation.request_cache import RequestCache, request_key
 from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack, segments_of
@@ -45,12 +46,15 @@ class HarnessModel(TemplateLM):
         cache: RequestCache,
         limits: Limits,
         progress: Progress = lambda what, done, of: None,
+        writer: Writer | None = None,
+        chat: ChatForm | None = None,
     ):
         super().__init__()
         self.scorer, self.own_tokenizer, self.cache, self.limits, self.progress = (
             scorer, tokenizer, cache, limits, progress
         )  # fmt: skip
-        self._writer = Writer(scorer.graph, scorer.params, scorer.model, tokenizer, scorer.dtype)
+        self._writer = writer or Writer(scorer.graph, scorer.params, scorer.model, tokenizer, scorer.dtype)
+        self._chat = chat
         bos = scorer.model.bos_token_id
         self.bos = [bos] if bos >= 0 else []
         # What the user is told at the end: requests of each kind, cut contexts, model calls, tokens read and slots for them.
@@ -70,7 +74,21 @@ class HarnessModel(TemplateLM):
         """Return the ids of a text, after one BOS unless `add_special_tokens` is false."""
         return [*([] if add_special_tokens is False else self.bos), *self.own_tokenizer.encode([string])[0].tolist()]
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return what stands for the messages in the texts of the harness."""
+        assert self._chat is not None
+        return self._chat.text(chat_history)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """No name: the harness's own cache of requests, which it would be a key of, is not used."""
+        return ""
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        prompt = self._chat.ids(context) if self._chat else None
+        if prompt is not None:
+            # Cut where the turn's header ends, also if that is white space: an answer is trained on by itself.
+            return prompt, self.own_tokenizer.encode([continuation])[0].tolist()
         return encode_pair(self.own_tokenizer, self.bos, context, continuation)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -139,7 +157,8 @@ class HarnessModel(TemplateLM):
             f"a task asks for {given['max_gen_toks']} new tokens, and the window has {self.limits.length}; set a smaller "
             "max_gen_toks in the task, or a larger --max-length",
         )
-        ids = self.tok_encode(context)
+        prompt = self._chat.ids(context) if self._chat else None
+        ids = self.tok_encode(context) if prompt is None else prompt
         if len(ids) > room:
             self.counts["contexts cut"] += 1
             ids = ids[-room:]

@@ -139,12 +139,13 @@ def _scores(run: Path, step: int) -> str:
     for file in sorted((run / "evaluations" / str(step)).glob("**/*.json")):
         scores = read_json(file)
         shots, versions = scores.get("n-shot", {}), scores.get("versions", {})
+        form = " (chat form)" if scores.get("about", {}).get("form") == "chat" else ""
         for task, measures in scores.get("results", {}).items():
             for key, value in measures.items():
                 measure, _, variant = key.partition(",")
                 if isinstance(value, float) and not measure.endswith("_stderr"):
                     shown = measure if variant in ("", "none") else f"{measure} ({variant})"
-                    rows.append((task, versions.get(task, "-"), shots.get(task, "-"), shown, f"{value:.4f}"))
+                    rows.append((task + form, versions.get(task, "-"), shots.get(task, "-"), shown, f"{value:.4f}"))
     heads = ("task", "version", "shots", "measure", "value")
     note = "By [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)."
     return "\n".join(["## Evaluation", "", note, "", *markdown_table(heads, rows), ""]) if rows else ""

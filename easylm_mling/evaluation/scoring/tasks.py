@@ -37,6 +37,11 @@ class LoadedRow:
         shots = "/".join(sorted({str(_shot_split(t)) for t in self.tasks.values() if t.config.num_fewshot}))
         return f"{scored} (shots: {shots})" if shots else scored
 
+    def seed(self):
+        """Let its tasks draw their shots from the beginning."""
+        for task in self.tasks.values():
+            task.set_fewshot_seed(_FEWSHOT_SEED)
+
 
 def load_rows(suite: Suite) -> list[LoadedRow]:
     """Load the tasks of all rows, with the data of `suite.data` if it is given. Raises one ConfigError that names all that is wrong."""
