@@ -33,17 +33,17 @@ from easylm_mling.storage.atomic import write_atomically
 _SEED = 1234  # of Python and numpy while prompts are built: the harness's own
 
 
-def evaluate_model(options: EvalOptions, console: Console) -> Results | None:
+def evaluate_model(options: EvalOptions, console: Console, rows: list | None = None) -> Results | None:
     """Evaluate a model in one form of prompts, print its table and write its results; None but in the primary process.
 
     Everything that can be checked is, before the model is loaded. Raises ConfigError for what is wrong: tasks, data sets, the
-    baseline, the tokenizer, a window the model does not have. Collective.
+    baseline, the tokenizer, a window the model does not have. `rows`: the suite's, if they are loaded already. Collective.
     """
-    results = evaluate_forms(options, [options.form], console)
+    results = evaluate_forms(options, [options.form], console, rows)
     return results[0] if results else None
 
 
-def evaluate_forms(options: EvalOptions, forms: list[str], console: Console) -> list[Results]:
+def evaluate_forms(options: EvalOptions, forms: list[str], console: Console, rows: list | None = None) -> list[Results]:
     """As evaluate_model in each of several forms, and their scores side by side; [] but in the primary process."""
     check(harness_is_there(), "eval: lm-evaluation-harness is missing; run pip install 'easylm-mling[eval]'")
     from easylm_mling.evaluation.chat import ChatForm
@@ -56,9 +56,9 @@ def evaluate_forms(options: EvalOptions, forms: list[str], console: Console) -> 
         baseline = read_results(options.baseline) if options.baseline else None
         tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
         chat = ChatForm(tokenizer, options.template) if "chat" in forms else None
-        if is_primary():
+        if rows is None and is_primary():
             say(console, f"checking the tasks of {options.suite.name}")
-        rows = load_rows(options.suite) if is_primary() else []
+            rows = load_rows(options.suite)
     graph, params, model = load_model(options.model, step=options.step)
     tokenizer.check_model(model)
     options.window(model)
@@ -70,7 +70,7 @@ def evaluate_forms(options: EvalOptions, forms: list[str], console: Console) -> 
         follow(scorer, writer)
         return []
     try:
-        results = [_evaluate(replace(options, form=f), rows, scorer, writer, chat, console) for f in forms]
+        results = [_evaluate(replace(options, form=f), rows or [], scorer, writer, chat, console) for f in forms]
     finally:
         if leads:
             dismiss()
@@ -88,6 +88,7 @@ def evaluate_forms(options: EvalOptions, forms: list[str], console: Console) -> 
 
 def _evaluate(options: EvalOptions, rows: list, scorer: Any, writer: Any, chat: Any, console: Console) -> Results:
     from easylm_mling.evaluation.harness import HarnessModel, Limits
+    from easylm_mling.evaluation.scoring.tasks import task_digests
 
     step, folder = place(options)
     weights = identity(options, step, scorer.model, writer.tokenizer)
@@ -105,7 +106,7 @@ def _evaluate(options: EvalOptions, rows: list, scorer: Any, writer: Any, chat: 
     about = {
         "model": Path(options.model).name, "step": step, "suite": options.suite.name, "dtype": options.dtype,
         "window": length, "limit": options.limit, "form": options.form, "bos": lm.bos, "lm_eval": version("lm_eval"),
-        "asked": options.asked, "weights": weights, "counts": dict(lm.counts),
+        "asked": options.asked, "weights": weights, "tasks": task_digests(rows), "counts": dict(lm.counts),
     } | ({"template": options.template} if chat else {})  # fmt: skip
     return write_results(folder, options.name, about, scores, raw, _notes(about))
 
@@ -190,6 +191,13 @@ def _show(console: Console, results: Results, baseline: Results | None):
     if baseline:
         theirs, ours = (r.about.get("form", "plain") for r in (baseline, results))
         check(theirs == ours, f"--baseline: it has prompts in the {theirs} form, and these are in the {ours} form")
+        then, now = (r.about.get("tasks") or {} for r in (baseline, results))
+        if changed := sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+            warn(
+                console,
+                f"--baseline: {', '.join(changed[:3])} asked otherwise then, or by another harness (lm_eval "
+                f"{baseline.about.get('lm_eval')}); evaluate it again for a fair difference",
+            )
         known = {(s.task, s.measure, s.variant) for s in baseline.scores}
         check(
             any((s.task, s.measure, s.variant) in known for s in results.scores),

@@ -3,8 +3,11 @@
 import difflib
 import logging
 from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import version
 from typing import Any
 
+import orjson
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -71,6 +74,27 @@ def load_rows(suite: Suite) -> list[LoadedRow]:
     twice = sorted({name for name in names if names.count(name) > 1})
     check(not twice, f"suite {suite.name}: {', '.join(twice)} is in two of its rows; leave one out")
     return rows
+
+
+def task_digests(rows: list[LoadedRow]) -> dict[str, str]:
+    """Return for each task a digest of its harness, version, items and shots, as they are written into prompts.
+
+    Scores of one task can be compared if it is the same, whatever file or machine the task came from.
+    """
+    return {name: _digest(task) for row in rows for name, task in row.tasks.items()}
+
+
+def _digest(task: Any) -> str:
+    digest, c = blake2b(digest_size=8), task.config
+    settings = [version("lm_eval"), str(task.VERSION), c.description, c.target_delimiter, c.fewshot_delimiter,
+                c.num_fewshot, c.gen_prefix, c.generation_kwargs]  # fmt: skip
+    digest.update(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS, default=lambda _: "code"))
+    for docs in (task.eval_docs, task.fewshot_docs() or ()) if c.num_fewshot else (task.eval_docs,):
+        for doc in docs:
+            choices = task.doc_to_choice(doc) if c.doc_to_choice is not None else None
+            parts = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
+            digest.update(orjson.dumps(parts, default=str, option=orjson.OPT_NON_STR_KEYS))
+    return digest.hexdigest()
 
 
 def make_manager(suite: Suite) -> TaskManager:

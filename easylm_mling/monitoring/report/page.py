@@ -58,6 +58,7 @@ def page(run: RunHistory) -> str:
         tiles=_tiles(run),
         loss_charts=_loss_charts(run),
         task_charts=_task_charts(run),
+        score_charts=_score_charts(run),
         sources=_sources(run),
         languages=_languages(run),
         speed_charts=_speed_charts(run),
@@ -148,6 +149,29 @@ def _task_charts(run: RunHistory) -> list[dict | None]:
     return [
         _chart("Right answers of tasks", *lines("bits_per_byte"), unit="bits a byte", **common),
         _chart("Centred accuracy on tasks", *lines("centred_accuracy"), unit="0: chance, 1: all right", **common),
+    ]
+
+
+def suite_lines(run: RunHistory, suite: str) -> list[Line]:
+    """Return the scores of a suite's rows over tokens, as `eval` wrote them."""
+    rows = [row for name, row in run.scores if name == suite][: 2 * len(COLOURS)]
+    return [Line(row, run.scores[suite, row].points, i, "marked") for i, row in enumerate(rows)]
+
+
+def forgetting_lines(run: RunHistory) -> list[Line]:
+    """Return the change of held-out bits a byte since the first measurement: above 0 a source or language is forgotten."""
+    curves = [(name, c.points) for name, c in run.held_out_bits.items() if len(c.points) > 1][: 2 * len(COLOURS)]
+    return [Line(name, [(x, y - p[0][1]) for x, y in p], i, "marked") for i, (name, p) in enumerate(curves)]
+
+
+def _score_charts(run: RunHistory) -> list[dict | None]:
+    charts = []
+    for suite in dict.fromkeys(suite for suite, _ in run.scores):
+        best = [(float(run.config.step_tokens.at(run.best[suite])), "best")] if suite in run.best else []
+        charts.append(_chart(f"Scores on {suite}", *suite_lines(run, suite), marks=best))
+    return [
+        *charts,
+        _chart("Gained and forgotten", *forgetting_lines(run), unit="held-out bits a byte since the first measurement"),
     ]
 
 
