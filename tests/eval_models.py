@@ -12,7 +12,7 @@ from easylm_mling.config import MeshConfig
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.evaluation.harness import HarnessModel, Limits
 from easylm_mling.evaluation.request_cache import RequestCache
-from easylm_mling.evaluation.scoring import Scorer
+from easylm_mling.evaluation.scoring.scorer import Scorer
 from easylm_mling.inference.generate import load_model
 from easylm_mling.model.sharding import make_mesh
 

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "easylm_mling"
 # From the ground up. A folder imports only what stands before it; a file at the top is a room of its own.
 ROOMS = (
     "errors", "formatting", "hardware", "charts", "config", "storage", "data/sources", "data/tokenization", "data/conversations", "data/conversion", "data",
-    "data/tools", "model", "distributed", "training", "checkpoint", "monitoring", "monitoring/report", "plan", "run", "hf", "merge", "inference", "serving", "evaluation", "judging", "api", "cli", "__main__",
+    "data/tools", "model", "distributed", "evaluation/scoring", "training", "checkpoint", "monitoring", "monitoring/report", "plan", "run", "hf", "merge", "inference", "serving", "evaluation", "judging", "api", "cli", "__main__",
 )  # fmt: skip
 
 

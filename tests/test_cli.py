@@ -65,7 +65,8 @@ def test_config_explains_a_key_a_section_and_what_is_misspelt(capsys):
 
 def test_config_says_what_a_key_affects_and_whether_it_must_be_given(capsys):
     for key, *texts in (
-        ("train.budget_tokens", "must be given", "with --change KEY=VALUE"),
+        ("run_dir", "must be given"),
+        ("train.budget_tokens", "or give budget_epochs", "with --change KEY=VALUE"),
         ("data.lanes", "is fixed for a run's life: every lane reads its own blocks"),
         ("train.batch_size", "with --change KEY=VALUE"),
         ("train.stop_at_step", "the step does not depend on it"),

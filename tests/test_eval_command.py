@@ -15,7 +15,7 @@ from eval_models import save  # noqa: E402
 from easylm_mling.cli.main import main  # noqa: E402
 from easylm_mling.errors import ConfigError  # noqa: E402
 from easylm_mling.evaluation.results import paired_difference, read_results  # noqa: E402
-from easylm_mling.evaluation.suites import load_suite  # noqa: E402
+from easylm_mling.evaluation.scoring.suites import load_suite  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,7 +75,7 @@ def test_paired_differences(evaluated):
 
 def test_a_second_evaluation_computes_nothing_and_shows_the_baseline(models, evaluated, capsys, monkeypatch):
     from easylm_mling.evaluation.generation import Writer
-    from easylm_mling.evaluation.scoring import Scorer
+    from easylm_mling.evaluation.scoring.scorer import Scorer
 
     for kind, name in ((Scorer, "score"), (Writer, "write")):
         monkeypatch.setattr(kind, name, lambda *a: pytest.fail("a request is computed twice"))

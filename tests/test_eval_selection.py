@@ -9,10 +9,10 @@ from rich.console import Console
 
 from easylm_mling.errors import ConfigError
 from easylm_mling.evaluation import checkpoints
-from easylm_mling.evaluation.command import EvalOptions
+from easylm_mling.evaluation.options import EvalOptions
 from easylm_mling.evaluation.results import Results, Score, read_results, write_results
+from easylm_mling.evaluation.scoring.suites import Suite, SuiteRow
 from easylm_mling.evaluation.selection import CHOOSING, REPORTED, centred_mean, choose, half_of
-from easylm_mling.evaluation.suites import Suite, SuiteRow
 
 OPTIONS = EvalOptions("run", Suite("s", (SuiteRow("A", "a"),)))
 
@@ -31,7 +31,14 @@ def results(folder: Path, right: dict[str, np.ndarray], choices: dict[str, int])
         Score(task, task, "acc", "none", float(np.mean(v)), None, "1.0", "0", "test", [task], True)
         for task, v in right.items()
     ]
-    about = {"suite": "s", "limit": None, "asked": OPTIONS.asked, "weights": "w bfloat16", "counts": {}}
+    about = {
+        "suite": "s",
+        "limit": None,
+        "asked": OPTIONS.asked,
+        "weights": "w bfloat16",
+        "tasks": {"a": "1"},
+        "counts": {},
+    }
     return write_results(folder, "s", about, scores, {"samples": samples}, [])
 
 
@@ -74,14 +81,19 @@ def test_every_checkpoint_is_evaluated_once(tmp_path, monkeypatch):
     """What is done is not done again, unless it was measured another way."""
     calls = []
 
-    def evaluate(options, console):
+    def evaluate(options, console, rows):
         calls.append(options.step)
         right = np.arange(60) % 3 < (2 if options.step == 20 else 1)
         return results(tmp_path / "evaluations" / str(options.step), {"a": right}, {"a": 2})
 
     weights = {"all": "w"}
     monkeypatch.setattr(checkpoints, "evaluate_model", evaluate)
-    monkeypatch.setattr(checkpoints, "identity", lambda o: f"{weights.get(o.step, weights['all'])} {o.dtype}")
+    monkeypatch.setattr(
+        checkpoints, "identity_of_checkpoint", lambda o: f"{weights.get(o.step, weights['all'])} {o.dtype}"
+    )
+    monkeypatch.setattr(checkpoints, "_load", lambda options: ([], {"a": "1"}))
+    for name in ("draw_scores", "write_report"):
+        monkeypatch.setattr(checkpoints, name, lambda *a: "")
     for step in (10, 20, 30):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     options = EvalOptions(str(tmp_path), OPTIONS.suite)
@@ -102,6 +114,10 @@ def test_every_checkpoint_is_evaluated_once(tmp_path, monkeypatch):
     weights[30] = "others"
     checkpoints.evaluate_run(options, quiet)
     assert calls[9:] == [30]
+    # Scores of other items, or of another harness, are not mixed.
+    monkeypatch.setattr(checkpoints, "_load", lambda options: ([], {"a": "2"}))
+    checkpoints.evaluate_run(options, quiet)
+    assert calls[10:] == [10, 20, 30, 40]
     # A trial on a few items chooses nothing.
     (tmp_path / "evaluations" / "best-s.json").unlink()
     checkpoints.evaluate_run(EvalOptions(str(tmp_path), OPTIONS.suite, limit=2), quiet)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from easylm_mling.data.tokenization.tokenizer import Tokenizer  # noqa: E402
-from easylm_mling.evaluation.packing import arrays, batches_of, pack, segments_of  # noqa: E402
-from easylm_mling.evaluation.windows import encode_pair, windows_of  # noqa: E402
+from easylm_mling.evaluation.scoring.packing import arrays, batches_of, pack, segments_of  # noqa: E402
+from easylm_mling.evaluation.scoring.windows import encode_pair, windows_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,17 @@ def test_goodput_of_a_run_that_was_killed_once():
         event(160, "done", 10, 2),
     ]
     assert goodput(first + second).seconds == pytest.approx(
-        {"init": 6 + 6, "restore": 3, "compile": 20, "step": 12 + 8, "evaluation": 2, "save": 1, "lost": 8, "idle": 94}
+        {
+            "init": 6 + 6,
+            "restore": 3,
+            "compile": 20,
+            "step": 12 + 8,
+            "evaluation": 2,
+            "save": 1,
+            "lost": 8,
+            "idle": 94,
+            "tasks": 0,
+        }
         | {"init": 5 + 6 + 1}
     )
     assert goodput(first + second).share() == pytest.approx(20 / 160)
@@ -230,7 +240,8 @@ def test_a_line_of_metrics_has_all_its_names(monitored):
     known |= {"skipped", "spikes", "ledger"} | set(TIMINGS)
     # Of a CPU neither peak nor memory are known.
     of_saves = {"checkpoint_seconds", "checkpoint_age_seconds"}  # once the first one is whole
-    assert last.keys() | of_saves == known - {"mfu", "hbm_bytes", "hbm_peak_bytes"}
+    of_tasks = {"seconds", "share_of_run"}  # of the lines of scores
+    assert last.keys() | of_saves == known - {"mfu", "hbm_bytes", "hbm_peak_bytes"} - of_tasks
     assert last["step_seconds"] > 0 and last["parameter_norm"] > 1 and 0 < last["goodput"] < 1
     assert last["tokens_per_second"] == pytest.approx(256 / last["step_seconds"], rel=1e-3)
     assert lines[0]["step_seconds"] is None and lines[6]["step_seconds"] is None

@@ -119,7 +119,7 @@ def test_every_path_is_known_as_one():
     paths = {name for name, key in known_keys().items() if key.setting.path}
     assert paths == {
         "run_dir", "init_from", "data.tokenizer", "data.token_cache", "data.sources.NAME.paths",
-        "data.sources.NAME.dataset.name", "data.sources.NAME.conversations.template",
+        "data.sources.NAME.dataset.name", "data.sources.NAME.conversations.template", "eval.suite_data",
     }  # fmt: skip
     arguments = set()
     for words in (["import-hf", "a", "b"], ["export-hf", "a", "b"], ["train", "a"], ["plan"], ["report", "a"],

@@ -26,6 +26,16 @@ def best_steps(run: str | Path) -> dict[str, int]:
     return steps
 
 
+def choices_of(run: str | Path, step: int) -> dict[str, dict]:
+    """Return suite -> what was noted of the choice, of the suites that chose `step` as the best."""
+    folder = Path(run) / _FOLDER
+    return {
+        suite: orjson.loads((folder / f"best-{suite}.json").read_bytes())
+        for suite, best in best_steps(run).items()
+        if best == step
+    }
+
+
 def best_step(run: str | Path, suite: str) -> int:
     """Return the best step by `suite`. Raises ConfigError if none was chosen, or if its checkpoint is gone."""
     file = Path(run) / _FOLDER / f"best-{suite}.json"

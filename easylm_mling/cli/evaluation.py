@@ -1,4 +1,6 @@
-"""Scores of a model: `eval`."""
+"""Scores of a model: `eval`, and the data for it: `fetch-eval`."""
+
+from easylm_mling.cli.processes import add_processes, joined
 
 
 def add_verbs(verbs):
@@ -24,6 +26,7 @@ def add_verbs(verbs):
         metavar="DIR",
         help="a folder of tasks in the harness's YAML form",
     )
+    evaluate.add_argument("--data", metavar="DIR", help="read the tasks' data from here, where fetch-eval put it")
     evaluate.add_argument("--step", type=int, help="of a run: default, the newest")
     evaluate.add_argument("--all", action="store_true", help="every kept checkpoint of a run, and which is the best")
     evaluate.add_argument("--tokenizer", help="default: the one that lies with the model")
@@ -35,7 +38,22 @@ def add_verbs(verbs):
     )
     evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     evaluate.add_argument("--yes", action="store_true", help="with --judge: agree to what the judgements cost")
+    evaluate.add_argument(
+        "--form", choices=("plain", "chat", "both"), default="plain", help="of the prompts: both makes separate columns"
+    )
+    evaluate.add_argument(
+        "--template",
+        default="tokenizer",
+        metavar="NAME",
+        help="of the chat form: tokenizer (its own, the default), a plain form such as alpaca, or a file",
+    )
+    add_processes(evaluate)
     evaluate.set_defaults(run=_eval)
+    fetch = verbs.add_parser("fetch-eval", help="keep the data of a suite in a folder, for machines without a network")
+    fetch.add_argument("suite", help="a YAML file, or its name in configs/eval")
+    fetch.add_argument("output", metavar="DIR", help="where it goes; what is there is kept")
+    fetch.add_argument("--include-path", action="append", default=[], metavar="DIR", help="as eval's")
+    fetch.set_defaults(run=_fetch)
 
 
 def _eval(a) -> int:
@@ -44,7 +62,7 @@ def _eval(a) -> int:
     if a.judge:
         return _judge(a)
     check(not a.yes, "--yes: agrees to the cost of --judge; leave it out")
-    from easylm_mling.evaluation.suites import load_suite, tasks_suite, with_include
+    from easylm_mling.evaluation.scoring.suites import load_suite, tasks_suite, with_data, with_include
 
     check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
     check(a.shots is None or a.shots >= 0, f"--shots {a.shots}: must be zero or more")
@@ -54,12 +72,55 @@ def _eval(a) -> int:
         "--all: takes every step, and writes to RUN/evaluations; leave out --step, --output and --baseline",
     )
     suite = with_include(load_suite(a.suite) if a.suite else tasks_suite(a.tasks, a.shots), a.include_path)
+    suite = with_data(suite, a.data)
+    from easylm_mling.distributed.agreement import is_primary
     from easylm_mling.evaluation.checkpoints import evaluate_run
-    from easylm_mling.evaluation.command import EvalOptions, evaluate_model
+    from easylm_mling.evaluation.command import evaluate_forms
+    from easylm_mling.evaluation.options import EvalOptions
     from easylm_mling.monitoring.console import make_console
 
-    options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.limit)
-    (evaluate_run if a.all else evaluate_model)(options, make_console())
+    forms = ["plain", "chat"] if a.form == "both" else [a.form]
+    check(len(forms) == 1 or not (a.baseline or a.all), "--form both: --baseline and --all are of one form")
+    options = EvalOptions(
+        a.model_dir,
+        suite,
+        a.step,
+        a.tokenizer,
+        a.output,
+        a.baseline,
+        a.dtype,
+        a.max_length,
+        a.limit,
+        forms[0],
+        a.template,
+    )
+    with joined(a):
+        console = make_console(quiet=not is_primary())
+        if a.all:
+            evaluate_run(options, console)
+        else:
+            evaluate_forms(options, forms, console)
+    return 0
+
+
+def _fetch(a) -> int:
+    from pathlib import Path
+
+    from easylm_mling.errors import ConfigError, check
+    from easylm_mling.evaluation.scoring.suites import harness_is_there, load_suite, with_include
+    from easylm_mling.monitoring.console import make_console, say
+
+    suite = with_include(load_suite(a.suite), a.include_path)
+    check(harness_is_there(), "fetch-eval: lm-evaluation-harness is missing; run pip install 'easylm-mling[eval]'")
+    from easylm_mling.evaluation.scoring.kept_data import fetch_suite
+
+    console = make_console()
+    if problems := fetch_suite(suite, Path(a.output), lambda line: say(console, line)):
+        raise ConfigError(
+            f"{len(problems)} tasks of {suite.name} cannot be had: {'; '.join(problems)}; the others are in {a.output}, and "
+            "the same command tries these again"
+        )
+    say(console, f"all of {suite.name} is in {a.output}; give eval --data {a.output}, or set eval.suite_data")
     return 0
 
 

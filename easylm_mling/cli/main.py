@@ -12,7 +12,7 @@ from easylm_mling.errors import report_error
 
 # The arguments of all verbs that name files. Those of a config are at their place in it.
 PATHS = {
-    "average", "baseline", "calibrate", "chat_vector", "checkpoint_dir", "compare", "config", "hf_dir", "html", "include_path", "linear",
+    "average", "baseline", "calibrate", "chat_vector", "checkpoint_dir", "compare", "config", "data", "hf_dir", "html", "include_path", "linear",
     "model_dir", "output", "png", "recipe", "run_dir", "search", "slerp", "suite", "template",
     "tokenizer"
 }  # fmt: skip

@@ -63,16 +63,34 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Validation on held-out documents."""
+    """Validation on held-out documents, and scores on tasks, while a run trains."""
 
     every_steps: int = setting(
         0, "validate at every multiple of this; 0: only at the beginning and the end", unit="steps"
     )
     rows_per_source: int = setting(64, "most held-out sequences of each source")
+    suite: str = setting(
+        "",
+        "suite of tasks (a YAML file, or its name in configs/eval) of which a small fixed part is scored while the run trains; "
+        "empty: none",
+    )
+    suite_data: str | None = setting(
+        None, "folder with the suite's data, made by `fetch-eval`; default: the hub or its cache", path=True
+    )
+    suite_every_steps: int = setting(
+        0, "score the suite at every multiple of this; 0: only at the beginning and the end", unit="steps"
+    )
+    suite_items: int = setting(64, "most items of each row of the suite, evenly spread and always the same")
 
     def __post_init__(self):
         check(self.every_steps >= 0, f"eval.every_steps={self.every_steps} must be zero or more")
         check(self.rows_per_source >= 0, f"eval.rows_per_source={self.rows_per_source} must be zero or more")
+        check(self.suite_every_steps >= 0, f"eval.suite_every_steps={self.suite_every_steps} must be zero or more")
+        check(self.suite_items > 0, f"eval.suite_items={self.suite_items} must be positive")
+        check(
+            bool(self.suite) or not self.suite_every_steps,
+            f"eval.suite_every_steps={self.suite_every_steps} needs eval.suite, such as quick",
+        )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,17 @@ def broadcast(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(halves).view(np.int64)[0])
 
 
+def broadcast_bytes(content: bytes) -> bytes:
+    """The primary process's `content`, in all processes. Collective."""
+    if not is_multiprocess():
+        return content
+    size = broadcast(len(content))
+    padded = np.zeros(-(-size // 4) * 4, np.uint8)
+    if is_primary():
+        padded[:size] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded.view(np.uint32))).view(np.uint8)[:size].tobytes()
+
+
 @contextmanager
 def primary_first(config_text: str) -> Iterator[None]:
     """Run the block in the primary process and then, if that went well, in all others. Collective.

@@ -2,106 +2,134 @@
 
 import random
 import time
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from rich.console import Console
 
-from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info, stored_model
-from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.distributed.agreement import is_multiprocess, is_primary, primary_first
 from easylm_mling.errors import check
+from easylm_mling.evaluation.options import EvalOptions, identity, place
 from easylm_mling.evaluation.request_cache import RequestCache
-from easylm_mling.evaluation.results import Results, Score, paired_difference, read_results, table, write_results
-from easylm_mling.evaluation.suites import Suite
+from easylm_mling.evaluation.results import (
+    Results,
+    Score,
+    forms_table,
+    paired_difference,
+    read_results,
+    table,
+    write_results,
+)
+from easylm_mling.evaluation.scoring.suites import harness_is_there
 from easylm_mling.formatting import duration_text
 from easylm_mling.inference.generate import find_tokenizer, load_model
 from easylm_mling.monitoring.console import say, warn
-from easylm_mling.storage.object_store import is_bucket
+from easylm_mling.storage.atomic import write_atomically
 
-_LONGEST = 8192  # tokens of a window, unless --max-length says more
 _SEED = 1234  # of Python and numpy while prompts are built: the harness's own
-_SAMPLED = 1 << 16  # bytes of a file of weights, at each of 16 places, that go into its digest
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """What is evaluated, on what, and where the results go."""
+def evaluate_model(options: EvalOptions, console: Console, rows: list | None = None) -> Results | None:
+    """Evaluate a model in one form of prompts, print its table and write its results; None but in the primary process.
 
-    model: str  # a run, an imported checkpoint or a Hugging Face directory
-    suite: Suite
-    step: int | None = None
-    tokenizer: str | None = None
-    output: str | None = None
-    baseline: str | None = None
-    dtype: str = "bfloat16"
-    max_length: int | None = None
-    limit: int | None = None  # items of each task
-
-    @property
-    def asked(self) -> list:
-        """What decides the scores beside the model: rows and window."""
-        return [[[r.name, r.task, r.shots, r.measure] for r in self.suite.rows], self.max_length]
-
-
-def evaluate_model(options: EvalOptions, console: Console) -> Results:
-    """Evaluate a model, print its table and write its results. Everything that can be checked is, before it is loaded.
-
-    Raises ConfigError for what is wrong: tasks, data sets, the baseline, the tokenizer, a window the model does not have.
+    Everything that can be checked is, before the model is loaded. Raises ConfigError for what is wrong: tasks, data sets, the
+    baseline, the tokenizer, a window the model does not have. `rows`: the suite's, if they are loaded already. Collective.
     """
-    check(
-        find_spec("lm_eval") is not None,
-        "eval: lm-evaluation-harness is not installed; run pip install 'easylm-mling[eval]'",
-    )
-    from easylm_mling.evaluation.harness import HarnessModel, Limits
-    from easylm_mling.evaluation.scoring import Scorer
-    from easylm_mling.evaluation.tasks import load_rows  # they import lm_eval
+    results = evaluate_forms(options, [options.form], console, rows)
+    return results[0] if results else None
 
-    baseline = read_results(options.baseline) if options.baseline else None
-    tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
-    say(console, f"checking the tasks of {options.suite.name}")
-    rows = load_rows(options.suite)
+
+def evaluate_forms(options: EvalOptions, forms: list[str], console: Console, rows: list | None = None) -> list[Results]:
+    """As evaluate_model in each of several forms, and their scores side by side; [] but in the primary process."""
+    check(harness_is_there(), "eval: lm-evaluation-harness is missing; run pip install 'easylm-mling[eval]'")
+    from easylm_mling.evaluation.chat import ChatForm
+    from easylm_mling.evaluation.generation import Writer
+    from easylm_mling.evaluation.leading import LeadingScorer, LeadingWriter, dismiss, follow
+    from easylm_mling.evaluation.scoring.scorer import Scorer
+    from easylm_mling.evaluation.scoring.tasks import load_rows  # imports lm_eval
+
+    with primary_first(repr(options)):
+        baseline = read_results(options.baseline) if options.baseline else None
+        tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
+        chat = ChatForm(tokenizer, options.template) if "chat" in forms else None
+        if rows is None and is_primary():
+            say(console, f"checking the tasks of {options.suite.name}")
+            rows = load_rows(options.suite)
     graph, params, model = load_model(options.model, step=options.step)
     tokenizer.check_model(model)
-    length = longest_window(model, options.max_length)
-    step, folder = results_folder(options.model, options.step, options.output)
-    scorer = Scorer(graph, params, model, _mesh_of(params), options.dtype)
-    name = answers_digest(options.model, step, model, tokenizer, options.dtype, length)
-    cache = RequestCache(folder / f"requests-{name}.jsonl")
+    options.window(model)
+    mesh = params["embed_tokens"].sharding.mesh
+    leads = is_multiprocess() and is_primary()
+    scorer = (LeadingScorer if leads else Scorer)(graph, params, model, mesh, options.dtype)
+    writer = (LeadingWriter if leads else Writer)(graph, params, model, tokenizer, options.dtype)
+    if not is_primary():
+        follow(scorer, writer)
+        return []
+    try:
+        results = [_evaluate(replace(options, form=f), rows or [], scorer, writer, chat, console) for f in forms]
+    finally:
+        if leads:
+            dismiss()
+    _, folder = place(options)
+    if len(results) == 1:
+        _show(console, results[0], baseline)
+    else:
+        lines = forms_table(*[r.scores for r in results])
+        write_atomically(folder / f"results-{options.suite.name}-forms.md", "\n".join([*lines, ""]).encode())
+        for line in lines:
+            say(console, line)
+    say(console, f"written to {folder}")
+    return results
+
+
+def _evaluate(options: EvalOptions, rows: list, scorer: Any, writer: Any, chat: Any, console: Console) -> Results:
+    from easylm_mling.evaluation.harness import HarnessModel, Limits
+    from easylm_mling.evaluation.scoring.tasks import task_digests
+
+    step, folder = place(options)
+    weights = identity(options, step, scorer.model, writer.tokenizer)
+    cache = RequestCache(folder / f"requests-{weights}.jsonl")
     if cache.restored:
         say(console, f"{cache.restored:,} answers of earlier evaluations are kept in {folder}")
+    chat = chat if options.form == "chat" else None
+    length = options.window(scorer.model)
     try:
-        lm = HarnessModel(scorer, tokenizer, cache, Limits(length), Meter(console))
-        raw = _run(lm, rows, options.limit)
+        lm = HarnessModel(scorer, writer.tokenizer, cache, Limits(length), Meter(console), writer, chat)
+        raw = _run(lm, rows, options)
     finally:
         cache.close()
     scores = [score for row in rows for score in _scores(row, raw)]
     about = {
         "model": Path(options.model).name, "step": step, "suite": options.suite.name, "dtype": options.dtype,
-        "window": length, "limit": options.limit, "form": "plain", "bos": lm.bos, "lm_eval": version("lm_eval"),
-        "asked": options.asked, "weights": name, "counts": dict(lm.counts),
-    }  # fmt: skip
-    notes = _notes(about)
-    results = write_results(folder, options.suite.name, about, scores, raw, notes)
-    _show(console, results, baseline, notes, folder)
-    return results
+        "window": length, "limit": options.limit, "form": options.form, "bos": lm.bos, "lm_eval": version("lm_eval"),
+        "asked": options.asked, "weights": weights, "tasks": task_digests(rows), "counts": dict(lm.counts),
+    } | ({"template": options.template} if chat else {})  # fmt: skip
+    return write_results(folder, options.name, about, scores, raw, _notes(about))
 
 
-def _run(lm: Any, rows: list, limit: int | None) -> dict:
+def _run(lm: Any, rows: list, options: EvalOptions) -> dict:
     from lm_eval.evaluator import evaluate
+
+    is_chat = options.form == "chat"
+    for row in rows:
+        row.seed()  # another form has the same shots
 
     tasks = {name: task for row in rows for name, task in row.tasks.items()}
     groups = {name: group for row in rows for name, group in row.groups.items()}
     random.seed(_SEED)
     np.random.seed(_SEED)
-    raw: Any = evaluate(lm, {"tasks": tasks, "groups": groups}, limit=limit, bootstrap_iters=1000)
+    raw: Any = evaluate(
+        lm,
+        {"tasks": tasks, "groups": groups},
+        limit=options.limit,
+        bootstrap_iters=1000,
+        apply_chat_template=is_chat,
+        fewshot_as_multiturn=is_chat,
+    )
     return raw
 
 
@@ -138,8 +166,11 @@ def _scores(row: Any, raw: dict) -> list[Score]:
 
 def _notes(about: dict) -> list[str]:
     counts = about["counts"]
+    form = "plain form (no chat template)"
+    if about["form"] == "chat":
+        form = f"chat form (template: {about['template']}; shots are turns; no score to compare with the plain form's)"
     notes = [
-        f"lm-evaluation-harness {about['lm_eval']}, plain form (no chat template), "
+        f"lm-evaluation-harness {about['lm_eval']}, {form}, "
         + (f"one BOS (id {about['bos'][0]})" if about["bos"] else "no BOS")
         + f", window of {about['window']:,} tokens, computed in {about['dtype']}."
     ]
@@ -155,9 +186,18 @@ def _notes(about: dict) -> list[str]:
     return notes
 
 
-def _show(console: Console, results: Results, baseline: Results | None, notes: list[str], folder: Path):
+def _show(console: Console, results: Results, baseline: Results | None):
     differences = None
     if baseline:
+        theirs, ours = (r.about.get("form", "plain") for r in (baseline, results))
+        check(theirs == ours, f"--baseline: it has prompts in the {theirs} form, and these are in the {ours} form")
+        then, now = (r.about.get("tasks") or {} for r in (baseline, results))
+        if changed := sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+            warn(
+                console,
+                f"--baseline: {', '.join(changed[:3])} asked otherwise then, or by another harness (lm_eval "
+                f"{baseline.about.get('lm_eval')}); evaluate it again for a fair difference",
+            )
         known = {(s.task, s.measure, s.variant) for s in baseline.scores}
         check(
             any((s.task, s.measure, s.variant) in known for s in results.scores),
@@ -170,12 +210,11 @@ def _show(console: Console, results: Results, baseline: Results | None, notes: l
         }
     for line in table(results.scores, differences):
         say(console, line)
-    for note in notes[1:]:
+    for note in _notes(results.about)[1:]:
         warn(console, note)
     counts = results.about["counts"]
     if counts.get("slots"):
         say(console, f"{counts['tokens'] / counts['slots']:.0%} of the tokens computed for log-likelihoods were real")
-    say(console, f"written to {folder}")
 
 
 class Meter:
@@ -195,59 +234,3 @@ class Meter:
             self._next = now + self.SECONDS
             left = (now - self._begun) / max(1, done - self._first) * (of - done)
             say(self._console, f"{done:,} of {of:,} {what}, {duration_text(left)} left")
-
-
-def results_folder(path: str, step: int | None, output: str | None) -> tuple[int | None, Path]:
-    """Return a model's step, and the folder of its results: RUN/evaluations/STEP, where the model card looks for them."""
-    is_hf = (Path(path) / "config.json").is_file()
-    step = None if is_hf else int(step_directory(path, step).name)
-    if output:
-        return step, Path(output)
-    if is_hf or is_bucket(path):
-        name = Path(path.rstrip("/")).name
-        return step, Path("evaluations") / name / ("" if step is None else str(step))
-    return step, Path(path) / "evaluations" / str(step)
-
-
-def longest_window(model: ModelConfig, max_length: int | None) -> int:
-    """Return the most tokens of a text: `max_length`, or the model's, up to 8192. Raises ConfigError for one it does not have."""
-    length = max_length or min(model.max_position_embeddings, _LONGEST)
-    check(
-        0 < length <= model.max_position_embeddings,
-        f"--max-length {length}: the model reads 1 to {model.max_position_embeddings} tokens",
-    )
-    return length
-
-
-def answers_digest(
-    path: str, step: int | None, model: ModelConfig, tokenizer: Tokenizer, dtype: str, length: int
-) -> str:
-    """Return a digest of all that answers depend on: weights, model, tokenizer, dtype and window."""
-    digest = blake2b(digest_size=6)
-    if step is None:
-        for file in sorted(Path(path).glob("*.safetensors")):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with open(file, "rb") as content:
-                for n in range(16):
-                    content.seek(max(0, size - _SAMPLED) * n // 15)
-                    digest.update(content.read(_SAMPLED))
-    else:
-        info = load_info(path, step)
-        digest.update(orjson.dumps([step, info.get("digests", {})], option=orjson.OPT_SORT_KEYS))
-    rest = [to_tree(model), tokenizer.fingerprint, dtype, length]
-    digest.update(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS, default=str))
-    return digest.hexdigest()
-
-
-def identity(options: EvalOptions) -> str:
-    """Return the digest of all that the answers of a checkpoint depend on, without loading its parameters."""
-    step = int(step_directory(options.model, options.step).name)
-    tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, step)), "--tokenizer ")
-    model = stored_model(options.model, step)
-    length = longest_window(model, options.max_length)
-    return answers_digest(options.model, step, model, tokenizer, options.dtype, length)
-
-
-def _mesh_of(params: dict) -> Any:
-    return params["embed_tokens"].sharding.mesh

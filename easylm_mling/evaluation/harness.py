@@ -11,11 +11,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check
+from easylm_mling.evaluation.chat import ChatForm
 from easylm_mling.evaluation.generation import Task, Writer, batches_of_tasks
-from easylm_mling.evaluation.packing import arrays, batches_of, pack, segments_of
 from easylm_mling.evaluation.request_cache import RequestCache, request_key
-from easylm_mling.evaluation.scoring import Scorer
-from easylm_mling.evaluation.windows import Window, encode_pair, windows_of
+from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack, segments_of
+from easylm_mling.evaluation.scoring.scorer import Scorer
+from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
 
 _MAX_NEW_TOKENS = 256  # the harness's own default
 _GENERATION_SETTINGS = {"do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p"}
@@ -45,12 +46,15 @@ class HarnessModel(TemplateLM):
         cache: RequestCache,
         limits: Limits,
         progress: Progress = lambda what, done, of: None,
+        writer: Writer | None = None,
+        chat: ChatForm | None = None,
     ):
         super().__init__()
         self.scorer, self.own_tokenizer, self.cache, self.limits, self.progress = (
             scorer, tokenizer, cache, limits, progress
         )  # fmt: skip
-        self._writer = Writer(scorer.graph, scorer.params, scorer.model, tokenizer, scorer.dtype)
+        self._writer = writer or Writer(scorer.graph, scorer.params, scorer.model, tokenizer, scorer.dtype)
+        self._chat = chat
         bos = scorer.model.bos_token_id
         self.bos = [bos] if bos >= 0 else []
         # What the user is told at the end: requests of each kind, cut contexts, model calls, tokens read and slots for them.
@@ -70,7 +74,21 @@ class HarnessModel(TemplateLM):
         """Return the ids of a text, after one BOS unless `add_special_tokens` is false."""
         return [*([] if add_special_tokens is False else self.bos), *self.own_tokenizer.encode([string])[0].tolist()]
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return what stands for the messages in the texts of the harness."""
+        assert self._chat is not None
+        return self._chat.text(chat_history)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """No name: the harness's own cache of requests, which it would be a key of, is not used."""
+        return ""
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        prompt = self._chat.ids(context) if self._chat else None
+        if prompt is not None:
+            # Cut where the turn's header ends, also if that is white space: an answer is trained on by itself.
+            return prompt, self.own_tokenizer.encode([continuation])[0].tolist()
         return encode_pair(self.own_tokenizer, self.bos, context, continuation)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -139,7 +157,8 @@ class HarnessModel(TemplateLM):
             f"a task asks for {given['max_gen_toks']} new tokens, and the window has {self.limits.length}; set a smaller "
             "max_gen_toks in the task, or a larger --max-length",
         )
-        ids = self.tok_encode(context)
+        prompt = self._chat.ids(context) if self._chat else None
+        ids = self.tok_encode(context) if prompt is None else prompt
         if len(ids) > room:
             self.counts["contexts cut"] += 1
             ids = ids[-room:]
@@ -168,21 +187,11 @@ class HarnessModel(TemplateLM):
             self.progress("log-likelihoods", done, len(names))
         return [(value, bool(greedy)) for value, greedy in (self.cache[key] for key in keys)]
 
-    def _compute(self, rows: list, keys: list[str]):
-        batch = arrays(rows)
-        likelihood, likeliest = self.scorer.score(batch)
+    def _compute(self, rows: list[Row], keys: list[str]):
+        answers = self.scorer.answers(rows)
         self.counts["model calls"] += 1
         self.counts["tokens"] += sum(s.size for row in rows for s in row.segments)
-        self.counts["slots"] += batch.tokens.size
-        answers: dict[str, list] = {}
-        for b, owners in enumerate(batch.owners):
-            for q, window in enumerate(owners):
-                sums = answers.setdefault(keys[window], [0.0, True])
-                value = float(likelihood[b, q])
-                if value != value:
-                    raise ConfigError(
-                        "a log-likelihood is not a number: the model is damaged, or needs --dtype float32"
-                    )
-                sums[0] += value
-                sums[1] = bool(sums[1] and likeliest[b, q])
-        self.cache.add(answers)
+        self.counts["slots"] += sum(row.width for row in rows)
+        if any(value != value for value, _ in answers.values()):
+            raise ConfigError("a log-likelihood is not a number: the model is damaged, or needs --dtype float32")
+        self.cache.add({keys[window]: answer for window, answer in answers.items()})

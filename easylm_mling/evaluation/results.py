@@ -136,19 +136,33 @@ def table(scores: list[Score], differences: dict[int, tuple[float, float] | None
     rule = ["---", *["---:"] * (len(heads) - 1)]
     rows = [heads, rule]
     for number, s in enumerate(scores):
-        row = [
-            s.row,
-            s.version,
-            s.shots,
-            s.splits,
-            s.name,
-            f"{s.value:.4f}",
-            "-" if s.error is None else f"{s.error:.4f}",
-        ]
+        row = [s.row, s.version, s.shots, s.splits, s.name, *_with_error(s)]
         if differences is not None:
             pair = differences.get(number)
             row += ["-", "-"] if pair is None else [f"{pair[0]:+.4f}", f"{pair[1]:.4f}"]
         rows.append(row)
+    return _as_markdown(rows)
+
+
+def forms_table(plain: list[Score], chat: list[Score]) -> list[str]:
+    """Return the lines of a Markdown table with the scores of both forms of prompts in columns of their own."""
+    in_chat = {(s.task, s.measure, s.variant): s for s in chat}
+    lines = [["task", "version", "shots", "split", "measure", "plain", "±", "chat", "±"]]
+    lines.append(["---", *["---:"] * 8])
+    for s in plain:
+        other = in_chat.get((s.task, s.measure, s.variant))
+        cells = [_with_error(x) for x in (s, other)]
+        lines.append([s.row, s.version, s.shots, s.splits, s.name, *cells[0], *cells[1]])
+    return _as_markdown(lines)
+
+
+def _with_error(score: Score | None) -> tuple[str, str]:
+    if score is None:
+        return "-", "-"
+    return f"{score.value:.4f}", "-" if score.error is None else f"{score.error:.4f}"
+
+
+def _as_markdown(rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
 
 

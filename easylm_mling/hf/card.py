@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from easylm_mling.checkpoint.best import choices_of
 from easylm_mling.checkpoint.reading import load_data_state, load_info
 from easylm_mling.config import ModelConfig, RunConfig, from_tree
 from easylm_mling.data.catalog import Catalog
@@ -139,15 +140,27 @@ def _scores(run: Path, step: int) -> str:
     for file in sorted((run / "evaluations" / str(step)).glob("**/*.json")):
         scores = read_json(file)
         shots, versions = scores.get("n-shot", {}), scores.get("versions", {})
+        form = " (chat form)" if scores.get("about", {}).get("form") == "chat" else ""
         for task, measures in scores.get("results", {}).items():
             for key, value in measures.items():
                 measure, _, variant = key.partition(",")
                 if isinstance(value, float) and not measure.endswith("_stderr"):
                     shown = measure if variant in ("", "none") else f"{measure} ({variant})"
-                    rows.append((task, versions.get(task, "-"), shots.get(task, "-"), shown, f"{value:.4f}"))
+                    rows.append((task + form, versions.get(task, "-"), shots.get(task, "-"), shown, f"{value:.4f}"))
     heads = ("task", "version", "shots", "measure", "value")
     note = "By [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)."
-    return "\n".join(["## Evaluation", "", note, "", *markdown_table(heads, rows), ""]) if rows else ""
+    chosen = [_chosen(suite, about) for suite, about in choices_of(run, step).items()]
+    return "\n".join(["## Evaluation", "", note, *chosen, "", *markdown_table(heads, rows), ""]) if rows else ""
+
+
+def _chosen(suite: str, about: dict) -> str:
+    """Say by what this checkpoint was chosen as the best, and how good it is on items that did not choose it."""
+    text = f"This step is the best of {len(about.get('steps', []))} kept checkpoints by the suite {suite}: chosen by "
+    text += str(about.get("by", "its scores"))
+    other = about.get("on_the_other_half")
+    return text + (
+        f", and {other:.4f} on the other half, which had no part in the choice." if isinstance(other, float) else "."
+    )
 
 
 def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[dict]) -> str:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from easylm_mling.checkpoint.parameters import load_params
@@ -97,7 +98,14 @@ def generate(
             greedy=temperature == 0,
             dtype=jnp.dtype(dtype),
         )
-    return [row[:n].tolist() for row, n in zip(np.asarray(new), np.asarray(count), strict=True)]
+    return [row[:n].tolist() for row, n in zip(_on_host(new), _on_host(count), strict=True)]
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """Return the whole array, also if other processes hold parts of it. Collective."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def continue_texts(

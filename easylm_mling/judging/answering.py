@@ -4,18 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from easylm_mling.config import ModelConfig
-from easylm_mling.data.conversations.encoding import UNTRAINED, ConversationEncoder
-from easylm_mling.data.conversations.templates import read_template
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check
 from easylm_mling.evaluation.request_cache import RequestCache, request_key
+from easylm_mling.inference.dialogue import Dialogue
 from easylm_mling.inference.generate import generate
 from easylm_mling.judging.questions import Question, without_end_marks
-from easylm_mling.judging.settings import AnswerSettings, conversation_config
+from easylm_mling.judging.settings import AnswerSettings
 from easylm_mling.storage.jsonl import read_jsonl
 from easylm_mling.training.state import model_graph
 
@@ -48,19 +46,24 @@ def read_answers(path: str, questions: list[Question]) -> dict[str, Answer]:
 class Answerer:
     """A model that answers questions by its chat template."""
 
-    def __init__(self, model: ModelConfig, tokenizer: Tokenizer, settings: AnswerSettings, dtype: str, length: int):
-        """Raises ConfigError for a template that does not fit the tokenizer, and for answers longer than the window."""
+    def __init__(
+        self,
+        dialogue: Dialogue,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        settings: AnswerSettings,
+        dtype: str,
+        length: int,
+    ):
+        """Raises ConfigError for answers that leave no room for a question in a window of `length` tokens."""
         check(
             settings.max_new_tokens < length,
             f"answers.max_new_tokens={settings.max_new_tokens} leaves no room for a question: the model reads {length} tokens",
         )
-        key = "answers"
-        config = conversation_config(settings)
-        template = read_template(config, tokenizer.path, key)
-        self._encoder = ConversationEncoder(config, template, tokenizer, length, key)
-        self._tokenizer, self._settings, self._dtype, self._length = tokenizer, settings, dtype, length
+        self._dialogue, self._tokenizer, self._settings = dialogue, tokenizer, settings
+        self._dtype, self._length = dtype, length
         # The template's own end of a turn ends an answer, whatever the checkpoint names.
-        self.model = replace(model, stop_token_ids=tuple(dict.fromkeys((*model.stop_token_ids, self._end_of_turn()))))
+        self.model = replace(model, stop_token_ids=tuple(dict.fromkeys((*model.stop_token_ids, dialogue.end))))
         self._graph = model_graph(self.model)
 
     def write(self, params: dict, questions: list[Question], cache: RequestCache, progress: Any) -> dict[str, Answer]:
@@ -95,7 +98,7 @@ class Answerer:
 
     def _prompt(self, question: Question) -> list[int]:
         system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
-        ids = self._encoder.prompt([*system, {"role": "user", "content": question.question}]).tolist()
+        ids = self._dialogue.prompt([*system, {"role": "user", "content": question.question}])
         room = self._length - self._settings.max_new_tokens
         check(
             len(ids) <= room,
@@ -108,9 +111,3 @@ class Answerer:
         ends = {self.model.eos_token_id, *self.model.stop_token_ids}
         kept = [i for i in ids if i not in ends and i < self._tokenizer.vocab_size]
         return self._tokenizer.decode(kept).strip(), bool(ids) and ids[-1] in ends
-
-    def _end_of_turn(self) -> int:
-        """Return the token that ends an answer in the template: the last target of a small conversation."""
-        small = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        ids: np.ndarray = self._encoder.encode(orjson.dumps({"messages": small}))
-        return int(ids[ids < UNTRAINED][-1])

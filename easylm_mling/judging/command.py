@@ -12,9 +12,12 @@ from rich.console import Console
 from easylm_mling.config import to_tree
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check, check_format
-from easylm_mling.evaluation.command import Meter, answers_digest, longest_window, results_folder
+from easylm_mling.evaluation.command import Meter
+from easylm_mling.evaluation.options import EvalOptions, identity, place
 from easylm_mling.evaluation.request_cache import RequestCache
+from easylm_mling.evaluation.scoring.suites import Suite
 from easylm_mling.formatting import markdown_table
+from easylm_mling.inference.dialogue import open_dialogue
 from easylm_mling.inference.generate import find_tokenizer, load_model
 from easylm_mling.judging.answering import Answer, Answerer, read_answers
 from easylm_mling.judging.asking import Judge, Reply, Request
@@ -52,6 +55,12 @@ class JudgeOptions:
     agreed: bool = False  # to the cost
     confirm: Callable[[str], bool] | None = None  # asks a person; None: no person is there
 
+    @property
+    def as_eval(self) -> EvalOptions:
+        """The same model, places and window, as `eval` names them."""
+        suite = Suite(Path(self.settings).stem, ())
+        return EvalOptions(self.model, suite, self.step, self.tokenizer, self.output, None, self.dtype, self.max_length)
+
 
 @dataclass(frozen=True)
 class JudgedModel:
@@ -79,7 +88,7 @@ def judge_model(options: JudgeOptions, console: Console) -> dict:
     from_file = options.model.endswith(".jsonl")
     answers = read_answers(options.model, questions) if from_file else None
     folder = Path(options.output or f"{options.model}-judged") if from_file else None
-    folder = folder or results_folder(options.model, options.step, options.output)[1]
+    folder = folder or place(options.as_eval)[1]
     judge = Judge(settings, folder / f"judgements-{name}.jsonl")
     try:
         if warning := judge.check_endpoint():
@@ -125,10 +134,16 @@ def _answer(options: JudgeOptions, questions: list[Question], folder: Path, cons
     tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
     graph, params, model = load_model(options.model, step=options.step)
     tokenizer.check_model(model)
-    length = longest_window(model, options.max_length)
-    answerer = Answerer(model, tokenizer, settings, options.dtype, length)
-    step = results_folder(options.model, options.step, options.output)[0]
-    digest = answers_digest(options.model, step, answerer.model, tokenizer, options.dtype, length)
+    length = options.as_eval.window(model)
+    answerer = Answerer(
+        open_dialogue(options.model, options.step, tokenizer, settings.template, length),
+        model,
+        tokenizer,
+        settings,
+        options.dtype,
+        length,
+    )
+    digest = identity(options.as_eval, place(options.as_eval)[0], answerer.model, tokenizer)
     cache = RequestCache(folder / f"answers-{digest}.jsonl")
     try:
         return answerer.write(params, questions, cache, Meter(console))

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from easylm_mling.config import ConversationConfig, from_tree
+from easylm_mling.config import from_tree
 from easylm_mling.config.basics import setting
 from easylm_mling.config.yaml12 import read_yaml
 from easylm_mling.errors import ConfigError, check
@@ -16,8 +16,9 @@ from easylm_mling.errors import ConfigError, check
 class AnswerSettings:
     """How the model is asked, and how its answers are drawn."""
 
-    template: str = setting("tokenizer", "as in data.sources.NAME.conversations")
-    date: str | None = setting(None, "the day that a template which writes today's date writes, as 2024-07-26")
+    template: str | None = setting(
+        None, "as in data.sources.NAME.conversations; null: that of the run's conversations, else the tokenizer's own"
+    )
     system: str | None = setting(None, "a system line before every question")
     temperature: float = setting(0.0, "0 is greedy")
     top_k: int | None = setting(None, "of the most probable tokens, so many are drawn from")
@@ -73,11 +74,6 @@ def load_settings(path: str) -> JudgeSettings:
     return from_tree(JudgeSettings, tree | {"questions": str(questions)})
 
 
-def conversation_config(answers: AnswerSettings) -> ConversationConfig:
-    """Return the settings by which a question is written for the model."""
-    return ConversationConfig(template=answers.template, date=answers.date)
-
-
 def _check(s: JudgeSettings, path: str):
     url, a = urlsplit(s.endpoint), s.answers
     for wrong, text in (
@@ -102,4 +98,3 @@ def _check(s: JudgeSettings, path: str):
         (not 0 < a.top_p <= 1, f"answers.top_p={a.top_p} must be above 0 and at most 1"),
     ):  # fmt: skip
         check(not wrong, f"{path}: {text}")
-    conversation_config(a).validate(f"{path}: answers")

@@ -8,7 +8,7 @@ restored     from the checkpoint of `step`, in `seconds`
 compiled     the wait of `seconds` for the program is over; `step` is the first one of the attempt
 first_step   it is done, `seconds` after it was launched
 progress     `step` is done; written now and then, so that a kill loses little of the time line
-evaluated    in `seconds`
+evaluated    on held-out text, in `seconds`; scored: on tasks
 saved        the checkpoint of `step` is whole: the loop stood still for `seconds` of it; `bytes`
 save_failed  `problem`, and how many failed `in_a_row`
 skipped      the step changed nothing (`why`: not finite or a spike), and how many did so `in_a_row`

@@ -2,9 +2,15 @@
 
 from datetime import datetime
 
-KINDS = ("init", "restore", "compile", "step", "evaluation", "save", "lost", "idle")
+KINDS = ("init", "restore", "compile", "step", "evaluation", "save", "lost", "idle", "tasks")
 # Events whose own `seconds` are of another kind than the time around them.
-_OWN_KINDS = {"restored": "restore", "compiled": "compile", "evaluated": "evaluation", "saved": "save"}
+_OWN_KINDS = {
+    "restored": "restore",
+    "compiled": "compile",
+    "evaluated": "evaluation",
+    "saved": "save",
+    "scored": "tasks",
+}
 
 
 class Goodput:

@@ -3,6 +3,8 @@
 train      a logged step: `tokens` so far; `loss` (nats a token; `sources`: of each), `gradient_norm`, `parameter_norm`,
            `learning_rate`, `skipped` and of them `spikes` so far; `ledger`: what was consumed of each source; TIMINGS
 eval       `loss` and `bits_per_byte` of held-out text; of each source and language, see run/validation.py
+tasks      `bits_per_byte` of right answers and `centred_accuracy` on `eval.suite`; of each of its `rows`, see
+           evaluation/scoring/items.py; `seconds`, and the share of the run's time that all such scores took
 languages  at each checkpoint, `languages`: what was consumed of each
 news       what became of sources, and which steps were skipped
 export     a step, its `dtype` and the `path` that it was exported to; `averaged`: the steps that it is the mean of
@@ -22,6 +24,7 @@ from easylm_mling.storage.jsonl import JsonlWriter, read_jsonl
 TIMINGS = (
     "time", "step_seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "tflops_per_chip", "mfu",
     "hbm_bytes", "hbm_peak_bytes", "checkpoint_seconds", "checkpoint_age_seconds", "goodput", "seconds_to_budget",
+    "seconds", "share_of_run",
 )  # fmt: skip
 
 

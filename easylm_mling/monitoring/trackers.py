@@ -20,7 +20,7 @@ from easylm_mling.config import LogConfig, RunConfig, to_tree
 from easylm_mling.errors import ConfigError
 
 _QUEUED, _LAST_SECONDS = 1000, 10.0
-_KINDS = ("train", "eval")
+_KINDS = ("train", "eval", "tasks")
 
 
 def check_trackers(log: LogConfig):

@@ -149,6 +149,20 @@ class Monitor:
         if step:
             self._table_due = 0.0
 
+    def scored(self, step: int, scores: dict, seconds: float):
+        """Write and show scores on tasks as run/task_scores.py gives them. They took `seconds`."""
+        self.events.write("scored", step, seconds=round(seconds, 3))
+        goodput = self.events.goodput
+        share = goodput.seconds["tasks"] / (goodput.total() or 1.0)
+        self.log.write("tasks", step, **scores, seconds=round(seconds, 3), share_of_run=round(share, 5))
+        if not scores:  # of another process
+            return
+        bits, centred = (scores[key] for key in ("bits_per_byte", "centred_accuracy"))
+        shown = [f"{bits:.4f} bits a byte of right answers"] if bits is not None else []
+        shown += [f"centred accuracy {centred:+.3f}"] if centred is not None else []
+        line = f"step {step}: {', '.join(shown) or 'no score'} on {self._config.eval.suite}"
+        say(self.console, f"{line} ({seconds:.1f} s; {share:.1%} of the run's time so far goes into it)")
+
     def saved(self, step: int, blocked_seconds: float, size_bytes: int):
         """Write that the checkpoint of `step` is whole. The loop stood still for `blocked_seconds` of the save."""
         seconds = round(blocked_seconds, 3)

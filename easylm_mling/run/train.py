@@ -25,6 +25,7 @@ from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
 from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import RunData
+from easylm_mling.run.evaluations import Evaluations
 from easylm_mling.run.host_sync import Agreement, HostSync, next_on_all_hosts, own_lanes, own_quarantine
 from easylm_mling.run.monitor import Monitor, skip_news
 from easylm_mling.run.preemption import CONTINUE, OUT_OF_TIME, SIGNALLED, StopSignal
@@ -34,6 +35,7 @@ from easylm_mling.run.saving import Saver, open_checkpoints
 from easylm_mling.run.setup import OtherPast, open_run, record_other_past, restore_or_init, select_devices
 from easylm_mling.run.starting_model import override_names
 from easylm_mling.run.summary import summary_table
+from easylm_mling.run.task_scores import TaskScores, open_task_scores
 from easylm_mling.run.validation import Validation
 from easylm_mling.training.compilation import compile_ahead, enable_compilation_cache
 from easylm_mling.training.spike_guard import SPIKE
@@ -67,7 +69,7 @@ class Loop:
     data: RunData
     loader: Loader
     saver: Saver
-    validation: Validation
+    evaluations: Evaluations
     sync: HostSync
     monitor: Monitor
     stop: StopSignal
@@ -99,12 +101,13 @@ def train(
     enable_compilation_cache()
     console = console or make_console(quiet=not is_primary())
     with primary_first(to_yaml(config)):
+        tasks = open_task_scores(config, tokenizer, console)
         config, mesh, data = open_run(
             config, tokenizer, console, accept_data_change, override_names(override_model), change
         )
     run = data.run
-    steps = f"{config.total_steps} steps of {config.tokens_per_step} tokens"
-    say(console, f"run {run.name}: {steps} on mesh {dict(mesh.shape)}")
+    size = f"{config.total_steps} steps of {config.tokens_per_step} tokens on mesh {dict(mesh.shape)}"
+    say(console, f"run {run.name}: {size}")
 
     with (
         closing(run),
@@ -112,7 +115,7 @@ def train(
         jax.set_mesh(mesh),
         Monitor.open(config, run, mesh, console, begun) as monitor,
     ):
-        outcome = run_process(config, mesh, data, tokenizer, monitor, max_hours)
+        outcome = run_process(config, mesh, data, tokenizer, monitor, tasks, max_hours)
         event, message, code = closing_event(config, outcome)
         monitor.ended(event, outcome.step, message)
         if is_primary() and outcome.data_state is not None:
@@ -125,7 +128,13 @@ def train(
 
 
 def run_process(
-    config: RunConfig, mesh: Mesh, data: RunData, tokenizer: Tokenizer, monitor: Monitor, max_hours: float | None
+    config: RunConfig,
+    mesh: Mesh,
+    data: RunData,
+    tokenizer: Tokenizer,
+    monitor: Monitor,
+    tasks: TaskScores | None,
+    max_hours: float | None,
 ) -> Outcome:
     """From the newest checkpoint, or a fresh state, to the end of this process."""
     run, console, lanes = data.run, monitor.console, own_lanes(config, mesh)
@@ -155,7 +164,9 @@ def run_process(
                 data=data,
                 loader=loader,
                 saver=Saver(config, checkpoints, data, loader, monitor, count_rewinds(run)),
-                validation=Validation(config, data.catalog, tokenizer, mesh),
+                evaluations=Evaluations(
+                    config, mesh, Validation(config, data.catalog, tokenizer, mesh), tasks, monitor
+                ),
                 sync=HostSync(lanes),
                 monitor=monitor,
                 stop=stop,
@@ -164,7 +175,7 @@ def run_process(
             )
             monitor.begin(int(state.step))
             if int(state.step) == 0:
-                evaluate(loop, state)
+                loop.evaluations(state)
             if skip:
                 data_state = skip_batches(loop, int(state.step), skip)
             state, outcome = run_steps(loop, program, state, data_state)
@@ -184,7 +195,7 @@ def run_steps(
         train_step = program.result()
     end = min(config.total_steps, config.train.stop_at_step or config.total_steps)
     agreed, in_flight = Agreement(CONTINUE, data_state), deque[InFlight]()
-    done, evaluated, data_ended = start, 0, ""
+    done, data_ended = start, ""
     while done < end and agreed.stop_request == CONTINUE and not data_ended:
         with monitor.throughput.waiting():
             item = next_on_all_hosts(loop.loader)
@@ -203,22 +214,21 @@ def run_steps(
         metrics |= monitor.norms(done, state.params)
         agreement = loop.sync.start(loop.stop.request(), consumed, (state, metrics))
         in_flight.append(InFlight(done, metrics, agreement))
-        evaluating = bool(config.eval.every_steps) and done % config.eval.every_steps == 0
+        evaluating = loop.evaluations.due(done)
         saving = done % config.checkpoint.every_steps == 0
         agreed = report_steps(loop, agreed, in_flight, left=0 if evaluating or saving else 1)
         loop.replay.check(done, state)
         loop.saver.report_committed()
         if evaluating:
-            evaluate(loop, state)
-            evaluated = done
+            loop.evaluations(state, evaluating)
         if saving and done < end and agreed.stop_request == CONTINUE:
             assert agreed.state is not None
             loop.saver.save(state, agreed.state)
         loop.watchdog.beat()
     agreed = report_steps(loop, agreed, in_flight, left=0)
     if done > start and agreed.state is not None:
-        if evaluated < done and (done == config.total_steps or data_ended):
-            evaluate(loop, state)
+        if done == config.total_steps or data_ended:
+            loop.evaluations(state)
         loop.saver.save(state, agreed.state, last=True)
     return state, Outcome(done, agreed.state, agreed.stop_request, data_ended)
 
@@ -236,14 +246,6 @@ def closing_event(config: RunConfig, outcome: Outcome) -> tuple[str, str, int]:
         return "done", f"the data ended at step {step} of {total}: {outcome.data_ended}", DONE
     reason = "after --max-hours" if outcome.stop_request == OUT_OF_TIME else "as train.stop_at_step says"
     return "stopped", f"stopped at step {step} of {total}, {reason}", DONE
-
-
-def evaluate(loop: Loop, state: TrainState):
-    """Measure the held-out loss after the step, and report it. Collective."""
-    step = int(state.step)  # waits until it is done
-    with loop.monitor.throughput.pausing() as pause:
-        losses = loop.validation(state.params)
-    loop.monitor.evaluated(step, losses, pause.seconds)
 
 
 def skip_batches(loop: Loop, step: int, count: int) -> DataState:

@@ -1,9 +1,13 @@
 """What the report shows, gathered from a run's directory in one pass over its files and in bounded memory."""
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
+
+from easylm_mling.checkpoint.best import best_steps
 from easylm_mling.config import RunConfig, load_kept
 from easylm_mling.monitoring.events import ENDS, read_event_log
 from easylm_mling.monitoring.goodput import Goodput
@@ -46,6 +50,13 @@ class RunHistory:
     held_out: dict[str, Curve] = field(default_factory=dict)
     languages: dict[tuple[str, str], Curve] = field(default_factory=dict)
     validation: Curve = field(default_factory=Curve)
+    # Scores on tasks by (measure, row of the suite; "": their mean).
+    tasks: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    # Held-out bits a byte by source, or "source: language" of a source with several.
+    held_out_bits: dict[str, Curve] = field(default_factory=dict)
+    # What `eval` found, by suite and row, and the steps that it chose as the best, by suite.
+    scores: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    best: dict[str, int] = field(default_factory=dict)
     skips: list[int] = field(default_factory=list)
     # The last lines of metrics.jsonl, by kind.
     train: dict = field(default_factory=dict)
@@ -89,7 +100,17 @@ class RunHistory:
             for source, losses in line.get("languages", {}).items():
                 for language, loss in losses.items() if source in self.config.data.sources else ():
                     self.languages.setdefault((source, language), Curve(_LANGUAGE_POINTS)).add(x, loss)
+            several = line.get("languages_bits_per_byte", {})
+            for source, bits in line.get("sources_bits_per_byte", {}).items():
+                each = {f"{source}: {name}": b for name, b in several.get(source, {}).items()} or {source: bits}
+                for name, value in each.items() if source in self.config.data.sources else ():
+                    self.held_out_bits.setdefault(name, Curve(_LANGUAGE_POINTS)).add(x, value)
             self.evaluation = line
+        elif kind == "tasks":
+            for row, scores in {"": line, **line.get("rows", {})}.items():
+                for key in ("bits_per_byte", "centred_accuracy"):
+                    if scores.get(key) is not None:
+                        self.tasks.setdefault((key, row), Curve(_LANGUAGE_POINTS)).add(x, scores[key])
         elif kind == "languages":
             self.consumed_languages = line.get("languages", {})
         elif kind == "news":
@@ -120,7 +141,13 @@ class RunHistory:
 
     def cut_losses(self):
         """Forget held-out losses of steps that were taken back and are not done again yet."""
-        for curve in (self.validation, *self.held_out.values(), *self.languages.values()):
+        for curve in (
+            self.validation,
+            *self.held_out.values(),
+            *self.languages.values(),
+            *self.tasks.values(),
+            *self.held_out_bits.values(),
+        ):
             curve.cut(self.config.step_tokens.at(self.step) + 1)
 
     def _add_losses(self, curves: dict[str, Curve], x: int, line: dict):
@@ -151,4 +178,22 @@ def collect(run_dir: str | Path) -> RunHistory:
     for event in read_event_log(run / "events.jsonl"):
         history.add_event(event)
     history.cut_losses()
+    history.best = best_steps(run)
+    for step, suite, tree in _results(run):
+        # Of a row with several measures the first.
+        for score in reversed(tree["scores"]):
+            curve = history.scores.setdefault((suite, score["row"]), Curve(_LANGUAGE_POINTS))
+            curve.add(history.config.step_tokens.at(step), score["value"])
     return history
+
+
+def _results(run: Path) -> Iterator[tuple[int, str, dict]]:
+    """Yield step, suite and what results-SUITE.json holds of each whole evaluation by `eval`, in the order of steps."""
+    for folder in sorted((f for f in run.glob("evaluations/*") if f.name.isdigit()), key=lambda f: int(f.name)):
+        for file in sorted(folder.glob("results-*.json")):
+            try:
+                tree = orjson.loads(file.read_bytes())
+            except (OSError, ValueError):
+                continue
+            if isinstance(tree, dict) and "scores" in tree and not tree["about"]["limit"]:
+                yield int(folder.name), file.stem.removeprefix("results-"), tree

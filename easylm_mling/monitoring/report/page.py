@@ -26,7 +26,7 @@ _LOOKS = {"done": "good", "stopped": "good", "preempted": "warn", "failed": "bad
 # Goodput's kinds in the order of the bar.
 _KINDS = {
     "step": "training steps", "evaluation": "evaluation", "save": "blocked on saves", "compile": "compiling", "restore": "restoring",
-    "init": "starting", "lost": "steps done again", "idle": "between attempts",
+    "init": "starting", "lost": "steps done again", "idle": "between attempts", "tasks": "scoring tasks",
 }  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def page(run: RunHistory) -> str:
         written=datetime.now(UTC).isoformat(timespec="seconds"),
         tiles=_tiles(run),
         loss_charts=_loss_charts(run),
+        task_charts=_task_charts(run),
+        score_charts=_score_charts(run),
         sources=_sources(run),
         languages=_languages(run),
         speed_charts=_speed_charts(run),
@@ -131,6 +133,45 @@ def _loss_charts(run: RunHistory) -> list[dict | None]:
         _chart("Held-out loss of each source", *each_held_out, **common),
         _chart("Training loss of each source", *each_training, **common),
         _chart("Held-out loss of each language", *languages, **common),
+    ]
+
+
+def _task_charts(run: RunHistory) -> list[dict | None]:
+    rows = list(dict.fromkeys(row for _, row in run.tasks))[: 2 * len(COLOURS)]
+
+    def lines(key: str) -> list[Line]:
+        each = [
+            Line(row, run.tasks[key, row].points, i, "marked") for i, row in enumerate(rows) if (key, row) in run.tasks
+        ]
+        return each if len(each) < 2 else [Line("mean", run.tasks[key, ""].points, len(rows), "marked"), *each]
+
+    common: Any = {"marks": _restarts(run)}
+    return [
+        _chart("Right answers of tasks", *lines("bits_per_byte"), unit="bits a byte", **common),
+        _chart("Centred accuracy on tasks", *lines("centred_accuracy"), unit="0: chance, 1: all right", **common),
+    ]
+
+
+def suite_lines(run: RunHistory, suite: str) -> list[Line]:
+    """Return the scores of a suite's rows over tokens, as `eval` wrote them."""
+    rows = [row for name, row in run.scores if name == suite][: 2 * len(COLOURS)]
+    return [Line(row, run.scores[suite, row].points, i, "marked") for i, row in enumerate(rows)]
+
+
+def forgetting_lines(run: RunHistory) -> list[Line]:
+    """Return the change of held-out bits a byte since the first measurement: above 0 a source or language is forgotten."""
+    curves = [(name, c.points) for name, c in run.held_out_bits.items() if len(c.points) > 1][: 2 * len(COLOURS)]
+    return [Line(name, [(x, y - p[0][1]) for x, y in p], i, "marked") for i, (name, p) in enumerate(curves)]
+
+
+def _score_charts(run: RunHistory) -> list[dict | None]:
+    charts = []
+    for suite in dict.fromkeys(suite for suite, _ in run.scores):
+        best = [(float(run.config.step_tokens.at(run.best[suite])), "best")] if suite in run.best else []
+        charts.append(_chart(f"Scores on {suite}", *suite_lines(run, suite), marks=best))
+    return [
+        *charts,
+        _chart("Gained and forgotten", *forgetting_lines(run), unit="held-out bits a byte since the first measurement"),
     ]
 
 

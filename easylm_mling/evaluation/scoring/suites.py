@@ -1,6 +1,7 @@
 """Suites: named lists of tasks with their shots and measures, as YAML in configs/eval/."""
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,12 @@ class Suite:
     name: str
     rows: tuple[SuiteRow, ...]
     include: tuple[Path, ...] = ()
+    data: Path | None = None  # a folder of fetch-eval, for its tasks' data
+
+
+def harness_is_there() -> bool:
+    """Return True if lm-evaluation-harness, which has the tasks, is installed."""
+    return find_spec("lm_eval") is not None
 
 
 def load_suite(name: str) -> Suite:
@@ -36,7 +43,7 @@ def load_suite(name: str) -> Suite:
 
     Raises ConfigError for what is missing, unknown or wrong in it.
     """
-    folders = (SUITES, Path(__file__).parents[2] / SUITES)
+    folders = (SUITES, Path(__file__).parents[3] / SUITES)
     places = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in folders]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
@@ -70,6 +77,17 @@ def with_include(suite: Suite, folders: list[str]) -> Suite:
     for folder in folders:
         check(Path(folder).is_dir(), f"--include-path {folder}: is no folder; name one that holds task YAML files")
     return replace(suite, include=(*suite.include, *(Path(f).resolve() for f in folders)))
+
+
+def with_data(suite: Suite, folder: str | None) -> Suite:
+    """Return the suite with its data in `folder`, if one is given. Raises ConfigError for one that fetch-eval did not make."""
+    if not folder:
+        return suite
+    check(
+        (Path(folder) / "manifest.json").is_file(),
+        f"{folder}: has no manifest.json; name a folder that fetch-eval made",
+    )
+    return replace(suite, data=Path(folder))
 
 
 def _row(file: Path, entry: object) -> SuiteRow:

@@ -3,14 +3,17 @@
 import difflib
 import logging
 from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import version
 from typing import Any
 
+import orjson
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from easylm_mling.errors import ConfigError, check, one_line
-from easylm_mling.evaluation.suites import Suite, SuiteRow
+from easylm_mling.evaluation.scoring.suites import Suite, SuiteRow
 
 _FEWSHOT_SEED = 1234  # the harness's own
 # A hint for each task that reads local files.
@@ -37,10 +40,19 @@ class LoadedRow:
         shots = "/".join(sorted({str(_shot_split(t)) for t in self.tasks.values() if t.config.num_fewshot}))
         return f"{scored} (shots: {shots})" if shots else scored
 
+    def seed(self):
+        """Let its tasks draw their shots from the beginning."""
+        for task in self.tasks.values():
+            task.set_fewshot_seed(_FEWSHOT_SEED)
+
 
 def load_rows(suite: Suite) -> list[LoadedRow]:
-    """Load the tasks of all rows. Raises one ConfigError that names all that is wrong."""
-    manager = _manager(suite)
+    """Load the tasks of all rows, with the data of `suite.data` if it is given. Raises one ConfigError that names all that is wrong."""
+    manager = make_manager(suite)
+    if suite.data:
+        from easylm_mling.evaluation.scoring.kept_data import KeptFactory
+
+        manager._factory = KeptFactory(suite.data)
     rows, problems = [], []
     for row in suite.rows:
         try:
@@ -64,7 +76,29 @@ def load_rows(suite: Suite) -> list[LoadedRow]:
     return rows
 
 
-def _manager(suite: Suite) -> TaskManager:
+def task_digests(rows: list[LoadedRow]) -> dict[str, str]:
+    """Return for each task a digest of its harness, version, items and shots, as they are written into prompts.
+
+    Scores of one task can be compared if it is the same, whatever file or machine the task came from.
+    """
+    return {name: _digest(task) for row in rows for name, task in row.tasks.items()}
+
+
+def _digest(task: Any) -> str:
+    digest, c = blake2b(digest_size=8), task.config
+    settings = [version("lm_eval"), str(task.VERSION), c.description, c.target_delimiter, c.fewshot_delimiter,
+                c.num_fewshot, c.gen_prefix, c.generation_kwargs]  # fmt: skip
+    digest.update(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS, default=lambda _: "code"))
+    for docs in (task.eval_docs, task.fewshot_docs() or ()) if c.num_fewshot else (task.eval_docs,):
+        for doc in docs:
+            choices = task.doc_to_choice(doc) if c.doc_to_choice is not None else None
+            parts = [task.doc_to_text(doc), choices, task.doc_to_target(doc)]
+            digest.update(orjson.dumps(parts, default=str, option=orjson.OPT_NON_STR_KEYS))
+    return digest.hexdigest()
+
+
+def make_manager(suite: Suite) -> TaskManager:
+    """Return the index of tasks for a suite. Raises ConfigError for names that are not in it."""
     folders: Any = [str(folder) for folder in suite.include]
     wanted = {row.task for row in suite.rows}
     manager = TaskManager(include_path=folders, include_defaults=False)
@@ -105,6 +139,11 @@ def _set_shots(row: LoadedRow) -> list[str]:
             if there < wanted:
                 problems.append(f"{name} ({wanted} shots are wanted, and its split {_shot_split(task)} has {there})")
     return problems
+
+
+def wanted_splits(task: Task) -> list[str]:
+    """Return the splits that a task takes its items and its shots from, of those that its data set has."""
+    return sorted({s for s in (_scored_split(task), _shot_split(task)) if s} & {*task.dataset})  # pyright: ignore[reportArgumentType]
 
 
 def _scored_split(task: Task) -> str | None:

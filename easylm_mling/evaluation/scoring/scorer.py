@@ -3,7 +3,7 @@
 Axis letters: B rows, T positions, Q queries of a row, C queries at a time, D embed, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import ModelConfig
-from easylm_mling.evaluation.packing import Batch
+from easylm_mling.evaluation.scoring.packing import Batch, Row, arrays
 from easylm_mling.model.attention import attention
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.precision import products_in
@@ -42,11 +42,14 @@ class Scorer:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each query its log-probability, float32 [B, Q], and whether its token is the likeliest, bool [B, Q]."""
+        """Return for each query its log-probability, float32 [B, Q], and whether its token is the likeliest, bool [B, Q].
+
+        Collective: every process gives the same batch, and has the whole result.
+        """
         B, T = batch.tokens.shape
         chunk = max(1, _QUERIES_AT_ONCE * self.shards // B)
         with jax.set_mesh(self.mesh), products_in(self.dtype):
-            placed = jax.device_put(batch[:5], batch_sharding(self.mesh))
+            placed = [_placed(x, batch_sharding(self.mesh)) for x in batch[:5]]
             scores = _score(
                 self.params,
                 *placed,
@@ -56,6 +59,25 @@ class Scorer:
                 chunk=1 << (chunk.bit_length() - 1),
             )
         return np.asarray(scores[0]), np.asarray(scores[1])
+
+    def answers(self, rows: Sequence[Row]) -> dict[int, tuple[float, bool]]:
+        """Return (log-likelihood in nats, whether greedy decoding would write it) by the number of each window in `rows`.
+
+        All rows have one width. Collective.
+        """
+        batch = arrays(rows)
+        likelihood, likeliest = self.score(batch)
+        sums: dict[int, tuple[float, bool]] = {}
+        for b, owners in enumerate(batch.owners):
+            for q, window in enumerate(owners):
+                before, greedy = sums.get(window, (0.0, True))
+                sums[window] = before + float(likelihood[b, q]), greedy and bool(likeliest[b, q])
+        return sums
+
+
+def _placed(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Lay an array that every process has whole out over the devices of all."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _attention_for(model: ModelConfig, mesh: Mesh, positions: int) -> Callable:
@@ -89,4 +111,6 @@ def _score(params, tokens, positions, segments, places, targets, *, graph, dtype
         jnp.moveaxis(targets.reshape(B, Q // size, size), 1, 0),
     )
     likelihood, likeliest = jax.lax.map(part, parts)
-    return jnp.moveaxis(likelihood, 0, 1).reshape(B, Q), jnp.moveaxis(likeliest, 0, 1).reshape(B, Q)
+    whole = [jnp.moveaxis(x, 0, 1).reshape(B, Q) for x in (likelihood, likeliest)]
+    # Every process reads all of it.
+    return jax.lax.with_sharding_constraint(whole, PartitionSpec())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from easylm_mling.evaluation.windows import Window
+from easylm_mling.evaluation.scoring.windows import Window
 
 _NARROWEST, _UNIT = 128, 512  # of rows, in tokens: widths are powers of two, or whole units where the window ends
 

@@ -1,0 +1,1 @@
+"""Scoring: tasks to requests, requests to packed rows, rows to log-probabilities."""
