@@ -142,7 +142,7 @@ def run_process(
         if isinstance(start, OtherPast):
             record_other_past(run, start)
             return Outcome(start.step, None, CONTINUE, begin_again=True)
-        state, data_state, skip = start
+        state, data_state, skip, base = start
         if data_state is not None:
             monitor.restored(int(state.step), time.monotonic() - begun)
             changed = [change_text(c) for c in past_changes(run.history_file) if c["step"] == int(state.step)]
@@ -154,7 +154,7 @@ def run_process(
                 mesh=mesh,
                 data=data,
                 loader=loader,
-                saver=Saver(config, checkpoints, data, loader, monitor, count_rewinds(run)),
+                saver=Saver(config, checkpoints, data, loader, monitor, count_rewinds(run), base),
                 validation=Validation(config, data.catalog, tokenizer, mesh),
                 sync=HostSync(lanes),
                 monitor=monitor,
@@ -242,7 +242,7 @@ def evaluate(loop: Loop, state: TrainState):
     """Measure the held-out loss after the step, and report it. Collective."""
     step = int(state.step)  # waits until it is done
     with loop.monitor.throughput.pausing() as pause:
-        losses = loop.validation(state.params)
+        losses = loop.validation(state.weights)
     loop.monitor.evaluated(step, losses, pause.seconds)
 
 
