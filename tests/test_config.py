@@ -150,7 +150,7 @@ FREE = {
     "train.stop_at_step", "train.log_every_steps", "train.max_skipped_in_a_row", "train.spike_sigmas", "train.stuck_minutes",
     "train.digest_every_steps", "train.rewind", "train.skip_batches", "train.remat", "train.remat_first",
     "train.remat_first_layers", "train.remat_memory", "train.attention", "train.attention_block", "train.offload",
-    "train.accumulation_steps", "train.loss_chunk", "train.compiler_flags",
+    "train.accumulation_steps", "train.loss_chunk", "train.compiler_flags", "lora.init_from",
 }  # fmt: skip
 # The last two are written by the run itself.
 FREE_LISTS = ("data.stages", "train.earlier_batch_sizes", "train.counted_tokens")

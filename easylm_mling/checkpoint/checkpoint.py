@@ -1,6 +1,6 @@
 """Save and restore checkpoints of a run: one Orbax step holds everything that a resume needs.
 
-    RUN/checkpoints/STEP/params     float32 parameters
+    RUN/checkpoints/STEP/params     float32 parameters; of a run with `lora` the adapters
                         /training   optimizer state and counters
                         /data       what the mixer had consumed, two int64 arrays (data/mixture.py, DataState)
                         /info       JSON: the resolved config, fingerprints of tokenizer and data, tokens consumed, digests
@@ -295,5 +295,5 @@ class Checkpoints:
 
 
 def _training(state: TrainState) -> dict:
-    """What is stored as `training`: all but the parameters."""
-    return {name: value for name, value in state._asdict().items() if name != "params"}
+    """What is stored as `training`: all but the parameters. What is frozen lies in another checkpoint."""
+    return {name: value for name, value in state._asdict().items() if name not in ("params", "frozen")}

@@ -6,10 +6,13 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from easylm_mling.checkpoint.base import open_base, stored_base, stored_lora
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import check_stored, load_info
+from easylm_mling.checkpoint.reading import check_stored, load_info, stored_model
 from easylm_mling.errors import ConfigError
+from easylm_mling.model.lora import merged
 from easylm_mling.training.digests import differing, leaf_name
+from easylm_mling.training.state import abstract_adapters
 
 # Bytes. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
@@ -44,10 +47,28 @@ def _chunks(path, value):
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
     """Only the parameters of a checkpoint, placed as the abstract tree (shapes, dtypes, shardings) says.
 
-    Raises ConfigError if they cannot be read, or are not what was saved: it names the first one.
+    Adapters are added to the parameters of their base, in float32. Raises ConfigError if they cannot be read, or are not what
+    was saved: it names the first one.
     """
     where = step_directory(directory, step)
     info = load_info(directory, int(where.name))
+    base, lora = stored_base(info), stored_lora(info)
+    if base is None or lora is None:
+        return _load(where, info, abstract)
+    base = open_base(base, str(directory))
+    mesh = next(iter(jax.tree.leaves(abstract))).sharding.mesh
+    model = stored_model(directory, int(where.name))
+    adapters = _load(where, info, abstract_adapters(model, lora, mesh))
+    return merged(load_params(base.init_from, abstract, base.step), adapters, model, lora, in_place=True)
+
+
+def load_adapters(directory: str | Path, abstract: dict, step: int | None = None) -> dict:
+    """Only the adapters of a checkpoint, without their base; arguments and errors as of `load_params`."""
+    where = step_directory(directory, step)
+    return _load(where, load_info(directory, int(where.name)), abstract)
+
+
+def _load(where: Path, info: dict, abstract: dict) -> dict:
     check_stored(where, {"params": abstract})
     try:
         with storage_context():
@@ -61,9 +82,12 @@ def load_params(directory: str | Path, abstract: dict, step: int | None = None) 
     return params
 
 
-def check_same_shapes(directory: str | Path, abstract: dict):
-    """Raise ConfigError that names the first parameter whose shape is not the model's."""
-    where = step_directory(directory)
+def check_same_shapes(directory: str | Path, abstract: dict, step: int | None = None):
+    """Raise ConfigError that names the first parameter whose shape is not the model's. Of adapters, their base is meant."""
+    where = step_directory(directory, step)
+    if base := stored_base(load_info(directory, int(where.name))):
+        base = open_base(base, str(directory))
+        return check_same_shapes(base.init_from, abstract, base.step)
     stored = ocp.checkpointables_metadata(str(where)).metadata["params"]
     expected = jax.tree_util.tree_leaves_with_path(abstract)
     shapes = {jax.tree_util.keystr(p): tuple(v.shape) for p, v in jax.tree_util.tree_leaves_with_path(stored)}

@@ -14,6 +14,11 @@ def add_verbs(verbs):
     importer.add_argument(
         "--tokenizer", help="a tokenizer that continues the model's own: adds rows for its new pieces"
     )
+    importer.add_argument(
+        "--base",
+        metavar="CHECKPOINT",
+        help="hf_dir is a PEFT adapter, and this is what import-hf made of its base model",
+    )
     importer.set_defaults(run=_import)
 
     exporter = verbs.add_parser("export-hf", help="a run or an imported checkpoint -> a Hugging Face directory")
@@ -25,6 +30,14 @@ def add_verbs(verbs):
         "--average", type=int, metavar="K", help="the mean of a run's K newest checkpoints (docs/merge.md)"
     )
     which.add_argument("--best", metavar="SUITE", help="the step that `eval RUN --suite SUITE --all` chose as the best")
+    exporter.add_argument(
+        "--adapter", action="store_true", help="of a run with lora: the adapter alone, for peft and vLLM, in float32"
+    )
+    exporter.add_argument(
+        "--base",
+        metavar="NAME",
+        help="the model that the adapter is loaded beside (default: what init_from was made of)",
+    )
     exporter.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     exporter.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of one file in GB (default: 5)")
     exporter.add_argument(
@@ -42,6 +55,16 @@ def add_verbs(verbs):
 
 
 def _import(a) -> int:
+    from pathlib import Path
+
+    from easylm_mling.errors import check
+
+    is_adapter = (Path(a.hf_dir) / "adapter_config.json").is_file()
+    if a.base or is_adapter:
+        check(is_adapter, f"--base is for a PEFT adapter, and {a.hf_dir} has no adapter_config.json; leave it out")
+        check(bool(a.base), f"{a.hf_dir} is a PEFT adapter; import its base model first, and name that with --base")
+        check(not (a.tokenizer or a.revision), "--tokenizer and --revision go with a model; leave them out")
+        return _import_adapter(a)
     from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, tokenizer_file
     from easylm_mling.data.tokenization.tokenizer import fingerprints
     from easylm_mling.hf.importing import import_hf
@@ -64,32 +87,48 @@ def _import(a) -> int:
     return 0
 
 
+def _import_adapter(a) -> int:
+    from easylm_mling.hf.peft import import_adapter
+
+    lora = import_adapter(a.hf_dir, a.checkpoint_dir, a.base)
+    print(
+        f"imported the adapter {a.hf_dir} of rank {lora.rank}, alpha {lora.alpha:g}, to {a.checkpoint_dir}, beside {a.base}"
+    )
+    print(f"begin with it: init_from={a.base} lora.init_from={a.checkpoint_dir} and the same lora.rank and lora.alpha")
+    return 0
+
+
 def _export(a) -> int:
     from easylm_mling.checkpoint.best import best_step
     from easylm_mling.checkpoint.layout import step_directory
-    from easylm_mling.errors import one_line
+    from easylm_mling.errors import check, one_line
     from easylm_mling.hf.exporting import export_hf, note_export
 
     wanted = best_step(a.checkpoint_dir, a.best) if a.best else a.step
     step = int(step_directory(a.checkpoint_dir, wanted).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
     merged, averaged = None, []
-    if a.average is not None:
+    dtype = a.dtype
+    if a.adapter:
+        warnings, dtype = _export_adapter(a, step), "float32"
+        what = f"the adapter of step {step}"
+    elif a.average is not None:
         merged, warnings = _export_average(a, shard_bytes, languages)
         averaged = [s.step for s in merged.sources[::-1] if s.step is not None]
         what = f"the mean of the steps {', '.join(map(str, averaged))}"
     else:
-        warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages)
+        check(a.base is None, "--base goes with --adapter; leave it out")
+        warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages, print)
         what = f"step {step}"
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, a.dtype, averaged) else "the run is being trained"
+        reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, dtype, averaged) else "the run is being trained"
     except OSError as error:  # a run of somebody else's, which may only be read; the export is whole
         reason = one_line(error)
     if reason:
         print(f"warning: the export is not noted in the run's metrics.jsonl: {reason}", file=sys.stderr)
-    print(f"exported {what} of {a.checkpoint_dir} in {a.dtype} to {a.hf_dir}")
+    print(f"exported {what} of {a.checkpoint_dir} in {dtype} to {a.hf_dir}")
     if a.verify:
         for line in _verify(a, step, merged):
             print(f"verified: {line}" if not line.startswith("not checked") else line)
@@ -98,6 +137,18 @@ def _export(a) -> int:
 
         print(f"uploaded to {push(a.hf_dir, a.push_to_hub)}")
     return 0
+
+
+def _export_adapter(a, step: int) -> list[str]:
+    from easylm_mling.errors import check
+    from easylm_mling.hf.peft import export_adapter
+
+    check(
+        a.average is None,
+        "--adapter writes the adapter of one step; leave out --average, or --adapter for a merged mean",
+    )
+    check(not a.language, "--language is for the card of a whole model; leave it out with --adapter")
+    return export_adapter(a.checkpoint_dir, a.hf_dir, step, a.base)
 
 
 def _export_average(a, shard_bytes: float, languages: tuple[str, ...]):
@@ -113,6 +164,10 @@ def _export_average(a, shard_bytes: float, languages: tuple[str, ...]):
 
 
 def _verify(a, step: int, merged) -> list[str]:
+    if a.adapter:
+        from easylm_mling.hf.peft import verify_adapter
+
+        return verify_adapter(a.checkpoint_dir, a.hf_dir, step)
     if merged is not None:
         from easylm_mling.merge.verify import verify_merge
 

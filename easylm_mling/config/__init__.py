@@ -9,6 +9,7 @@ from easylm_mling.config.basics import Duration, Setting
 from easylm_mling.config.conversations import ConversationConfig
 from easylm_mling.config.data import DataConfig, HubDataset, SourceConfig, StageConfig, WeightingConfig
 from easylm_mling.config.loading import build_key, from_tree, load, load_kept, load_mixer, to_yaml
+from easylm_mling.config.lora import PROJECTIONS, LoraConfig
 from easylm_mling.config.model import FAMILIES, ModelConfig, RopeScaling
 from easylm_mling.config.run import (
     CheckpointConfig,
@@ -26,6 +27,7 @@ from easylm_mling.errors import ConfigError, check
 
 __all__ = [
     "FAMILIES",
+    "PROJECTIONS",
     "REMAT_NAMES",
     "Change",
     "CheckpointConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "EvalConfig",
     "HubDataset",
     "Leaf",
+    "LoraConfig",
     "LogConfig",
     "MeshConfig",
     "MixerConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from easylm_mling.config.basics import setting
 from easylm_mling.config.data import DataConfig
+from easylm_mling.config.lora import LoraConfig
 from easylm_mling.config.model import ModelConfig
 from easylm_mling.config.step_tokens import StepTokens
 from easylm_mling.config.train import OptimizerConfig, TrainConfig
@@ -163,6 +164,9 @@ class RunConfig:
     data: DataConfig = setting(help="what is read, and in which order")
     train: TrainConfig = setting(help="how much is trained, and in which portions")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "AdamW and its learning-rate schedule")
+    lora: LoraConfig | None = setting(
+        None, "adapters beside frozen parameters (docs/tuning.md); null: every parameter is trained"
+    )
     mesh: MeshConfig = setting(MeshConfig(), "devices along each mesh axis", free=True)
     checkpoint: CheckpointConfig = setting(
         CheckpointConfig(), "when a checkpoint is written, and which are kept", free=True
@@ -194,6 +198,12 @@ class RunConfig:
             not self.budget_tokens or self.profile.window[1] <= self.total_steps,
             f"profile.steps={self.profile.steps} goes beyond the run ({self.total_steps} steps)",
         )
+        if self.lora:
+            self.lora.check_model(self.model)
+            check(
+                not self.train.layer_scalars,
+                "train.layer_scalars trains numbers of the base, which lora leaves as they are; leave one of them out",
+            )
         if self.optimizer.schedule == "wsd" and self.budget_tokens:
             check(
                 self.optimizer.decay.to_steps(self.tokens_per_step) <= self.total_steps,

@@ -45,7 +45,7 @@ class TrainConfig:
         (), "written by the run itself, from its checkpoint: the sizes before --change train.batch_size", free=True
     )
     accumulation_steps: int = setting(1, "microbatches of a batch, one after another", free=True)
-    seed: int = setting(0, "seed of freshly initialised parameters")
+    seed: int = setting(0, "seed of freshly initialised parameters, and of the dropout of adapters")
     compute_dtype: str = setting(
         "bfloat16",
         "dtype of activations and matrix products: bfloat16 or float32. Products in float32 keep every bit on TPUs and "

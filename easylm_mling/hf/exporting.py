@@ -20,12 +20,14 @@ from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
 from easylm_mling.errors import ConfigError
+from easylm_mling.hf.adapters import MergedTensors, base_directory
 from easylm_mling.hf.card import write_card
 from easylm_mling.hf.card_sections import Export
 from easylm_mling.hf.config import hf_config
 from easylm_mling.hf.generation_config import GENERATION, hf_generation_config
-from easylm_mling.hf.importing import DTYPES, INDEX
+from easylm_mling.hf.importing import INDEX
 from easylm_mling.hf.json_files import read_json, write_json
+from easylm_mling.hf.tensor_files import DTYPES
 from easylm_mling.hf.tokenizer import bos_seen, complete_tokenizer, own_tokenizer
 from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.monitoring.metrics import MetricsLog
@@ -55,11 +57,13 @@ def export_hf(
     max_shard_bytes: float = 5e9,
     name: str | None = None,
     languages: tuple[str, ...] = (),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Write the parameters at `step` (default: the newest) of a run or an imported checkpoint for transformers.
 
     Values are rounded to the nearest, ties to even. A tensor larger than `max_shard_bytes` gets a file of its own. The model
     card shows `name` (default: that of `hf_dir`), and `languages` (ISO 639 codes) beside those of the data's folders.
+    Adapters are merged into their base, and `tell` is called with a line for each kind of matrix: what rounding takes from them.
 
     Returns warnings, one line each. Raises ConfigError for an unknown dtype, a checkpoint that is missing or holds other
     shapes than its config, and an `hf_dir` with content.
@@ -79,6 +83,8 @@ def export_hf(
             partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages
         )
         write_shards(partial, shards, tag, read)
+    for line in read.effects() if isinstance(read, MergedTensors) else ():
+        tell(line)
     if {"tokenizer.model", "tokenizer.json"} & {*tokenizer_files}:
         return warnings
     return [
@@ -193,11 +199,14 @@ def shard_index(shards: dict[str, list[Tensor]]) -> dict:
 def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], Iterator[np.ndarray]]:
     """Return a function that yields a tensor of a checkpoint step in flat pieces, in order, rounded to `dtype`.
 
-    Raises ConfigError when a parameter has another shape than in `model`, cannot be read, or is not what was saved. The last
+    Of a step that holds adapters it yields the tensors of their base with the adapters added (MergedTensors). Raises ConfigError when a parameter has another shape than in `model`, cannot be read, or is not what was saved. The last
     shows only when all of its layers are read.
     """
+    info = load_info(step_dir.parent.parent, int(step_dir.name))
+    if base := base_directory(step_dir, info):
+        return MergedTensors(open_parameters(base, model, np.dtype(np.float32)), step_dir, dtype)
     stores = open_stores(step_dir, model)
-    saved = load_info(step_dir.parent.parent, int(step_dir.name)).get("digests", {})
+    saved = info.get("digests", {})
     digests = {path: Pieces() for path in stores}
 
     def read(tensor: Tensor) -> Iterator[np.ndarray]:

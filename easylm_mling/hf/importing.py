@@ -14,10 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.config import MeshConfig, ModelConfig, to_tree
@@ -28,6 +27,7 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.generation_config import GENERATION
 from easylm_mling.hf.hub import local_directory
 from easylm_mling.hf.json_files import read_json
+from easylm_mling.hf.tensor_files import DTYPES, check_header, open_file
 from easylm_mling.hf.vocabulary import extend_vocabulary
 from easylm_mling.model.params import Parameter, parameter_count, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
@@ -46,8 +46,6 @@ _MULTIMODAL = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
 _PIECE = 64_000_000  # bytes compared at a time
 _log = logging.getLogger(__name__)
 
-# Each of these widens to float32 exactly.
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 INDEX = "model.safetensors.index.json"
 
 
@@ -68,6 +66,8 @@ def import_hf(
     directory = local_directory(hf_dir, revision)
     source = {"name": str(hf_dir), "revision": revision, "hub": directory != Path(hf_dir)}
     model = model_config_from_hf(directory)
+    if "text_config" in read_json(directory / "config.json"):
+        source["multimodal"] = True
     weights = open_weights(directory, model)
     if tokenizer is not None:
         source["vocab_size"] = model.vocab_size
@@ -178,7 +178,7 @@ def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
                     f"{hf_dir / file}: unexpected tensor {stored}; these are not the weights of config.json"
                 )
             slices[name] = handle.get_slice(stored)
-            _check_header(hf_dir / file, stored, slices[name], accepted[name])
+            check_header(hf_dir / file, stored, slices[name], accepted[name])
     planned = {_text_name(stored, model): file for stored, file in placed.items()}
     for name in expected:
         if name not in planned:
@@ -259,7 +259,7 @@ def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
     """Open the one file or those of the index; returns them by name, and for each tensor the name of its file."""
     single, index = "model.safetensors", hf_dir / INDEX
     if (hf_dir / single).is_file():
-        handle = _open(hf_dir / single)
+        handle = open_file(hf_dir / single)
         return {single: handle}, dict.fromkeys(handle.keys(), single)
     if not index.is_file():
         raise ConfigError(f"{hf_dir}: neither {single} nor {INDEX} is here; convert the weights to safetensors first")
@@ -273,25 +273,7 @@ def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
             )
         if not (hf_dir / file).is_file():
             raise ConfigError(f"{hf_dir / file}: no such file, but {INDEX} places tensor {name} in it; download it")
-    return {file: _open(hf_dir / file) for file in sorted(set(placed.values()))}, placed
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ConfigError(f"{path}: damaged or cut short at {size} bytes ({error}); download it again") from None
-
-
-def _check_header(path: Path, name: str, header, shape: tuple[int, ...]):
-    stored, tag = tuple(header.get_shape()), header.get_dtype()
-    if stored != shape:
-        raise ConfigError(
-            f"{path}: tensor {name} has shape {stored}, but config.json says {shape}; use its own config.json"
-        )
-    if tag not in DTYPES:
-        raise ConfigError(f"{path}: tensor {name} has dtype {tag}; convert it to one of {', '.join(DTYPES)}")
+    return {file: open_file(hf_dir / file) for file in sorted(set(placed.values()))}, placed
 
 
 def _source_dtype(weights: dict[str, Any]) -> str:

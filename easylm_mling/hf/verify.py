@@ -19,7 +19,8 @@ from easylm_mling.config import MeshConfig, ModelConfig
 from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import open_parameters, plan_shards
-from easylm_mling.hf.importing import DTYPES, open_weights, read_params
+from easylm_mling.hf.importing import open_weights, read_params
+from easylm_mling.hf.tensor_files import DTYPES
 from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.params import parameter_count

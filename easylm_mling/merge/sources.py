@@ -81,7 +81,11 @@ def open_source(ref: ModelRef) -> Source:
     if ref.step is not None:
         raise ConfigError(f"{ref.text}: a step belongs to a run, and {ref.model} holds no checkpoints")
     if local.is_dir() and not (local / "config.json").is_file():
-        kind = "a PEFT adapter; merge it into its base model first" if (local / "adapter_config.json").is_file() else ""
+        kind = (
+            "a PEFT adapter; import it with `import-hf ADAPTER DIR --base`, and name DIR"
+            if (local / "adapter_config.json").is_file()
+            else ""
+        )
         raise ConfigError(f"{ref.model}: {kind or 'holds neither checkpoints nor a config.json, so it is no model'}")
     directory = local_directory(ref.model, ref.revision)
     model = model_config_from_hf(directory)

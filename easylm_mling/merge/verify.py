@@ -6,7 +6,8 @@ from pathlib import Path
 from easylm_mling.errors import VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
 from easylm_mling.hf.exporting import plan_shards
-from easylm_mling.hf.importing import DTYPES, open_weights
+from easylm_mling.hf.importing import open_weights
+from easylm_mling.hf.tensor_files import DTYPES
 from easylm_mling.hf.verify import one_bos, same_logits
 from easylm_mling.merge.opening import open_merge
 from easylm_mling.merge.recipe import MergeRecipe

@@ -9,7 +9,6 @@ from easylm_mling.data.tokenization.tokenizer import fingerprints
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.exporting import dtype_tag, plan_shards, write_settings, write_shards
 from easylm_mling.hf.importing import (
-    DTYPES,
     check_room,
     new_directory,
     open_weights,
@@ -17,6 +16,7 @@ from easylm_mling.hf.importing import (
     save_checkpoint,
     widest_mesh,
 )
+from easylm_mling.hf.tensor_files import DTYPES
 from easylm_mling.merge.card import record, title, write_merge_card
 from easylm_mling.merge.opening import Opened, open_merge
 from easylm_mling.merge.recipe import MergeRecipe

@@ -26,6 +26,7 @@ from easylm_mling.model.attention import attention, capped
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.layer import Hidden, Ids, KeysValues, Layer, kernel, norm, norm_weight
 from easylm_mling.model.layer_kinds import LayerKind, Run, layer_kinds, runs, stacks
+from easylm_mling.model.lora import Adapters, of_layer, stacked_adapters
 from easylm_mling.model.per_layer import PerLayerInputs
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.rotary import rotary_frequencies, scaled_frequencies
@@ -80,16 +81,29 @@ class Gemma(nnx.Module):
         """The output head: the embedding itself where the two are tied."""
         return self.embed_tokens[...] if self.config.tie_word_embeddings else self.lm_head[...]
 
-    def __call__(self, tokens: Ids, positions: Ids, segment_ids: Ids, options: ForwardOptions) -> Hidden:
+    def __call__(
+        self,
+        tokens: Ids,
+        positions: Ids,
+        segment_ids: Ids,
+        options: ForwardOptions,
+        adapters: Adapters | None = None,
+    ) -> Hidden:
         """Compute the final hidden states, in `options.dtype`. Positions count from 0 in each document."""
 
         def attend(q, k, v, window, cache):
             return options.attention(q, k, v, segment_ids, window, self.config.attn_logit_softcapping), cache, (k, v)
 
-        return self.run(tokens, positions, attend, None, options)[0]
+        return self.run(tokens, positions, attend, None, options, adapters)[0]
 
     def run(
-        self, tokens: Ids, positions: Ids, attend: Attend, caches: Any, options: ForwardOptions
+        self,
+        tokens: Ids,
+        positions: Ids,
+        attend: Attend,
+        caches: Any,
+        options: ForwardOptions,
+        adapters: Adapters | None = None,
     ) -> tuple[Hidden, Any]:
         """Compute the final hidden states with any `attend`, and the caches it returns.
 
@@ -103,18 +117,20 @@ class Gemma(nnx.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, dtype)
         frequencies = layer_frequencies(self.config)
 
-        def one_layer(given: dict, kind: LayerKind, carry, layer: Layer, cache, own_input):
-            x, shown = carry
+        def one_layer(given: dict, kind: LayerKind, carry, part: tuple[Layer, Any], cache, own_input):
+            (x, shown), (layer, beside) = carry, part
             reach = lambda q, k, v: attend(q, k, v, kind.window, cache)  # noqa: E731
-            x, cache, new = layer(x, positions, frequencies[kind.local], reach, given.get(kind.local), own_input)
+            own = of_layer(adapters, beside)
+            x, cache, new = layer(x, positions, frequencies[kind.local], reach, given.get(kind.local), own_input, own)
             return (x, {of: new if of == kind.local else old for of, old in shown.items()}), cache
 
         # Cast before the scans, so that stacked gradients are held in `dtype` too. Norms and biases (ndim 2) stay float32.
         layers = {stack: getattr(self, stack) for stack in stacks(self.config)}
         if not options.float32_reduction:
             layers = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, layers)
+        beside = stacked_adapters(self.config, adapters)
         scans = _scans(self.config, remat)
-        parts = cut(layers, [run for _, run in scans])
+        parts = cut({stack: (layers[stack], beside[stack]) for stack in layers}, [run for _, run in scans])
         inputs = [None] * len(scans)
         if self.config.hidden_size_per_layer_input:
             inputs = cut_by_layer(self.per_layer(tokens, x), [run for _, run in scans])

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 from easylm_mling.config import ModelConfig
-from easylm_mling.model.gated_mlp import activated, gated_down
+from easylm_mling.model.gated_mlp import activated, gated, gated_down
 from easylm_mling.model.layer_kinds import LayerKind
+from easylm_mling.model.lora import NONE, LayerAdapters
 from easylm_mling.model.projection import project
 from easylm_mling.model.rotary import rotary
 from easylm_mling.model.sharding import constrain
@@ -54,28 +55,29 @@ class Attention(nnx.Module):
         frequencies: Float32[Array, "_"],
         attend: LayerAttend,
         given: KeysValues | None,
+        adapters: LayerAdapters = NONE,
     ) -> tuple[Hidden, Any, KeysValues]:
         """Return the output, in x's dtype, and what `attend(q, k, v)` made of the cache and shows to later layers.
 
         `frequencies` are [H / 2]. A layer that shares an earlier one's keys and values attends to those, `given`.
         """
         m = self.config
-        q = project("btd,nhd->btnh", x, self.q_proj[...])
+        q = adapters.project("q_proj", "btd,nhd->btnh", x, self.q_proj[...])
         q = _add_bias(q, self.q_bias) if m.family.qkv_bias else q
         q = norm(q, self.q_norm, m) if m.family.qk_norm else q
         magnitude = m.rope_scaling.magnitude if m.rope_scaling else 1.0
         q = checkpoint_name(rotary(q, positions, frequencies, scale=magnitude * m.query_scale), "q")
-        k, v = given if given is not None else self._keys_values(x, positions, frequencies, magnitude)
+        k, v = given if given is not None else self._keys_values(x, positions, frequencies, magnitude, adapters)
         q = constrain(q, "batch", "position", "heads", "head_dim")
         context, cache, shown = attend(q, k, v)
         context = constrain(context, "batch", "position", "heads", "head_dim")
-        out = checkpoint_name(project("btnh,dnh->btd", context, self.o_proj[...]), "o")
+        out = checkpoint_name(adapters.project("o_proj", "btnh,dnh->btd", context, self.o_proj[...]), "o")
         return out, None if given is not None else cache, shown
 
-    def _keys_values(self, x: Hidden, positions: Ids, frequencies, magnitude: float) -> KeysValues:
+    def _keys_values(self, x: Hidden, positions: Ids, frequencies, magnitude, adapters: LayerAdapters) -> KeysValues:
         m = self.config
-        k = project("btd,khd->btkh", x, self.k_proj[...])
-        v = k if self.k_eq_v else project("btd,khd->btkh", x, self.v_proj[...])
+        k = adapters.project("k_proj", "btd,khd->btkh", x, self.k_proj[...])
+        v = k if self.k_eq_v else adapters.project("v_proj", "btd,khd->btkh", x, self.v_proj[...])
         if m.family.qkv_bias:
             k, v = _add_bias(k, self.k_bias), _add_bias(v, self.v_bias)
         if m.family.qk_norm:
@@ -98,12 +100,14 @@ class MLP(nnx.Module):
         self.down_proj = kernel(kd, (m.hidden_size, width), m)
         self.activation = nnx.static(m.family.activation)
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Hidden, adapters: LayerAdapters = NONE) -> Hidden:
         """Return the output, in x's dtype."""
-        gate = checkpoint_name(project("btd,fd->btf", x, self.gate_proj[...]), "gate")
-        up = checkpoint_name(project("btd,fd->btf", x, self.up_proj[...]), "up")
+        gate = checkpoint_name(adapters.project("gate_proj", "btd,fd->btf", x, self.gate_proj[...]), "gate")
+        up = checkpoint_name(adapters.project("up_proj", "btd,fd->btf", x, self.up_proj[...]), "up")
         gate, up = (constrain(part, "batch", "position", "mlp") for part in (gate, up))
-        return gated_down(gate, up, self.down_proj[...], self.activation)
+        if "down_proj" not in adapters:
+            return gated_down(gate, up, self.down_proj[...], self.activation)
+        return adapters.project("down_proj", "btf,df->btd", gated(gate, up, self.activation), self.down_proj[...])
 
 
 class Layer(nnx.Module):
@@ -135,21 +139,23 @@ class Layer(nnx.Module):
         attend: LayerAttend,
         given: KeysValues | None = None,
         own_input: Float[Array, "B T P"] | None = None,
+        adapters: LayerAdapters = NONE,
     ) -> tuple[Hidden, Any, KeysValues]:
         """Return the residual stream behind this layer, and what `Attention` returns; arguments as of it.
 
-        `own_input` is this layer's per-layer embedding, in models that have them.
+        `own_input` is this layer's per-layer embedding, in models that have them, and `adapters` are its own.
         """
         m = self.config
         x = constrain(x, "batch", "position", "activation_embed")
         normed = norm(x, self.input_layernorm, m)
-        attended, cache, shown = self.self_attn(normed, positions, frequencies, attend, given)
+        attended, cache, shown = self.self_attn(normed, positions, frequencies, attend, given, adapters)
         if m.family.post_norms:
             x = x + norm(attended, self.post_attention_layernorm, m)
-            x = x + norm(self.mlp(norm(x, self.pre_feedforward_layernorm, m)), self.post_feedforward_layernorm, m)
+            through = self.mlp(norm(x, self.pre_feedforward_layernorm, m), adapters)
+            x = x + norm(through, self.post_feedforward_layernorm, m)
         else:
             x = x + attended
-            x = x + self.mlp(norm(x, self.post_attention_layernorm, m))
+            x = x + self.mlp(norm(x, self.post_attention_layernorm, m), adapters)
         if own_input is not None:
             gate = project("btd,pd->btp", x, self.per_layer_input_gate[...])
             out = project(

@@ -1,6 +1,7 @@
 """The parameter table: one row for every parameter, and nothing about it anywhere else.
 
-Axis letters: L layers of a stack, V vocabulary, D embed, F mlp, N query heads, K key/value heads, H head_dim.
+Axis letters: L layers of a stack, V vocabulary, D embed, F mlp, N query heads, K key/value heads, H head_dim,
+R rank of an adapter.
 
 Kernels keep the orientation of Hugging Face's Linear weights, (out, in), with the heads as an axis of their own.
 A Hugging Face tensor is therefore a plain reshape of one layer's slice: import and export copy bytes.
@@ -9,8 +10,11 @@ A Hugging Face tensor is therefore a plain reshape of one layer's slice: import 
 import math
 from dataclasses import dataclass, replace
 
-from easylm_mling.config import ModelConfig
+from easylm_mling.config import LoraConfig, ModelConfig
 from easylm_mling.model.layer_kinds import LayerKind, layer_kinds, stacks
+
+# The subtree of adapters in a tree of parameters.
+ADAPTERS = "lora"
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,38 @@ def _layer_rows(m: ModelConfig, layer: LayerKind, numbers: tuple[int, ...]) -> l
     return rows
 
 
+def adapter_table(m: ModelConfig, lora: LoraConfig) -> list[Parameter]:
+    """List the factors of every adapter (model/lora.py), A before B; the names are PEFT's, in its order of shapes.
+
+    Beside a kernel (out, in) stand A (R, in) and B (out, R), with the heads as an axis of their own where the kernel has it.
+    Their long sides are cut over fsdp, as the kernel is, also where that side of the kernel is not.
+    """
+    cut, rows = {"head_dim": "adapter_head_dim", "mlp": "adapter_mlp"}, []
+    for p in parameter_table(m):
+        stack, name = p.path.partition(".")[0], p.path.rpartition(".")[2]
+        if not p.stacked or name not in lora.projections:
+            continue
+        # Of o_proj and down_proj the first axis is the output, of the others all but the last are.
+        first = 2 if p.axes[1] == "embed" else len(p.axes) - 1
+        axes = tuple(cut.get(axis, axis) for axis in p.axes)
+        of_a = (len(p.layers), lora.rank, *p.shape[first:]), ("layers", "rank", *axes[first:])
+        of_b = (*p.shape[:first], lora.rank), (*axes[:first], "rank")
+        stem, (out, into) = f"base_model.model.{p.hf_name.removesuffix('.weight')}", p.hf_shape
+        for factor, (shape, logical), hf_shape in (("A", of_a, (lora.rank, into)), ("B", of_b, (out, lora.rank))):
+            path = f"{ADAPTERS}.{stack}.{name}.{factor.lower()}"
+            hf_name = f"{stem}.lora_{factor}.weight"
+            rows.append(Parameter(path, shape, logical, hf_name, hf_shape, "kernel", p.layers))
+    return rows
+
+
 def parameter_count(m: ModelConfig) -> int:
     """Count the elements of all parameters."""
     return sum(math.prod(p.shape) for p in parameter_table(m))
+
+
+def trained_count(m: ModelConfig, lora: LoraConfig | None) -> int:
+    """Count the elements that are trained: of the adapters, or of all parameters without them."""
+    return sum(math.prod(p.shape) for p in adapter_table(m, lora)) if lora else parameter_count(m)
 
 
 def to_nested(flat: dict) -> dict:

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from easylm_mling.config import MeshConfig, ModelConfig, RunConfig
+from easylm_mling.config import LoraConfig, MeshConfig, ModelConfig, RunConfig
 from easylm_mling.errors import ConfigError
-from easylm_mling.model.params import parameter_table, to_nested
+from easylm_mling.model.layer_kinds import layer_kinds
+from easylm_mling.model.params import Parameter, adapter_table, parameter_table, to_nested
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -28,6 +29,10 @@ RULES = {
     "per_layer": None,
     "scalar": None,
     "head_dim": None,
+    "rank": None,
+    # The long sides of adapters, cut over fsdp, too: they are gathered with the kernel that they stand beside.
+    "adapter_head_dim": "fsdp",
+    "adapter_mlp": ("tensor", "fsdp"),
     "layers": None,
     # Activations keep their feature and position axes whole; only parameters are cut along `embed`.
     "activation_embed": None,
@@ -56,12 +61,21 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def rules_for(model: ModelConfig, mesh: Mesh) -> dict:
-    """Return RULES for this model. Key/value heads that are fewer than the tensor shards lie whole on each."""
+    """Return RULES for this model. Key/value heads that are fewer than the tensor shards lie whole on each.
+
+    So does a side of an adapter that the fsdp shards do not divide: it is small.
+    """
     heads = {
         "kv_heads": model.num_key_value_heads,
         "global_kv_heads": model.num_global_key_value_heads or model.num_key_value_heads,
     }
-    return RULES | {axis: None for axis, count in heads.items() if count < mesh.shape["tensor"]}
+    kinds, fsdp, tensor = layer_kinds(model), mesh.shape["fsdp"], mesh.shape["tensor"]
+    whole: dict = {axis: None for axis, count in heads.items() if count < tensor}
+    if any(kind.head_dim % fsdp for kind in kinds):
+        whole["adapter_head_dim"] = None
+    if any(kind.mlp_width % (tensor * fsdp) for kind in kinds):
+        whole["adapter_mlp"] = "tensor"
+    return RULES | whole
 
 
 def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str) -> PartitionSpec:
@@ -85,13 +99,17 @@ def partition_spec(axes: tuple, shape: tuple, mesh: Mesh, rules: dict, name: str
 
 def parameter_shardings(model: ModelConfig, mesh: Mesh) -> dict:
     """Return a nested dict with the NamedSharding of each parameter; raises ConfigError as `partition_spec`."""
+    return _placed(parameter_table(model), model, mesh)
+
+
+def adapter_shardings(model: ModelConfig, lora: LoraConfig, mesh: Mesh) -> dict:
+    """Return a nested dict with the NamedSharding of each factor of an adapter, as `parameter_shardings`."""
+    return _placed(adapter_table(model, lora), model, mesh)
+
+
+def _placed(table: list[Parameter], model: ModelConfig, mesh: Mesh) -> dict:
     rules = rules_for(model, mesh)
-    return to_nested(
-        {
-            p.path: NamedSharding(mesh, partition_spec(p.axes, p.shape, mesh, rules, p.path))
-            for p in parameter_table(model)
-        }
-    )
+    return to_nested({p.path: NamedSharding(mesh, partition_spec(p.axes, p.shape, mesh, rules, p.path)) for p in table})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -123,6 +141,8 @@ def check_run(config: RunConfig, mesh: Mesh):
             f"x mesh.fsdp; use a multiple of {shards * config.train.accumulation_steps} for train.batch_size"
         )
     parameter_shardings(config.model, mesh)
+    if config.lora:
+        adapter_shardings(config.model, config.lora, mesh)
 
 
 def constrain(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:

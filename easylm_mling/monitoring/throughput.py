@@ -75,4 +75,4 @@ class Throughput:
 
 def step_flops_per_chip(config: RunConfig, chips: float) -> float:
     """FLOPs that the model needs in one step, a chip."""
-    return model_flops(config.model, config.data.sequence_length) * config.train.batch_size / chips
+    return model_flops(config.model, config.data.sequence_length, config.lora) * config.train.batch_size / chips

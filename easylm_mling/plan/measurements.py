@@ -66,7 +66,7 @@ class MeasurementCache:
         tree = to_tree(config)
         train = {k: v for k, v in step_settings(config.train).items() if k not in _OF_THE_WHOLE_RUN}
         data = [tree["data"]["sequence_length"], len(tree["data"]["sources"])]
-        part = [tree["model"], train, tree["optimizer"], tree["mesh"], data, self.code]
+        part = [tree["model"], train, tree["optimizer"], tree["mesh"], tree["lora"], data, self.code]
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
     def measure(self, configs: list[RunConfig], console: Console, print_lines: bool = True):

@@ -2,7 +2,7 @@
 
 from easylm_mling.config import RunConfig
 from easylm_mling.model.flops import model_flops
-from easylm_mling.model.params import parameter_count
+from easylm_mling.model.params import trained_count
 from easylm_mling.plan.kernels import LIKE
 from easylm_mling.plan.schedule import HOST_BYTES
 from easylm_mling.plan.slices import Slice, slice_of
@@ -22,10 +22,10 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
     hidden = times["matrix"] + times["other"] + times["attention"]
     paid = hidden + times["waiting"]
     step = factor * paid
-    needed_flops = model_flops(config.model, T) * rows / target.devices  # a step and device
+    needed_flops = model_flops(config.model, T, config.lora) * rows / target.devices  # a step and device
     seconds = step * config.total_steps
     chip_hours = seconds / 3600 * target.chips
-    state = 12 * parameter_count(config.model)
+    state = 12 * trained_count(config.model, config.lora)
     rate = config.tokens_per_step / step
     available = target.chip.hbm_bytes
     return {

@@ -36,7 +36,7 @@ class Evaluations:
             if self._done.get(what) == step:
                 continue
             with self.monitor.throughput.pausing() as pause:
-                result = self._measure(what, state.params)
+                result = self._measure(what, state.weights)
             told = self.monitor.scored if what == TASKS else self.monitor.evaluated
             told(step, result, pause.seconds)
             self._done[what] = step

@@ -60,6 +60,8 @@ class ReplayCheck:
 def _program(config: RunConfig, mesh: Mesh, batches: dict) -> str:
     """A digest of all that a step's bits may depend on: only steps of the same program are compared."""
     parts = {name: asdict(getattr(config, name)) for name in ("model", "data", "optimizer")}
+    if config.lora:
+        parts["lora"] = asdict(config.lora)
     device = mesh.devices.flat[0]
     # On the CPU a process that joined others, or itself, sums in another order than one on its own.
     where = {"mesh": dict(mesh.shape), "device": device.device_kind, "joined": jax.distributed.is_initialized()}

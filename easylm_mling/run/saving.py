@@ -2,6 +2,7 @@
 
 import jax
 
+from easylm_mling.checkpoint.base import Base
 from easylm_mling.checkpoint.checkpoint import Checkpoints, SaveResult
 from easylm_mling.config import RunConfig, to_tree
 from easylm_mling.data.loader import Loader
@@ -37,10 +38,11 @@ class Saver:
         loader: Loader,
         monitor: Monitor,
         rewinds: int,
+        base: Base | None = None,
     ):
-        """`rewinds`: how many the run had (run/rewind.py)."""
+        """`rewinds`: how many the run had (run/rewind.py). `base`: of the adapters that it trains."""
         self._config, self._checkpoints, self._data = config, checkpoints, data
-        self._loader, self._monitor, self._rewinds = loader, monitor, rewinds
+        self._loader, self._monitor, self._rewinds, self._base = loader, monitor, rewinds, base
         # The save under way that is not yet reported: how long it held up the loop, in seconds, and its bytes.
         self._unreported: tuple[float, int] | None = None
 
@@ -65,7 +67,8 @@ class Saver:
             while last and result.begun and not result.ok and checkpoints.failed_in_a_row < most:
                 self._report(result)
                 result = self._attempt(state, data_state, last)
-        self._unreported = pause.seconds, sum(leaf.nbytes for leaf in jax.tree.leaves((state, data_state)))
+        saved = jax.tree.leaves((state._replace(frozen={}), data_state))
+        self._unreported = pause.seconds, sum(leaf.nbytes for leaf in saved)
         if last or not result.ok:
             self._report(result)
         if not result.ok and (last or checkpoints.failed_in_a_row >= most):
@@ -88,6 +91,8 @@ class Saver:
             problem = one_line(error)
         info |= {**self._data.fingerprints, "estimates": self._data.estimates_digest}
         info["tokenizer_beside"] = self._data.beside
+        if self._base:
+            info["base"] = self._base._asdict()
         return self._checkpoints.save(state, data_state._asdict(), info, problem=problem, wait=wait)
 
     def _report(self, result: SaveResult | None):

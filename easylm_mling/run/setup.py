@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from easylm_mling.checkpoint.base import Base
 from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.checkpoint.layout import checkpoints_folder, newest_step
 from easylm_mling.checkpoint.parameters import check_same_shapes, load_params
@@ -28,6 +29,7 @@ from easylm_mling.run.changes import BATCH_SIZE, change_text, check_changes, pas
 from easylm_mling.run.data import RunData, is_of_other_data, open_catalog
 from easylm_mling.run.directory import RunDirectory
 from easylm_mling.run.epochs import with_counted_epochs
+from easylm_mling.run.frozen import base_of_run, check_base, load_frozen, start_adapters
 from easylm_mling.run.host_sync import own_lanes
 from easylm_mling.run.rewind import batches_to_skip
 from easylm_mling.run.starting_model import check_start
@@ -71,6 +73,7 @@ def open_run(
     check_run(config, mesh)
     own_lanes(config, mesh)
     config = with_chosen_remat(config, run, console)
+    check_base(config, run.name)
     if config.init_from and not newest_step(run.name):
         check_same_shapes(config.init_from, abstract_params(config.model, mesh))
         check_start(config, tokenizer.fingerprint, override_model)
@@ -94,13 +97,17 @@ class OtherPast(NamedTuple):
     config: RunConfig  # what goes on from that step
 
 
-def restore_or_init(
-    config, mesh, checkpoints: Checkpoints, data: RunData, console
-) -> tuple[TrainState, DataState | None, int] | OtherPast:
-    """The newest checkpoint's state on this mesh and its data state, or a fresh state (from `init_from` if given) and None.
+class Start(NamedTuple):
+    """What a process of a run goes on with."""
 
-    The third value is the number of batches to leave out now, after a rewind to this very checkpoint. Collective.
-    """
+    state: TrainState
+    data_state: DataState | None  # None: the run begins
+    skip: int  # batches to leave out now, after a rewind to this very checkpoint
+    base: Base | None  # of adapters
+
+
+def restore_or_init(config, mesh, checkpoints: Checkpoints, data: RunData, console) -> Start | OtherPast:
+    """The newest checkpoint's state on this mesh, or a fresh state (from `init_from` if given). Collective."""
     shardings = state_shardings(config, mesh)
     if restored := checkpoints.restore_newest(abstract_state(config, mesh)):
         for step, wrong in restored.damaged:
@@ -112,15 +119,29 @@ def restore_or_init(
         news += [change_text(c) for c in past_changes(data.run.history_file) if c["step"] == restored.step]
         for line in (f"resumed from the checkpoint of step {restored.step}", *news):
             say(console, line)
-        return restored.state, data_state, batches_to_skip(data.run, restored.step, restored.info)
+        base = base_of_run(config, restored.info)
+        frozen = load_frozen(config, mesh, base) if base else {}
+        skip = batches_to_skip(data.run, restored.step, restored.info)
+        return Start(restored.state._replace(frozen=frozen), data_state, skip, base)
     _check_none_is_missing(data.run)
+    if base := base_of_run(config, {}):
+        begin = jax.jit(
+            partial(init_state, config=config), out_shardings=shardings._replace(frozen={}), donate_argnums=0
+        )
+        state = begin(start_adapters(config, mesh))._replace(frozen=load_frozen(config, mesh, base))
+        adapters = f"adapters of {config.lora.init_from}" if config.lora.init_from else "fresh adapters"
+        say(
+            console, f"{adapters} beside the parameters of step {base.step} in {base.init_from}, which stay as they are"
+        )
+        return Start(state, None, 0, base)
     if config.init_from:
         abstract = abstract_params(config.model, mesh)
         params = load_params(config.init_from, abstract)
         say(console, f"parameters taken from {config.init_from}")
-        return jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)(params), None, 0
+        begin = jax.jit(partial(init_state, config=config), out_shardings=shardings, donate_argnums=0)
+        return Start(begin(params), None, 0, None)
     fresh = jax.jit(lambda: init_state(init_params(config.model, config.train.seed), config), out_shardings=shardings)
-    return fresh(), None, 0
+    return Start(fresh(), None, 0, None)
 
 
 def record_other_past(run: RunDirectory, past: OtherPast):

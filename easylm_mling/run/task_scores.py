@@ -70,9 +70,9 @@ class TaskScores:
         return batches_of(rows, _BATCH_TOKENS * shards, shards)
 
     def __call__(self, params: dict, mesh: Mesh) -> dict:
-        """Return the scores of these parameters as items.score_items has them; {} but in the primary process. Collective."""
-        model = self._config.model
-        scorer = Scorer(model_graph(model), params, model, mesh, self._config.train.compute_dtype)
+        """Return the scores of these weights (TrainState's) as items.score_items has them; {} but in the primary process. Collective."""
+        config = self._config
+        scorer = Scorer(model_graph(config.model), params, config.model, mesh, config.train.compute_dtype, config.lora)
         found: dict[int, tuple[float, bool]] = {}
         for rows in self._batches(scorer.shards):
             found |= scorer.answers(rows)

@@ -151,7 +151,7 @@ def run_process(
         if isinstance(start, OtherPast):
             record_other_past(run, start)
             return Outcome(start.step, None, CONTINUE, begin_again=True)
-        state, data_state, skip = start
+        state, data_state, skip, base = start
         if data_state is not None:
             monitor.restored(int(state.step), time.monotonic() - begun)
             changed = [change_text(c) for c in past_changes(run.history_file) if c["step"] == int(state.step)]
@@ -163,7 +163,7 @@ def run_process(
                 mesh=mesh,
                 data=data,
                 loader=loader,
-                saver=Saver(config, checkpoints, data, loader, monitor, count_rewinds(run)),
+                saver=Saver(config, checkpoints, data, loader, monitor, count_rewinds(run), base),
                 evaluations=Evaluations(
                     config, mesh, Validation(config, data.catalog, tokenizer, mesh), tasks, monitor
                 ),

@@ -15,8 +15,11 @@ from easylm_mling.model.attention import capped
 from easylm_mling.model.sharding import BATCH_AXES
 from easylm_mling.training.head_shards import ALONE, HeadShards
 
+# What is differentiated: a head that is not trained needs no gradient, and so none is computed.
+NOTHING, HIDDEN, BOTH = range(3)
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
@@ -25,6 +28,7 @@ def cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
+    frozen_head: bool = False,
 ) -> tuple[Float32[Array, ""], Float32[Array, " B"], Float32[Array, " B"]]:
     """Returns (total, cross entropy, z-loss): sums over positions, which the caller divides by counts.
 
@@ -32,35 +36,36 @@ def cross_entropy(
     times the squared log-normaliser (PaLM, section 5) keeps logits from drifting; the two losses stay apart so that cross
     entropies can be compared.
 
-    Only the total can be differentiated, with respect to `hidden` and `head`. The forward pass computes the gradient up to
+    Only the total can be differentiated, with respect to `hidden` and, unless `frozen_head`, `head`. The forward pass computes the gradient up to
     the cotangent while it holds a chunk's logits, so no logits are computed twice (as in Liger Kernel, Hsu 2024). All sums
     over chunks and devices are float32, whatever the dtype of `hidden`.
     """
-    return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, False)[0]
+    return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, NOTHING)[0]
 
 
-def _forward(hidden, head, targets, mask, chunk, z_loss, soft_cap):
-    return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, True)
+def _forward(hidden, head, targets, mask, chunk, z_loss, soft_cap, frozen_head):
+    return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, HIDDEN if frozen_head else BOTH)
 
 
-def _backward(chunk, z_loss, soft_cap, gradients, cotangents):
+def _backward(chunk, z_loss, soft_cap, frozen_head, gradients, cotangents):
     grad_hidden, grad_head = gradients
     factor = cotangents[0]
-    return factor.astype(grad_hidden.dtype) * grad_hidden, factor * grad_head, None, None
+    return factor.astype(grad_hidden.dtype) * grad_hidden, None if frozen_head else factor * grad_head, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate: bool):
-    """((total, cross entropy, z-loss), (gradient of hidden, of head) if `differentiate`)."""
+def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate: int):
+    """((total, cross entropy, z-loss), (gradient of hidden, of head) as far as `differentiate` says, else None)."""
     assert targets.shape == mask.shape == hidden.shape[:2], (hidden.shape, targets.shape, mask.shape)
     B, T, _ = hidden.shape
     run: Any = partial(_chunks, chunk=min(chunk, T), z_loss=z_loss, soft_cap=soft_cap, differentiate=differentiate)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         (entropy, z), gradients = run(hidden, head.astype(hidden.dtype).T, targets, mask, ALONE)
-        gradients = gradients and (gradients[0], gradients[1].T.astype(head.dtype))
+        if differentiate == BOTH:
+            gradients = gradients[0], gradients[1].T.astype(head.dtype)
         return (jnp.sum(entropy) + jnp.sum(z), entropy, z), gradients
     rows_here = B // (mesh.shape["data"] * mesh.shape["fsdp"])
     shards = HeadShards.on(mesh, rows_here * T, head.shape[0])
@@ -71,13 +76,16 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
         sums, gradients = run(hidden, part, targets, mask, shards)
         if not differentiate:
             return sums, None
+        if differentiate == HIDDEN:
+            return sums, gradients
         grad_hidden, grad_head = gradients
         grad_head = jax.lax.psum(shards.scatter_head_gradient(grad_head).T.astype(head.dtype), "data")
         # The layers' backward pass comes after this, so that it does not find the head's gradient in memory.
         return sums, jax.lax.optimization_barrier((grad_hidden, grad_head))
 
     rows, columns = PartitionSpec(BATCH_AXES), PartitionSpec("tensor", "fsdp")
-    specs = ((rows, columns, rows, rows), ((rows, rows), (rows, columns) if differentiate else None))
+    of_gradients = {NOTHING: None, HIDDEN: (rows, None), BOTH: (rows, columns)}[differentiate]
+    specs = ((rows, columns, rows, rows), ((rows, rows), of_gradients))
     (entropy, z), gradients = jax.shard_map(on_each_device, in_specs=specs[0], out_specs=specs[1], check_vma=False)(
         hidden, head, targets, mask
     )
@@ -120,7 +128,8 @@ def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, s
             slope *= 1.0 - jnp.square(scores / soft_cap)
         # Once, and not in the input of each of the two products that follow.
         slope = jax.lax.optimization_barrier(slope.astype(h.dtype))
-        grad_head += jnp.einsum("bcd,bcv->dv", h, slope, preferred_element_type=jnp.float32)
+        if differentiate == BOTH:
+            grad_head += jnp.einsum("bcd,bcv->dv", h, slope, preferred_element_type=jnp.float32)
         grad_hidden = jnp.einsum("bcv,dv->bcd", slope, head, preferred_element_type=jnp.float32)
         return ((entropy, z), grad_head), shards.sum_own_rows(grad_hidden).astype(h.dtype)
 
@@ -128,12 +137,13 @@ def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, s
         return jnp.moveaxis(x.reshape(x.shape[0], (T + padding) // chunk, chunk, *x.shape[2:]), 1, 0)
 
     zero = jnp.zeros((targets.shape[0],), jnp.float32)
-    start = (zero, zero), jnp.zeros(head.shape, jnp.float32) if differentiate else None
+    start = (zero, zero), jnp.zeros(head.shape, jnp.float32) if differentiate == BOTH else None
     (sums, grad_head), grad_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
     sums = tuple(shards.own_rows(s) for s in sums)
     if not differentiate:
         return sums, None
-    assert grad_hidden is not None and grad_head is not None
-    # XLA for CPUs would put the transposition that follows into the product of a single chunk, and then has no code for it.
-    grad_head = jax.lax.optimization_barrier(grad_head)
+    assert grad_hidden is not None
+    if grad_head is not None:
+        # XLA for CPUs would put the transposition that follows into the product of a single chunk, and then has no code for it.
+        grad_head = jax.lax.optimization_barrier(grad_head)
     return sums, (jnp.moveaxis(grad_hidden, 0, 1).reshape(B, T + padding, D)[:, :T], grad_head)

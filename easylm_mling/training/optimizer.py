@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, PyTree
 
-from easylm_mling.config import ModelConfig, OptimizerConfig, StepTokens
+from easylm_mling.config import LoraConfig, ModelConfig, OptimizerConfig, StepTokens
 from easylm_mling.model.params import parameter_table, to_nested
 
 
@@ -51,11 +51,14 @@ def _steps_since(tokens: StepTokens, first: int, count: ArrayLike) -> Float32[Ar
     return since
 
 
-def make_optimizer(o: OptimizerConfig, m: ModelConfig) -> optax.GradientTransformation:
-    """The direction of an AdamW update, before the learning rate (Loshchilov and Hutter 2019, decoupled decay)."""
+def make_optimizer(o: OptimizerConfig, m: ModelConfig, lora: LoraConfig | None = None) -> optax.GradientTransformation:
+    """The direction of an AdamW update, before the learning rate (Loshchilov and Hutter 2019, decoupled decay).
+
+    Of adapters both factors are decayed, as in PEFT with AdamW.
+    """
     return optax.chain(
         optax.scale_by_adam(o.beta1, o.beta2, o.epsilon, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(o.weight_decay, mask=decay_mask(o, m)),
+        optax.add_decayed_weights(o.weight_decay, mask=None if lora else decay_mask(o, m)),
     )
 
 

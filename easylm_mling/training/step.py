@@ -18,21 +18,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
-from easylm_mling.config import RunConfig, TrainConfig
+from easylm_mling.config import LoraConfig, RunConfig, TrainConfig
 from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
 from easylm_mling.model.attention import cudnn_attention
 from easylm_mling.model.decoder import ForwardOptions
 from easylm_mling.model.layer_kinds import layer_kinds
-from easylm_mling.model.params import parameter_table, to_flat, to_nested
+from easylm_mling.model.lora import Adapters, dropout_key
+from easylm_mling.model.params import ADAPTERS, parameter_table, to_flat, to_nested
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
-from easylm_mling.model.sharding import batch_sharding, parameter_shardings, replicated
+from easylm_mling.model.sharding import batch_sharding, replicated
 from easylm_mling.model.splash_attention import runs_on, splash_attention
 from easylm_mling.training.loss import cross_entropy
 from easylm_mling.training.optimizer import clip_by_global_norm, make_optimizer, make_schedule
 from easylm_mling.training.spike_guard import ACCEPTED, SPIKE, judge
-from easylm_mling.training.state import TrainState, model_graph, state_shardings
+from easylm_mling.training.state import (
+    TrainState,
+    model_graph,
+    state_shardings,
+    trained_shardings,
+    weights_shardings,
+)
 from easylm_mling.training.xla_flags import compiler_flags
 
 SourceSums = tuple[Float32[Array, " S"], Float32[Array, " S"]]
@@ -50,6 +57,7 @@ class StepConfig:
     sources: int  # how many losses are summed apart: `source` in a batch counts up to it
     attention: Callable  # as model/attention.py's
     frozen: frozenset[str]  # paths of parameters that are not trained
+    lora: LoraConfig | None = None
 
     @property
     def forward(self) -> ForwardOptions:
@@ -63,12 +71,13 @@ def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
     return StepConfig(
         graph=model_graph(config.model),
         train=config.train,
-        optimizer=make_optimizer(config.optimizer, config.model),
+        optimizer=make_optimizer(config.optimizer, config.model, config.lora),
         schedule=make_schedule(config.optimizer, config.total_steps, config.step_tokens),
         clip_norm=config.optimizer.clip_norm,
         sources=len(config.data.sources),
         attention=attention_on(config, mesh),
         frozen=frozen(config),
+        lora=config.lora,
     )
 
 
@@ -78,14 +87,21 @@ def frozen(config: RunConfig) -> frozenset[str]:
     return frozenset() if config.train.layer_scalars else frozenset(scalars)
 
 
-def batch_loss(params: dict, batch: dict, c: StepConfig) -> tuple[Float32[Array, ""], SourceSums]:
-    """The sum to differentiate, and (cross entropy, target count) summed for each source."""
-    held = {path: jax.lax.stop_gradient(a) if path in c.frozen else a for path, a in to_flat(params).items()}
+def batch_loss(
+    weights: dict, batch: dict, c: StepConfig, dropout: jax.Array | None = None
+) -> tuple[Float32[Array, ""], SourceSums]:
+    """The sum to differentiate, and (cross entropy, target count) summed for each source.
+
+    `weights` are TrainState's, and `dropout` is the key of the adapters' dropout: None for none.
+    """
+    base = {name: tree for name, tree in weights.items() if name != ADAPTERS}
+    held = {path: jax.lax.stop_gradient(a) if path in c.frozen else a for path, a in to_flat(base).items()}
     model = nnx.merge(c.graph, to_nested(held))
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward)
-    cap = model.config.final_logit_softcapping
+    adapters = Adapters(c.lora, weights[ADAPTERS], dropout) if c.lora else None
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward, adapters)
+    cap, frozen_head = model.config.final_logit_softcapping, c.lora is not None
     total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, model.head, batch["targets"], batch["loss_mask"], c.train.loss_chunk, c.train.z_loss, cap
+        hidden, model.head, batch["targets"], batch["loss_mask"], c.train.loss_chunk, c.train.z_loss, cap, frozen_head
     )
     by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=c.sources)
     return total, (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
@@ -101,13 +117,16 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
     # Microbatch a takes every A-th row, so that each device works on the rows it already holds.
     microbatches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // A, A, *x.shape[1:]), 1, 0), batch)
 
-    def accumulate(carry, microbatch):
-        (_, sums), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params, microbatch, c)
+    def accumulate(carry, numbered):
+        number, microbatch = numbered
+        key = dropout_key(c.train.seed, state.step, number) if c.lora and c.lora.dropout else None
+        loss = lambda params: batch_loss({**state.frozen, **params}, microbatch, c, key)  # noqa: E731
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         return jax.tree.map(jnp.add, carry, (gradient, sums)), None
 
     nothing = (jax.tree.map(jnp.zeros_like, state.params), (jnp.zeros((c.sources,)), jnp.zeros((c.sources,))))
     with products_in(c.train.compute_dtype):
-        (gradient, (loss_sum, loss_count)), _ = jax.lax.scan(accumulate, nothing, microbatches)
+        (gradient, (loss_sum, loss_count)), _ = jax.lax.scan(accumulate, nothing, (jnp.arange(A), microbatches))
 
     total = jnp.maximum(jnp.sum(loss_count), 1.0)
     gradient, norm = clip_by_global_norm(jax.tree.map(lambda g: g / total, gradient), c.clip_norm)
@@ -126,6 +145,7 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
         skipped_in_a_row=jnp.where(accepted, 0, state.skipped_in_a_row + 1),
         spikes=state.spikes + (verdict == SPIKE),
         recent=recent,
+        frozen=state.frozen,
     )
     return new_state, {
         "loss_sum": loss_sum,
@@ -140,10 +160,10 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
     }
 
 
-def eval_step(params: dict, batch: dict, *, c: StepConfig) -> SourceSums:
+def eval_step(weights: dict, batch: dict, *, c: StepConfig) -> SourceSums:
     """(cross entropy, target count) summed for each source."""
     with products_in(c.train.compute_dtype):
-        return batch_loss(params, batch, c)[1]
+        return batch_loss(weights, batch, c)[1]
 
 
 def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
@@ -186,12 +206,10 @@ def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
     """`eval_step` compiled for `mesh`; with `groups`, `source` in its batches says which of so many a row belongs to."""
     c = step_config(config, mesh)
     step = partial(eval_step, c=replace(c, sources=groups) if groups else c)
-    where = (parameter_shardings(config.model, mesh), batch_sharding(mesh))
+    where = (weights_shardings(config, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))
 
 
 def jit_parameter_norm(config: RunConfig, mesh: Mesh):
-    """The global norm of the parameters, float32: apart from the step, as it is wanted of logged steps only."""
-    return jax.jit(
-        optax.tree.norm, in_shardings=(parameter_shardings(config.model, mesh),), out_shardings=replicated(mesh)
-    )
+    """The global norm of what is trained, float32: apart from the step, as it is wanted of logged steps only."""
+    return jax.jit(optax.tree.norm, in_shardings=(trained_shardings(config, mesh),), out_shardings=replicated(mesh))

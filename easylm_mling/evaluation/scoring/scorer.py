@@ -13,10 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from easylm_mling.config import ModelConfig
+from easylm_mling.config import LoraConfig, ModelConfig
 from easylm_mling.evaluation.scoring.packing import Batch, Row, arrays
 from easylm_mling.model.attention import attention
 from easylm_mling.model.decoder import ForwardOptions, logits
+from easylm_mling.model.lora import Adapters
+from easylm_mling.model.params import ADAPTERS
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import batch_sharding, constrain
@@ -28,13 +30,14 @@ _SPLASH_BLOCK = 512
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model that scores batches. `params` are float32, sharded over `mesh`."""
+    """A model that scores batches. `params`, sharded over `mesh`, are float32, or those of a run with adapters (`lora`)."""
 
     graph: nnx.GraphDef
     params: dict
     model: ModelConfig
     mesh: Mesh
     dtype: str = "bfloat16"
+    lora: LoraConfig | None = None
 
     @property
     def shards(self) -> int:
@@ -55,6 +58,7 @@ class Scorer:
                 *placed,
                 graph=self.graph,
                 dtype=jnp.dtype(self.dtype),
+                lora=self.lora,
                 attend=_attention_for(self.model, self.mesh, T),
                 chunk=1 << (chunk.bit_length() - 1),
             )
@@ -86,12 +90,12 @@ def _attention_for(model: ModelConfig, mesh: Mesh, positions: int) -> Callable:
     return attention
 
 
-@partial(jax.jit, static_argnames=("graph", "dtype", "attend", "chunk"))
-def _score(params, tokens, positions, segments, places, targets, *, graph, dtype, attend, chunk: int):
+@partial(jax.jit, static_argnames=("graph", "dtype", "lora", "attend", "chunk"))
+def _score(params, tokens, positions, segments, places, targets, *, graph, dtype, lora, attend, chunk: int):
     """Return (log-probability [B, Q] float32, likeliest [B, Q] bool) of `targets` [B, Q] after `places` [B, Q]."""
-    model = nnx.merge(graph, params)
-    options = ForwardOptions(dtype, Remat("none"), attend)
-    hidden = model(tokens, positions, segments, options)
+    model = nnx.merge(graph, {name: tree for name, tree in params.items() if name != ADAPTERS})
+    adapters = Adapters(lora, params[ADAPTERS]) if lora else None
+    hidden = model(tokens, positions, segments, ForwardOptions(dtype, Remat("none"), attend), adapters)
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     # Gathered once, and not for every chunk.
     head = constrain(model.head.astype(dtype), "vocab", "activation_embed")

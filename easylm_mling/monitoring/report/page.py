@@ -13,7 +13,7 @@ from easylm_mling.errors import without_secrets
 from easylm_mling.formatting import duration_text, tokens_text
 from easylm_mling.hardware import GiB
 from easylm_mling.model.flops import model_flops
-from easylm_mling.model.params import parameter_count
+from easylm_mling.model.params import parameter_count, trained_count
 from easylm_mling.monitoring.console import epochs_text
 from easylm_mling.monitoring.report.collect import RunHistory, collect
 from easylm_mling.monitoring.report.curve import Curve
@@ -47,13 +47,14 @@ def page(run: RunHistory) -> str:
     """Render the HTML document."""
     config, model = run.config, run.config.model
     seconds, total = run.goodput.seconds, run.goodput.total()
-    flops = model_flops(model, config.data.sequence_length) / config.data.sequence_length
+    flops = model_flops(model, config.data.sequence_length, config.lora) / config.data.sequence_length
+    trained = f", {trained_count(model, config.lora):,} of adapters are trained" if config.lora else ""
     no_mfu = f"The peak of these devices is not known, so there is no MFU ({flops:.3g} FLOPs a token)."
     return _template().render(
         run=run,
         rows=_ROWS,
         colours=len(COLOURS),
-        about=f"{model.model_type}, {parameter_count(model):,} parameters; {config.tokens_per_step:,} tokens a step",
+        about=f"{model.model_type}, {parameter_count(model):,} parameters{trained}; {config.tokens_per_step:,} tokens a step",
         written=datetime.now(UTC).isoformat(timespec="seconds"),
         tiles=_tiles(run),
         loss_charts=_loss_charts(run),
