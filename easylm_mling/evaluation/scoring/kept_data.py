@@ -113,7 +113,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     return tree["tasks"]
 
 
-def _read(folder: Path, splits: dict[str, dict], **_: Any) -> DatasetDict:
+def _read(folder: Path, splits: dict[str, dict], /, **_: Any) -> DatasetDict:
     """Return the splits of a task. Raises ConfigError for a file that is not the one that was fetched."""
     made = {}
     for split, kept in splits.items():
