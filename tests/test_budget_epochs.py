@@ -145,7 +145,7 @@ def test_what_epochs_do_not_go_with_is_refused(tmp_path):
     for overrides, message in (
         (["train.budget_tokens=5"], "give one of budget_tokens"),
         (["train.budget_epochs=0"], "give one of budget_tokens"),
-        (["train.budget_epochs=-1"], "must be zero"),
+        (["train.budget_epochs=-1"], "must not be negative"),
         (["data.weighting.by=unimax"], "does not; say data.weighting.by=tokens"),
         (["data.sources.chat.max_epochs=5"], "remove max_epochs"),
     ):
