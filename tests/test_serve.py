@@ -117,6 +117,7 @@ def test_chats_are_asked_by_the_template_and_stream(client, loaded, tokenizer, s
     assert logprobs == [t.logprob for t in content]
 
 
+@pytest.mark.slow
 def test_requests_at_once_get_what_each_gets_alone(server, loaded, tokenizer):
     texts = [f"{n} tree light" for n in range(6)]  # more than rows
 
@@ -160,6 +161,7 @@ def test_the_harness_gets_the_scores_of_eval(server, saved, tmp_path):
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_echo_has_a_log_probability_for_each_token_of_the_prompt(client, tokenizer):
     prompt = [2, *tokenizer.encode(["The house"])[0].tolist()]
     ask = {"model": "tiny", "prompt": [prompt, prompt[:2]], "echo": True, "logprobs": 1, "temperature": 0}
@@ -250,7 +252,6 @@ def wait_until(holds):
 
 def test_what_stands_in_the_way_of_serving_is_said(saved, capsys):
     taken = listen("127.0.0.1", 0)
-    taken.listen()
     port = taken.getsockname()[1]
     assert main(["serve", str(saved), "--port", str(port)]) == 2
     assert f"--port {port}: cannot be listened on" in capsys.readouterr().err
