@@ -17,6 +17,7 @@ from easylm_mling.data import pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import PADDING, TOKENS, whole_state
+from easylm_mling.data.tools.audit import audit
 from easylm_mling.errors import ConfigError
 from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.epochs import count_steps
@@ -131,6 +132,8 @@ def test_a_run_by_epochs_counts_its_steps_once(tmp_path):
     ledger = orjson.loads((tmp_path / "whole" / "ledger.json").read_bytes())
     assert ledger["tokens"] + ledger["padding"] == kept.train.counted_tokens == len(whole) * 1024
     assert ledger["sources"]["tasks"]["documents"] == 32
+    last = audit(tmp_path / "whole", len(whole))
+    assert len(last) == 8 and {bool(row["documents"]) for row in last} == {True, False}
     with pytest.raises(ConfigError, match="budget_epochs was counted for the data that this run began with"):
         run_by_epochs(tmp_path, "whole", accept_data_change=True)
     with pytest.raises(ConfigError, match="train.budget_epochs was 4, now 3"):
