@@ -17,6 +17,7 @@ from easylm_mling.data import pool
 from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import PADDING, TOKENS, whole_state
+from easylm_mling.data.tools.audit import audit
 from easylm_mling.errors import ConfigError
 from easylm_mling.monitoring.metrics import read_metrics
 from easylm_mling.run.epochs import count_steps
@@ -115,29 +116,36 @@ eval: {{rows_per_source: 1}}
 """
 
 
-def test_a_run_by_epochs_counts_its_steps_once_and_goes_on_exactly(tmp_path):
-    (tmp_path / "config.yaml").write_text(RUN.format())
+def run_by_epochs(folder, name, *overrides, **options):
+    (folder / "config.yaml").write_text(RUN.format())
+    config = load([str(folder / "config.yaml")], [f"run_dir={folder / name}", *overrides])
+    assert train(config, Console(file=io.StringIO(), width=200), **options) == 0
+    return read_metrics(folder / name / "metrics.jsonl", "train")
 
-    def run(name, *overrides, **options):
-        config = load([str(tmp_path / "config.yaml")], [f"run_dir={tmp_path / name}", *overrides])
-        assert train(config, Console(file=io.StringIO(), width=200), **options) == 0
-        return read_metrics(tmp_path / name / "metrics.jsonl", "train")
 
-    whole = run("whole")
+def test_a_run_by_epochs_counts_its_steps_once(tmp_path):
+    whole = run_by_epochs(tmp_path, "whole")
     kept = load_kept(tmp_path / "whole" / "config.yaml")
     assert kept.train.budget_epochs == 4 and kept.total_steps == len(whole) > 4
     # The schedule knows the end.
     assert whole[-1]["learning_rate"] < 0.0065 and whole[0]["learning_rate"] == pytest.approx(0.01, rel=1e-3)
-    run("halves", "train.stop_at_step=3")
-    halves = run("halves")
-    assert [(m["step"], m["loss"]) for m in halves] == [(m["step"], m["loss"]) for m in whole]
     ledger = orjson.loads((tmp_path / "whole" / "ledger.json").read_bytes())
     assert ledger["tokens"] + ledger["padding"] == kept.train.counted_tokens == len(whole) * 1024
     assert ledger["sources"]["tasks"]["documents"] == 32
+    last = audit(tmp_path / "whole", len(whole))
+    assert len(last) == 8 and {bool(row["documents"]) for row in last} == {True, False}
     with pytest.raises(ConfigError, match="budget_epochs was counted for the data that this run began with"):
-        run("whole", accept_data_change=True)
+        run_by_epochs(tmp_path, "whole", accept_data_change=True)
     with pytest.raises(ConfigError, match="train.budget_epochs was 4, now 3"):
-        run("whole", "train.budget_epochs=3")
+        run_by_epochs(tmp_path, "whole", "train.budget_epochs=3")
+
+
+@pytest.mark.slow
+def test_a_run_by_epochs_goes_on_exactly(tmp_path):
+    whole = run_by_epochs(tmp_path, "whole")
+    run_by_epochs(tmp_path, "halves", "train.stop_at_step=3")
+    halves = run_by_epochs(tmp_path, "halves")
+    assert [(m["step"], m["loss"]) for m in halves] == [(m["step"], m["loss"]) for m in whole]
 
 
 def test_what_epochs_do_not_go_with_is_refused(tmp_path):
@@ -145,7 +153,7 @@ def test_what_epochs_do_not_go_with_is_refused(tmp_path):
     for overrides, message in (
         (["train.budget_tokens=5"], "give one of budget_tokens"),
         (["train.budget_epochs=0"], "give one of budget_tokens"),
-        (["train.budget_epochs=-1"], "must be zero"),
+        (["train.budget_epochs=-1"], "must not be negative"),
         (["data.weighting.by=unimax"], "does not; say data.weighting.by=tokens"),
         (["data.sources.chat.max_epochs=5"], "remove max_epochs"),
     ):

@@ -19,6 +19,15 @@ from easylm_mling.inference.generate import continue_texts, generate, load_model
 from easylm_mling.serving.command import ModelServer, ServeOptions, listen
 
 LENGTH = 96
+SECONDS = 120  # more than a slow machine needs
+
+
+def post(url, **what):
+    return httpx.post(url, timeout=SECONDS, **what)
+
+
+def get(url):
+    return httpx.get(url, timeout=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,7 @@ def test_chats_are_asked_by_the_template_and_stream(client, loaded, tokenizer, s
     assert logprobs == [t.logprob for t in content]
 
 
+@pytest.mark.slow
 def test_requests_at_once_get_what_each_gets_alone(server, loaded, tokenizer):
     texts = [f"{n} tree light" for n in range(6)]  # more than rows
 
@@ -151,6 +161,7 @@ def test_the_harness_gets_the_scores_of_eval(server, saved, tmp_path):
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_echo_has_a_log_probability_for_each_token_of_the_prompt(client, tokenizer):
     prompt = [2, *tokenizer.encode(["The house"])[0].tolist()]
     ask = {"model": "tiny", "prompt": [prompt, prompt[:2]], "echo": True, "logprobs": 1, "temperature": 0}
@@ -189,18 +200,18 @@ def test_what_cannot_be_had_is_refused_with_its_status(server, client):
         ("nothing", chat, 404, "Not Found"),
         ("models", chat, 405, "Method Not Allowed"),
     ):  # fmt: skip
-        answer = httpx.post(f"{server.url}/{path}", json=body)
+        answer = post(f"{server.url}/{path}", json=body)
         error = answer.json()["error"]
         assert answer.status_code == status and message in error["message"], (body, answer.text)
         assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
     url = f"{server.url}/completions"
-    assert httpx.post(url, content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
-    assert httpx.post(url, content=json.dumps(text), headers={"Content-Type": "text/plain"}).status_code == 415
-    assert httpx.post(url, json=text | {"user": "x" * (9 << 20)}).status_code == 413
+    assert post(url, content=b"{", headers={"Content-Type": "application/json"}).status_code == 400
+    assert post(url, content=json.dumps(text), headers={"Content-Type": "text/plain"}).status_code == 415
+    assert post(url, json=text | {"user": "x" * (9 << 20)}).status_code == 413
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**text, max_tokens=500)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "max_tokens"
-    assert httpx.get(server.url.removesuffix("/v1") + "/health").json() == {"status": "ok", "writing": 0}
+    assert get(server.url.removesuffix("/v1") + "/health").json() == {"status": "ok", "writing": 0}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -210,7 +221,7 @@ def test_a_client_that_goes_away_ends_its_work(server, monkeypatch, stream):
     monkeypatch.setattr(server.engine, "submit", lambda made: (seen.extend(made), submit(made)))
 
     def gated(tops=False):
-        assert gate.acquire(timeout=60)
+        assert gate.acquire(timeout=SECONDS)
         return advance(tops=tops)
 
     monkeypatch.setattr(decoder, "advance", gated)
@@ -218,11 +229,11 @@ def test_a_client_that_goes_away_ends_its_work(server, monkeypatch, stream):
     try:
         gate.release()
         if stream:
-            with httpx.stream("POST", f"{server.url}/completions", json=body) as answer:
+            with httpx.stream("POST", f"{server.url}/completions", json=body, timeout=SECONDS) as answer:
                 assert next(answer.iter_lines()).startswith("data: {")
         else:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{server.url}/completions", json=body, timeout=httpx.Timeout(30, read=0.2))
+                httpx.post(f"{server.url}/completions", json=body, timeout=httpx.Timeout(SECONDS, read=0.2))
         wait_until(lambda: seen and seen[0].cancelled)
         gate.release()
         wait_until(lambda: not server.engine.writing)
@@ -233,7 +244,7 @@ def test_a_client_that_goes_away_ends_its_work(server, monkeypatch, stream):
 
 
 def wait_until(holds):
-    end = time.monotonic() + 60
+    end = time.monotonic() + SECONDS
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -241,7 +252,6 @@ def wait_until(holds):
 
 def test_what_stands_in_the_way_of_serving_is_said(saved, capsys):
     taken = listen("127.0.0.1", 0)
-    taken.listen()
     port = taken.getsockname()[1]
     assert main(["serve", str(saved), "--port", str(port)]) == 2
     assert f"--port {port}: cannot be listened on" in capsys.readouterr().err
@@ -258,8 +268,37 @@ def test_a_model_without_a_template_completes_and_does_not_chat(saved, loaded, t
     thread.start()
     try:
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
-        answer = httpx.post(f"{server.url}/chat/completions", json=chat)
+        answer = post(f"{server.url}/chat/completions", json=chat)
         assert answer.status_code == 400 and "name its template: --template" in answer.json()["error"]["message"]
     finally:
         server.stop()
         thread.join()
+
+
+def test_a_model_that_fails_tells_all_who_wait(saved, loaded, tokenizer, monkeypatch):
+    options = ServeOptions(str(saved), template="gemma", rows=1, dtype="float32")
+    server = ModelServer(options, loaded, tokenizer, LENGTH, listen("127.0.0.1", 0))
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+    def fails(tops=False):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(server.engine._decoder, "advance", fails)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    text = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 4}
+    try:
+        with httpx.stream("POST", f"{server.url}/completions", json=text | {"stream": True}, timeout=SECONDS) as answer:
+            assert "out of memory" in "".join(answer.iter_lines())
+        answer = post(f"{server.url}/completions", json=text)
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert get(server.url.removesuffix("/v1") + "/health").status_code == 500
+    finally:
+        server.stop()
+        thread.join()
+
+
+def test_more_than_may_wait_are_told_to_come_again(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "_most_waiting", 2)
+    answer = post(f"{server.url}/completions", json={"model": "tiny", "prompt": ["a"] * 3, "max_tokens": 1})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "busy"

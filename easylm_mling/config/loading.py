@@ -56,12 +56,12 @@ def load_mixer(files: list[str], overrides: Sequence[str] = ()) -> MixerConfig:
     check("data" in tree, "data is missing; add it to the config")
     given = tree.get("train", {})
     # TrainConfig must have a budget; this one counts for nothing.
-    is_open = isinstance(given, dict) and not any(given.get(key) for key in ("budget_tokens", "budget_epochs"))
+    is_open = isinstance(given, dict) and not (given.get("budget_tokens") or given.get("budget_epochs"))
     tree["train"] = {**given, "budget_tokens": 1} if is_open else given
     hints = typing.get_type_hints(RunConfig)
     sections = {name: _build(hints[name], value, name) for name, value in tree.items()}
-    train = sections["train"]
-    return MixerConfig(sections["data"], train.batch_size, 0 if is_open else train.budget_tokens, train.budget_epochs)
+    data, train = sections["data"], sections["train"]
+    return MixerConfig(data, train.batch_size, 0 if is_open else train.budget_tokens, train.budget_epochs)
 
 
 def _merged(files: list[str], overrides: Sequence[str]) -> dict:
@@ -150,13 +150,10 @@ def _check_harmless(name: str):
 
 def _set_epochs(tree: typing.Any, sources: dict):
     """Write `train.budget_epochs` into the sources that do not say how often they are read."""
-    train = tree.get("train")
-    if isinstance(train, dict) and train.get("budget_epochs"):
+    if isinstance(train := tree.get("train"), dict) and train.get("budget_epochs"):
         epochs = _build(int, train["budget_epochs"], "train.budget_epochs")
-        check(epochs > 0, f"train.budget_epochs={epochs} must be zero (by tokens) or more")
-        for source in sources.values():
-            if isinstance(source, dict) and source.get("weight") != 0:
-                source.update({"max_epochs": epochs, "when_used_up": "redistribute", **source})
+        for source in (s for s in sources.values() if isinstance(s, dict) and s.get("weight") != 0 and epochs > 0):
+            source.update({"max_epochs": epochs, "when_used_up": "redistribute", **source})
 
 
 def _flat_sources(sources: dict, path: str) -> dict:

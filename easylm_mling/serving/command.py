@@ -1,6 +1,7 @@
 """`easylm-mling serve`: the model behind HTTP, until a signal ends it."""
 
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,10 @@ class ModelServer:
         self._server = uvicorn.Server(config)
 
     def run(self):
-        """Serve until it is stopped."""
+        """Serve until it is stopped, by an interrupt say: then what is being written may end, for 5 seconds."""
         try:
-            self._server.run(sockets=[self._socket])
+            with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has ended
+                self._server.run(sockets=[self._socket])
         finally:
             self.engine.close()
 
@@ -86,6 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(128)  # from now on clients wait, and are not refused
     except OSError as error:
         if bound:
             bound.close()

@@ -99,9 +99,10 @@ def _rows(
                 readers[source] = _pieces(orders[source], tokenizer, cursor, config.lanes, length)
             if row not in (None, r) and source not in readers:
                 continue
-            documents = next(readers[source]) if source in readers else pooled[r]
+            # No documents: a row of padding at the end of a run by epochs.
+            documents = next(readers[source], []) if source in readers else pooled[r]
             tokens = batch["tokens"][r]
-            made = np.concatenate([d.pop("ids") for d in documents]) & ~UNTRAINED
+            made = np.concatenate([np.zeros(0, np.int32), *[d.pop("ids") for d in documents]]) & ~UNTRAINED
             if not np.array_equal(made, tokens[: len(made)]) or (tokens[len(made) :] != tokenizer.pad_id).any():
                 raise ConfigError(f"row {r}: its tokens are not those of its documents; please report this as a bug")
             if row in (None, r):

@@ -73,12 +73,12 @@ def inspect_data(config: MixerConfig) -> dict:
             "taken": round(e.taken),
             "share": round(e.taken / max(1.0, expected.tokens), 6),
             "epochs": round(e.epochs, 4),
-            "note": _note(e, config.data.sources[name].when_used_up) + _shared(source, config.lanes),
+            "note": _note(e, config.data.sources[name].when_used_up, config.budget_epochs) + _shared(source, config.lanes),
             "languages": languages,
         }
         if has_conversations(source):
             sources[name]["conversations"] = sample_conversations(catalog, source, tokenizer)
-    budget = config.total_steps * config.tokens_per_step
+    budget = round(expected.tokens) if config.budget_epochs else config.total_steps * config.tokens_per_step
     return {
         "budget": budget,
         "tokens": round(expected.tokens),
@@ -175,7 +175,9 @@ def _plot_languages(axis, name: str, languages: dict):
     axis.set_xlabel("language, by size")
 
 
-def _note(expected, rule: str) -> str:
+def _note(expected, rule: str, budget_epochs: int) -> str:
+    if budget_epochs and expected.taken:
+        return f"read {budget_epochs} times, to the document" if budget_epochs > 1 else "read once, to the document"
     if expected.used_up_at is not None:
         after = {"stop": "the run stops there", "redistribute": "then the others take over"}[rule]
         return f"used up after {tokens_text(expected.used_up_at)} tokens; {after}"
