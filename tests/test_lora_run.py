@@ -166,6 +166,7 @@ def test_a_person_publishes_it(whole, tmp_path, capsys):
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 32, 0.1)
     assert settings["base_model_name_or_path"] == str(base.parent / "hf")
+    assert "LoRA of rank 4, alpha 32, dropout 0.1" in (tmp_path / "merged" / "README.md").read_text()
     said = "hello"
     for model in (run_dir, tmp_path / "merged"):
         assert main(["sample", str(model), "--prompt", said, "--max-new-tokens", "4", "--dtype", "float32"]) == 0
