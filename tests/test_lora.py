@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from processes import ROOT
 from test_step import assert_close, make_batch, make_config
 
-from easylm_mling.config import PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, RunConfig
+from easylm_mling.config import PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, RunConfig, from_tree
+from easylm_mling.config.yaml12 import read_yaml
 from easylm_mling.errors import ConfigError
+from easylm_mling.model.flops import model_flops
 from easylm_mling.model.lora import LayerAdapters, dropout_key, factor_specs, init_adapters, merged
-from easylm_mling.model.params import adapter_table, parameter_count, to_flat, trained_count
+from easylm_mling.model.params import adapter_table, looked_up_only, parameter_count, to_flat, trained_count
 from easylm_mling.model.sharding import adapter_shardings, batch_sharding, check_run, make_mesh
 from easylm_mling.training.state import abstract_batch, abstract_state, freeze, init_params, init_state, state_shardings
 from easylm_mling.training.step import eval_step, jit_train_step, step_config
@@ -232,6 +235,31 @@ def test_long_sides_are_cut_over_fsdp_where_they_divide():
 def test_the_specs_of_factors_follow_from_those_of_kernels():
     assert factor_specs("btnh,dnh->btd") == ("btnh,rnh->btr", "btr,dr->btd")
     assert factor_specs("btd,fd->btf") == ("btd,rd->btr", "btr,fr->btf")
+
+
+# Millions of trained parameters with rank 8, 16, 32, 64 and 256 on all seven projections, and with rank 32 on attention.
+SIZES = {
+    "gemma-7b": (25, 50, 100, 200, 800, 25.7),
+    "gemma-2-9b": (27, 54, 108, 216, 864, 35.8),
+    "gemma-3-4b": (15, 30, 60, 119, 477, 17.8),
+    "llama-3-8b": (21, 42, 84, 168, 671, 27.3),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_and_work_of_published_models(name):
+    m = from_tree(ModelConfig, read_yaml((ROOT / "configs" / "model" / f"{name}.yaml").read_bytes())["model"])
+    *whole, attention = SIZES[name]
+    for rank, millions in zip((8, 16, 32, 64, 256), whole, strict=True):
+        assert trained_count(m, LoraConfig(rank=rank)) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert trained_count(m, LoraConfig(rank=32, projections=PROJECTIONS[:4])) / 1e6 == pytest.approx(
+        attention, abs=0.05
+    )
+    # Of the base two FLOPs for each parameter and token fall away, those of its own gradient.
+    less, lora = 2 * (parameter_count(m) - looked_up_only(m)), LoraConfig(rank=32)
+    assert model_flops(m, 1000) - model_flops(m, 1000, lora) == pytest.approx(
+        1000 * (less - 6 * trained_count(m, lora))
+    )
 
 
 WRONG = [

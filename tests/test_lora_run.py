@@ -17,14 +17,17 @@ from easylm_mling.checkpoint.base import find_base
 from easylm_mling.checkpoint.parameters import load_adapters, load_params
 from easylm_mling.checkpoint.reading import load_data_state, load_info
 from easylm_mling.cli.main import main
-from easylm_mling.config import RunConfig
+from easylm_mling.config import ModelConfig, RunConfig, load_mixer
 from easylm_mling.config.yaml12 import read_yaml
+from easylm_mling.data.catalog import build_catalog
+from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.importing import import_hf, widest_mesh
 from easylm_mling.model.params import to_flat
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
 from easylm_mling.run.starting_model import load_config
 from easylm_mling.run.train import train
+from easylm_mling.run.turn_tokens import turn_tokens, warnings_of_turn_tokens
 from easylm_mling.training.state import abstract_adapters, abstract_params
 
 SETTINGS = [
@@ -163,6 +166,7 @@ def test_a_person_publishes_it(whole, tmp_path, capsys):
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 32, 0.1)
     assert settings["base_model_name_or_path"] == str(base.parent / "hf")
+    assert "LoRA of rank 4, alpha 32, dropout 0.1" in (tmp_path / "merged" / "README.md").read_text()
     said = "hello"
     for model in (run_dir, tmp_path / "merged"):
         assert main(["sample", str(model), "--prompt", said, "--max-new-tokens", "4", "--dtype", "float32"]) == 0
@@ -170,3 +174,21 @@ def test_a_person_publishes_it(whole, tmp_path, capsys):
     assert len(texts) == 2 and texts[0].strip() == texts[1].strip()
     assert main(["summary", str(run_dir)]) == 0 and main(["report", str(run_dir)]) == 0
     assert "of adapters are trained" in (run_dir / "report.html").read_text()
+
+
+def test_turn_tokens_that_the_base_never_learnt_are_named():
+    data = load_mixer(["configs/tune/conversations.yaml"]).data
+    catalog, tokenizer = build_catalog(data), Tokenizer(data.tokenizer)
+    model = ModelConfig(4096, 8, 8, 1, 1, 1, 8, tie_word_embeddings=False, model_type="llama")
+    ids = turn_tokens(catalog, tokenizer)
+    assert {"<bos>", "<start_of_turn>", "<end_of_turn>"} <= {*ids.values()}
+    end = next(i for i, name in ids.items() if name == "<end_of_turn>")
+    rows = np.random.default_rng(0).normal(size=(2, 4096, 8)).astype(np.float32)
+    frozen = {"embed_tokens": jax.numpy.asarray(rows[0]), "lm_head": jax.numpy.asarray(rows[1])}
+    assert warnings_of_turn_tokens(frozen, model, catalog, tokenizer) == []
+    for table in ("embed_tokens", "lm_head"):
+        small = frozen | {table: frozen[table].at[end].multiply(0.01)}
+        (line,) = warnings_of_turn_tokens(small, model, catalog, tokenizer)
+        assert line.startswith(f"<end_of_turn> (id {end}) was not trained")
+    # Without adapters the rows are trained.
+    assert warnings_of_turn_tokens({}, model, catalog, tokenizer) == []

@@ -187,6 +187,10 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
         ("seeds", f"parameters {t.seed}, data {config.data.seed}"),
         ("hardware", f"{hardware}, mesh {axes}{rest}"),
     ]
+    if lora := config.lora:
+        kind = "rsLoRA" if lora.rslora else "LoRA"
+        what = f"{kind} of rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on {', '.join(lora.projections)}"
+        rows.insert(0, ("trained", f"{what}; merged into the base, which stayed as it was"))
     rows += [("changed", change_text(line)) for line in changes if line["step"] <= step]
     if rates:
         rows.append(("speed", f"{tokens_text(statistics.median(rates))} tokens a second (median of the steps logged)"))

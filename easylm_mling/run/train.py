@@ -36,6 +36,7 @@ from easylm_mling.run.setup import OtherPast, open_run, record_other_past, resto
 from easylm_mling.run.starting_model import override_names
 from easylm_mling.run.summary import summary_table
 from easylm_mling.run.task_scores import TaskScores, open_task_scores
+from easylm_mling.run.turn_tokens import warn_of_turn_tokens
 from easylm_mling.run.validation import Validation
 from easylm_mling.training.compilation import compile_ahead, enable_compilation_cache
 from easylm_mling.training.spike_guard import SPIKE
@@ -175,6 +176,7 @@ def run_process(
             )
             monitor.begin(int(state.step))
             if int(state.step) == 0:
+                warn_of_turn_tokens(console, state.frozen, config.model, data.catalog, tokenizer)
                 loop.evaluations(state)
             if skip:
                 data_state = skip_batches(loop, int(state.step), skip)

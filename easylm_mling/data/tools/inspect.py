@@ -73,7 +73,8 @@ def inspect_data(config: MixerConfig) -> dict:
             "taken": round(e.taken),
             "share": round(e.taken / max(1.0, expected.tokens), 6),
             "epochs": round(e.epochs, 4),
-            "note": _note(e, config.data.sources[name].when_used_up, config.budget_epochs) + _shared(source, config.lanes),
+            "note": _note(e, config.data.sources[name].when_used_up, config.budget_epochs)
+            + _shared(source, config.lanes),
             "languages": languages,
         }
         if has_conversations(source):
