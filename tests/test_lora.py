@@ -17,7 +17,7 @@ from easylm_mling.config import PROJECTIONS, LoraConfig, MeshConfig, ModelConfig
 from easylm_mling.config.yaml12 import read_yaml
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.flops import model_flops
-from easylm_mling.model.lora import LayerAdapters, dropout_key, factor_specs, init_adapters, merged
+from easylm_mling.model.lora import Adapters, dropout_key, factor_specs, init_adapters, merged, of_layer
 from easylm_mling.model.params import adapter_table, looked_up_only, parameter_count, to_flat, trained_count
 from easylm_mling.model.sharding import adapter_shardings, batch_sharding, check_run, make_mesh
 from easylm_mling.training.state import abstract_batch, abstract_state, freeze, init_params, init_state, state_shardings
@@ -188,8 +188,8 @@ def test_dropout_is_drawn_anew_for_each_step_microbatch_layer_and_projection():
     lora = replace(LORA, dropout=0.5)
 
     def mask(name="q_proj", seed=0, step=0, microbatch=0, layer=0):
-        key = jax.random.fold_in(dropout_key(seed, step, microbatch), layer)
-        return np.asarray(LayerAdapters(lora, {}, key)._dropout(name, x))
+        adapters = Adapters(lora, {}, dropout_key(seed, step, microbatch))
+        return np.asarray(of_layer(adapters, ({}, jnp.int32(layer)))._dropout(name, x))
 
     first = mask()
     assert {*np.unique(first)} == {0.0, 2.0} and abs(first.mean() - 1) < 0.15

@@ -1,6 +1,8 @@
 """Adapters are those of peft, for every family: its files in and out, its logits, its merge, and its training."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +16,17 @@ from flax import nnx
 from hf_models import FAMILIES, TINY, raw_tensors, save, their_logits, transformers_model
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_step import make_config
 
 from easylm_mling.checkpoint.parameters import load_adapters, load_params
 from easylm_mling.checkpoint.reading import stored_model
 from easylm_mling.config import LoraConfig, OptimizerConfig
 from easylm_mling.errors import ConfigError
+from easylm_mling.hf.adapters import stored_adapters
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf, widest_mesh
-from easylm_mling.hf.peft import export_adapter, import_adapter, verify_adapter
+from easylm_mling.hf.peft import adapter_config, adapter_tensors, export_adapter, import_adapter, verify_adapter
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.lora import Adapters
 from easylm_mling.model.params import to_flat
@@ -210,6 +214,24 @@ def test_an_adapter_of_another_base_is_refused(made, tmp_path):
     for other, message in (({"num_hidden_layers": 2}, "unexpected tensor"), ({"hidden_size": 32}, "has shape")):
         import_hf(save(transformers_model(4, 2, **other), tmp_path / f"hf-{message}"), tmp_path / message)
         refuses(made / "peft", tmp_path / message, f"{message}.*another base; name its own with --base")
+
+
+def test_an_adapter_of_a_multimodal_base_has_the_names_of_its_text_model(made, tmp_path):
+    import_adapter(made / "peft", tmp_path / "adapter", made / "base")
+    lora, arrays = stored_adapters(tmp_path / "adapter" / "checkpoints" / "0")
+    names = [*adapter_tensors(arrays, multimodal=True)]
+    assert names[0] == "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    targets = adapter_config(lora, "", None, multimodal=True)["target_modules"]
+    assert re.fullmatch(targets, "model.language_model.layers.0.mlp.up_proj")
+    assert not re.fullmatch(targets, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
+    # Such names are read, too.
+    shutil.copytree(made / "peft", tmp_path / "peft")
+    plain = load_file(made / "peft" / "adapter_model.safetensors")
+    renamed = {name.replace("model.layers", "model.language_model.layers"): a for name, a in plain.items()}
+    save_file(renamed, tmp_path / "peft" / "adapter_model.safetensors", {"format": "pt"})
+    import_adapter(tmp_path / "peft", tmp_path / "again", made / "base")
+    again = stored_adapters(tmp_path / "again" / "checkpoints" / "0")[1]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(arrays, again, strict=True))
 
 
 def refuses(adapter: Path, base: Path, message: str):
