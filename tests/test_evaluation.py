@@ -11,7 +11,7 @@ from hypothesis import strategies as st  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from easylm_mling.data.tokenization.tokenizer import Tokenizer  # noqa: E402
-from easylm_mling.evaluation.scoring.packing import arrays, batches_of, pack, segments_of  # noqa: E402
+from easylm_mling.evaluation.scoring.packing import arrays, batches_of, pack, pack_tightly, segments_of  # noqa: E402
 from easylm_mling.evaluation.scoring.windows import encode_pair, windows_of  # noqa: E402
 
 
@@ -59,6 +59,17 @@ def test_packing_keeps_every_query_and_no_segment_sees_another(sizes, shards):
                 np.testing.assert_array_equal(batch.positions[b][own], np.arange(len(inputs)))
                 assert batch.segments[b, place] > 0
     assert seen == {n: list(w.targets) for n, w in enumerate(windows)}
+
+
+def test_rows_are_narrow_where_that_fills_them_and_wide_where_it_does_not():
+    def packed(size: int, count: int, widest: int):
+        windows = [w for n in range(count) for w in windows_of([n + 1] * size, [1], 4096)]
+        return pack_tightly(segments_of(windows), widest, 4096)
+
+    assert {r.width for r in packed(60, 60, 1024)} == {256}  # four of them are 240
+    assert {r.width for r in packed(200, 60, 1024)} == {1024}  # one to 256, two to 512, five to 1,024
+    assert {r.width for r in packed(700, 9, 512)} == {1024}
+    assert [len(r.segments) for r in packed(60, 9, 0)] == [1] * 9
 
 
 def test_the_pair_is_cut_where_the_context_ends_and_no_continuation_is_lost():

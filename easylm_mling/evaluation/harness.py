@@ -14,7 +14,7 @@ from easylm_mling.errors import ConfigError, check
 from easylm_mling.evaluation.chat import ChatForm
 from easylm_mling.evaluation.generation import Task, Writer, batches_of_tasks
 from easylm_mling.evaluation.request_cache import RequestCache, request_key
-from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack, segments_of
+from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack_tightly, segments_of
 from easylm_mling.evaluation.scoring.scorer import Scorer
 from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
 
@@ -28,7 +28,7 @@ class Limits:
 
     length: int  # of a window: no more is read at once
     batch_tokens: int = 8192  # of a scored batch, on each shard of its rows
-    row: int = 1024  # narrowest row into which requests are packed; 0: one request a row
+    row: int = 1024  # widest row into which short requests are packed; 0: one request a row
     rows: int = 16  # texts written at once
 
 
@@ -174,7 +174,8 @@ class HarnessModel(TemplateLM):
         """
         keys = [request_key("loglikelihood", w.inputs, list(w.targets)) for w in windows]
         names = list(unique := dict(zip(keys, windows, strict=True)))
-        rows = pack(segments_of(list(unique.values())), self.limits.row, self.limits.length)
+        segments = segments_of(list(unique.values()))
+        rows = pack_tightly(segments, self.limits.row, self.limits.length)
         shards, done = self.scorer.shards, 0
         for batch_rows in batches_of(rows, self.limits.batch_tokens * shards, shards):
             numbers = {n for row in batch_rows for s in row.segments for n in s.windows}

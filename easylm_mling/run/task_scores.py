@@ -11,7 +11,7 @@ from easylm_mling.config import RunConfig
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import broadcast_bytes, is_primary
 from easylm_mling.errors import check
-from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack, segments_of
+from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack_tightly, segments_of
 from easylm_mling.evaluation.scoring.scorer import Scorer
 from easylm_mling.evaluation.scoring.suites import harness_is_there, load_suite, with_data
 from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
@@ -21,7 +21,7 @@ from easylm_mling.training.state import model_graph
 if TYPE_CHECKING:
     from easylm_mling.evaluation.scoring.items import Item
 
-_BATCH_TOKENS, _ROW = 8192, 1024  # of a batch on each shard of its rows; of the narrowest row
+_BATCH_TOKENS, _ROW = 8192, 1024  # of a batch on each shard of its rows; of the widest row that short requests share
 
 Pair = tuple[list[int], list[int]]  # ids of a context, with BOS, and of what follows it
 
@@ -66,7 +66,7 @@ class TaskScores:
 
     def _batches(self, shards: int) -> list[list[Row]]:
         length = self._config.data.sequence_length
-        rows = pack(segments_of(self._windows[0]), min(_ROW, 1 << (length - 1).bit_length()), length)
+        rows = pack_tightly(segments_of(self._windows[0]), min(_ROW, 1 << (length - 1).bit_length()), length)
         return batches_of(rows, _BATCH_TOKENS * shards, shards)
 
     def __call__(self, params: dict, mesh: Mesh) -> dict:

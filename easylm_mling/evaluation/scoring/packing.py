@@ -13,6 +13,7 @@ import numpy as np
 
 from easylm_mling.evaluation.scoring.windows import Window
 
+_FULL = 0.9  # of a row's tokens
 _NARROWEST, _UNIT = 128, 512  # of rows, in tokens: widths are powers of two, or whole units where the window ends
 
 
@@ -101,6 +102,20 @@ def pack(segments: Sequence[Segment], narrowest: int, length: int) -> list[Row]:
         if left > size:
             insort(rooms, (left - size, queries + segment.queries, row))
     return rows
+
+
+def pack_tightly(segments: Sequence[Segment], widest: int, length: int) -> list[Row]:
+    """Pack into the narrowest rows, up to `widest`, of which nine tenths are real tokens, or into the best filled ones.
+
+    A token's attention costs what its row is wide. With `widest` 0 every segment has a row to itself. Segments longer than `widest` have wider rows.
+    """
+    tried: list[tuple[float, list[Row]]] = []
+    narrowest = min(widest, 2 * _NARROWEST)
+    while not tried or (0 < narrowest <= widest and tried[-1][0] < _FULL):
+        rows = pack(segments, narrowest, length)
+        tried.append((sum(s.size for s in segments) / max(1, sum(r.width for r in rows)), rows))
+        narrowest *= 2
+    return max(tried, key=lambda t: t[0])[1]
 
 
 def batches_of(rows: Sequence[Row], tokens: int, shards: int) -> list[list[Row]]:
