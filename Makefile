@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+TUNED := runs/demo-tune
 # Neither the demo nor the tests may take a GPU or TPU that happens to be there.
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test test-slow test-faults test-faults-short test-kills soak test-tpu test-tpu-short lint format sample-data clean-demo
+.PHONY: demo demo-tune test test-slow test-faults test-faults-short test-kills soak test-tpu test-tpu-short lint format sample-data clean-demo
 
 demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
@@ -15,6 +16,17 @@ demo: .venv/run.stamp clean-demo
 	$(BIN)/easylm-mling sample $(DEMO)-hf --temperature 0.7 --top-k 20 --prompt "오늘 아침에" --prompt "今日は" --prompt "今天" --prompt "In the morning"
 	$(BIN)/easylm-mling summary $(DEMO)
 	$(BIN)/easylm-mling report $(DEMO)
+
+# After `make demo`: adapters learn the sample conversations by heart; merged, asked, and scored beside what it was before.
+demo-tune: .venv/test.stamp
+	test -d $(DEMO)/checkpoints || $(MAKE) demo
+	rm -rf $(TUNED) $(TUNED)-hf $(TUNED)-adapter
+	$(BIN)/easylm-mling train configs/demo-tune.yaml run_dir=$(TUNED) init_from=$(DEMO)
+	$(BIN)/easylm-mling export-hf $(TUNED) $(TUNED)-adapter --adapter --base $(DEMO)-hf
+	$(BIN)/easylm-mling export-hf $(TUNED) $(TUNED)-hf
+	echo "냉장고는 어때요?" | $(BIN)/easylm-mling chat $(TUNED) --temperature 0 --max-new-tokens 64
+	$(BIN)/easylm-mling eval $(DEMO) --suite quick --dtype float32
+	$(BIN)/easylm-mling eval $(TUNED) --suite quick --dtype float32 --baseline $(DEMO)/evaluations/110/results-quick.json
 
 test: .venv/test.stamp
 	$(BIN)/ruff check .
