@@ -193,7 +193,7 @@ def test_text_in_float32_is_of_float32_products(loaded, monkeypatch):
 
     def traced(params, tokens, *_, **__):
         seen.append(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
-        return np.zeros((len(tokens), 1), np.int32), np.zeros(len(tokens), np.int32)
+        return jnp.zeros((len(tokens), 1), jnp.int32), jnp.zeros(len(tokens), jnp.int32)
 
     monkeypatch.setattr(module, "_generate", traced)
     for dtype in ("float32", "bfloat16"):

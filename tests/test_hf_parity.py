@@ -98,6 +98,7 @@ TRAPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TRAPS)
 def test_every_trap_is_on(tmp_path, family):
     tokens = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 40))

@@ -215,7 +215,7 @@ def test_no_layer_carries_the_kernel_of_another_kind():
 def test_local_layers_keep_their_window_only(params):
     model = nnx.merge(model_graph(GEMMA_3), params)
     lengths = jnp.asarray([16, 5])
-    _, caches = jax.eval_shape(lambda: generation._prefill(model, TOKENS, lengths, 8, jnp.float32))
+    _, caches = jax.eval_shape(lambda: generation.prefill(model, TOKENS, lengths, 8, jnp.float32))
     shapes = [[[x.shape for x in cache] for cache in scan] for scan in caches]
     local, whole = (3, 2, 16), (24, 2, 16)
     assert shapes == [[[(2, B, *s)] * 2 for s in (local, whole)], [[(1, B, *local)] * 2]]

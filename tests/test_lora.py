@@ -112,6 +112,7 @@ def test_adapters_beside_kernels_are_their_merge():
     assert np.abs(beside - before).max() > 1e-3 * np.abs(before).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [p if p == "k_proj" else pytest.param(p, marks=pytest.mark.slow) for p in PROJECTIONS])
 def test_each_projection_alone_is_trained(name):
     config = config_with(replace(LORA, projections=(name,)))

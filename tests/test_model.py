@@ -547,6 +547,7 @@ def test_what_cudnn_is_asked_for_is_attention(heads, kv_heads, window):
         np.testing.assert_allclose(a, b, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_layers_in_two_portions_are_one_stack(params):
     tokens = random_tokens((2, 16))
 

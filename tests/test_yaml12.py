@@ -120,6 +120,7 @@ def test_every_path_is_known_as_one():
     assert paths == {
         "run_dir", "init_from", "data.tokenizer", "data.token_cache", "data.sources.NAME.paths",
         "data.sources.NAME.dataset.name", "data.sources.NAME.conversations.template", "eval.suite_data",
+        "lora.init_from",
     }  # fmt: skip
     arguments = set()
     for words in (["import-hf", "a", "b"], ["export-hf", "a", "b"], ["train", "a"], ["plan"], ["report", "a"],
