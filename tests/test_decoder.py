@@ -40,6 +40,7 @@ def until_end(model, ids):
     return ids[:cut]
 
 
+@pytest.mark.slow
 def test_rows_that_begin_at_other_times_write_what_each_writes_alone(loaded, decoder):
     model = loaded[2]
     prompts = {0: [2, 17, 40, 5], 1: [2], 2: [2, *range(3, 73)]}

@@ -42,6 +42,7 @@ def test_logits_are_those_of_transformers(tmp_path, family, heads, kv_heads):
     assert np.abs(ours - their_logits(theirs, tokens)).max() <= 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, heads, kv_heads", CASES)
 def test_bfloat16_stays_close_to_transformers(tmp_path, family, heads, kv_heads):
     tokens = np.random.default_rng(1).integers(0, TINY["vocab_size"], (4, 64))

@@ -74,6 +74,7 @@ FAMILIES = {
     "qwen2": replace(M, model_type="qwen2"),
     "qwen3": replace(M, model_type="qwen3", tie_word_embeddings=False),
 }
+FEW = ("gemma", "gemma3_text", "gemma4_text", "llama")  # whose tests take long, and the other families' are slow
 ONES = (
     "gemma4_text",
     "gemma4_small",
@@ -170,7 +171,7 @@ def test_a_window_without_a_pattern_is_every_layers():
         assert np.flatnonzero(changed).tolist() == list(reached), window
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f in FEW else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_packed_documents_do_not_see_each_other(family):
     """Two documents in one row give the hidden states that each has alone, whatever the other says."""
     m = FAMILIES[family]
@@ -528,7 +529,7 @@ def test_the_tpu_kernel_is_attention_on_a_mesh():
     np.testing.assert_allclose(on_mesh, attention(q, k, v, segments, None, None), atol=2e-6)
 
 
-@pytest.mark.parametrize("heads, kv_heads, window", [(4, 2, None), (8, 2, 100)])
+@pytest.mark.parametrize("heads, kv_heads, window", [(4, 2, None), pytest.param(8, 2, 100, marks=pytest.mark.slow)])
 def test_what_cudnn_is_asked_for_is_attention(heads, kv_heads, window):
     """By XLA's form of the same call, on a mesh; cuDNN itself needs a GPU."""
     keys = jax.random.split(jax.random.key(0), 4)

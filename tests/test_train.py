@@ -302,6 +302,7 @@ def history(run_dir):
 WSD = ("optimizer.schedule=wsd", "optimizer.decay=2 steps", "optimizer.warmup=2 steps")
 
 
+@pytest.mark.slow
 def test_a_longer_budget_goes_on_as_if_it_had_been_so_from_the_start(tmp_path):
     """In the constant part of its schedule a run knows nothing of its end."""
     tokens = tiny("unused").tokens_per_step
