@@ -24,7 +24,7 @@ demo-tune: .venv/test.stamp
 	$(BIN)/easylm-mling train configs/demo-tune.yaml run_dir=$(TUNED) init_from=$(DEMO)
 	$(BIN)/easylm-mling export-hf $(TUNED) $(TUNED)-adapter --adapter --base $(DEMO)-hf
 	$(BIN)/easylm-mling export-hf $(TUNED) $(TUNED)-hf
-	echo "냉장고는 어때요?" | $(BIN)/easylm-mling chat $(TUNED) --temperature 0 --max-new-tokens 64
+	echo "냉장고는 어때요?" | $(BIN)/easylm-mling chat $(TUNED)-hf --template gemma --temperature 0 --max-new-tokens 64
 	$(BIN)/easylm-mling eval $(DEMO) --suite quick --dtype float32
 	$(BIN)/easylm-mling eval $(TUNED) --suite quick --dtype float32 --baseline $(DEMO)/evaluations/110/results-quick.json
 

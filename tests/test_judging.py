@@ -134,6 +134,22 @@ def test_an_endpoint_that_errs_is_asked_again(judge, tmp_path):
     assert tree["failures"] == 0 and judge.failed >= 11
 
 
+def test_another_endpoint_of_the_same_name_is_asked_anew(judge, tmp_path):
+    judge_model(write(tmp_path, judge.url, [3] * 12), QUIET)
+    with serve(lambda messages: '{"score": 1}') as other:
+        tree = judge_model(write(tmp_path, other.url, [3] * 12), QUIET)
+        assert len(other.asked) == 12 and tree["marks"]["all"]["mean"] == 1
+
+
+def test_the_language_of_an_answer_is_told_only_where_it_is_known(judge, tmp_path):
+    options = write(tmp_path, judge.url, [2] * 12)
+    assert judge_model(options, QUIET)["answers in its language"] == 0.25  # all are written in English letters
+    file = tmp_path / "questions.jsonl"
+    for code in ("ko", "ja", "zh", "en"):
+        file.write_text(file.read_text().replace(f'"language": "{code}"', '"language": "fr"'))
+    assert judge_model(options, QUIET)["answers in its language"] is None
+
+
 def test_replies_that_a_kill_cut_short_are_asked_for_again(judge, tmp_path):
     options = write(tmp_path, judge.url, [3] * 12)
     judge_model(options, QUIET)
@@ -242,6 +258,7 @@ def test_what_is_wrong_is_told_in_one_line(judge, tmp_path, monkeypatch):
     refused("the environment has no NOT_THERE", key_variable="NOT_THERE")
     options = write(tmp_path, judge.url, [2] * 11)
     refused("has no answer to q11", options)
+    refused("--step: .* holds answers, and no model is asked", replace(options, step=3))
     options = write(tmp_path, judge.url, [2] * 12)
     (tmp_path / "questions.jsonl").write_text('{"id": "a", "language": "en", "question": 3}')
     refused("line 1: a question has the texts id, language and question", options)

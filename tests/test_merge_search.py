@@ -132,6 +132,14 @@ def test_what_cannot_be_searched_is_told(run, change, match):
         Search(recipe, SearchOptions(mixer()))
 
 
+def test_zero_evaluations_are_not_the_default_in_silence(run, tmp_path, capsys):
+    command = ["merge", str(tmp_path / "out"), "--linear", f"{run}@2", f"{run}@4"]
+    for flag in ("--evaluations", "--rows"):
+        assert main([*command, flag, "0"]) == 2 and f"{flag} goes with --search" in capsys.readouterr().err
+        assert main([*command, "--search", "configs/demo.yaml", flag, "0"]) == 2
+        assert "--evaluations must be positive, and --rows 2 or more" in capsys.readouterr().err
+
+
 def test_sources_without_enough_held_out_text_are_told(run):
     none = [f"data.sources.{s}.holdout_fraction=0" for s in ("cc100-ja",)]
     with pytest.raises(ConfigError, match="cc100-ja: has 0 held-out rows, and both halves need one"):

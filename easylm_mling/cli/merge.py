@@ -57,7 +57,9 @@ def _merge(a) -> int:
     if a.recipe is not None and given:
         raise ConfigError(f"--{given[0]} goes with the flags; write it into {a.recipe}")
     recipe = load_recipe(a.recipe) if a.recipe is not None else _recipe(a, flags[0])
-    stray = next((flag for flag in ("evaluations", "rows", "bounds") if getattr(a, flag) and not a.search), None)
+    stray = next(
+        (flag for flag in ("evaluations", "rows", "bounds") if getattr(a, flag) is not None and not a.search), None
+    )
     check(stray is None, f"--{stray} goes with --search")
     if a.search:
         return _search(a, recipe)
@@ -100,7 +102,8 @@ def _search(a, recipe) -> int:
     files = [x for x in a.search if "=" not in x or Path(x).is_file()]
     mixer = load_mixer(files, [x for x in a.search if x not in files])
     low, high = a.bounds or (0.0, 1.0)
-    search = Search(recipe, SearchOptions(mixer, a.rows or 64, a.evaluations or 60, low, high))
+    given = {name: v for name in ("rows", "evaluations") if (v := getattr(a, name)) is not None}
+    search = Search(recipe, SearchOptions(mixer, low=low, high=high, **given))
     console, folder = make_console(), Path(f"{a.output}.search")
     best, tried = choose_weights(search, folder / "evaluations.jsonl", console)
     chosen, note = search.with_weights(best.weights), summary(search, best, None)

@@ -29,7 +29,7 @@ class Request:
 
     def key(self, settings: JudgeSettings) -> str:
         """Return the digest of all that the reply depends on."""
-        return blake2b(orjson.dumps([self.body(settings), self.repeat]), digest_size=16).hexdigest()
+        return blake2b(orjson.dumps([settings.endpoint, self.body(settings), self.repeat]), digest_size=16).hexdigest()
 
     def body(self, settings: JudgeSettings) -> dict[str, Any]:
         """Return what is sent to the endpoint."""

@@ -38,6 +38,7 @@ from easylm_mling.monitoring.console import say, warn
 from easylm_mling.storage.atomic import atomic_file, write_atomically
 
 FORMAT = 1
+_NO_LIMIT = 1 << 30  # tokens of a prompt: the answerer refuses one that does not fit
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def judge_model(options: JudgeOptions, console: Console) -> dict:
         not settings.pairwise or baseline is not None, f"{options.settings}: pairwise needs --baseline judge-NAME.json"
     )
     from_file = options.model.endswith(".jsonl")
+    given = {"--step": options.step, "--tokenizer": options.tokenizer, "--max-length": options.max_length}
+    stray = next((flag for flag, value in given.items() if from_file and value is not None), None)
+    check(stray is None, f"{stray}: {options.model} holds answers, and no model is asked; leave it out")
     answers = read_answers(options.model, questions) if from_file else None
     folder = Path(options.output or f"{options.model}-judged") if from_file else None
     folder = folder or place(options.as_eval)[1]
@@ -110,7 +114,7 @@ def judge_model(options: JudgeOptions, console: Console) -> dict:
     read, written = (sum(getattr(r, kind) for r in replies) for kind in ("input_tokens", "output_tokens"))
     about = {
         "model": Path(options.model.rstrip("/")).name,
-        "step": options.step,
+        "step": None if from_file else place(options.as_eval)[0],
         **asked,
         "settings": to_tree(settings),
     }
@@ -132,17 +136,11 @@ def judge_model(options: JudgeOptions, console: Console) -> dict:
 def _answer(options: JudgeOptions, questions: list[Question], folder: Path, console: Console) -> dict[str, Answer]:
     settings = load_settings(options.settings).answers
     tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
-    graph, params, model = load_model(options.model, step=options.step)
+    # What may be missing or wrong is found before the parameters are loaded.
+    dialogue = open_dialogue(options.model, options.step, tokenizer, settings.template, _NO_LIMIT)
+    _, params, model = load_model(options.model, step=options.step)
     tokenizer.check_model(model)
-    length = options.as_eval.window(model)
-    answerer = Answerer(
-        open_dialogue(options.model, options.step, tokenizer, settings.template, length),
-        model,
-        tokenizer,
-        settings,
-        options.dtype,
-        length,
-    )
+    answerer = Answerer(dialogue, model, tokenizer, settings, options.dtype, options.as_eval.window(model))
     digest = identity(options.as_eval, place(options.as_eval)[0], answerer.model, tokenizer)
     cache = RequestCache(folder / f"answers-{digest}.jsonl")
     try:
@@ -227,7 +225,7 @@ def _lines(tree: dict) -> list[str]:
         lines.append(f"- Repeats of one judgement gave one mark in {tree['repeats agree']:.0%} of the questions.")
     lines.append(
         f"- Answers: {tree['letters in an answer']:.0f} letters on average, "
-        f"{tree['answers in its language']:.0%} in the question's language, {tree['empty answers']} empty"
+        f"{_percent(tree['answers in its language'])} in the question's language, {tree['empty answers']} empty"
         + (
             "."
             if tree["answers ended by themselves"] is None
@@ -244,7 +242,7 @@ def _lines(tree: dict) -> list[str]:
         lines.append(
             f"- Compared in both orders: {pairs['wins']} wins, {pairs['losses']} losses, {pairs['ties']} ties; win rate "
             f"{_number(pairs['win rate'])} ± {_number(pairs['error'])}. The orders disagree in "
-            f"{'-' if disagree is None else f'{disagree:.0%}'} of them (a tie). {pairs['without a verdict']} without a verdict."
+            f"{_percent(disagree)} of them (a tie). {pairs['without a verdict']} without a verdict."
         )
         if pairs["the longer one won"] is not None:
             lines.append(
@@ -256,6 +254,10 @@ def _lines(tree: dict) -> list[str]:
 
 def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
     return "-" if value is None or value != value else f"{value:{sign}.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _show(console: Console, tree: dict, folder: Path, name: str):

@@ -13,6 +13,7 @@ from easylm_mling.config.yaml12 import read_yaml
 from easylm_mling.errors import ConfigError, check
 
 HIGHEST = 5  # marks go from 0 to this
+LANGUAGES = ("ko", "ja", "zh", "en")  # that `language_of` tells apart
 _KEYS = {"id", "language", "category", "question", "reference"}
 # What models that were taught by text write at the end of an answer; a judge takes it for a fault.
 _END_MARKS = re.compile(r"(?:\s*(?:</s>|<\|endoftext\|>|<\|eot_id\|>|<\|im_end\|>|<end_of_turn>|<eos>|<turn\|>))+\s*$")

@@ -10,6 +10,7 @@ from easylm_mling.judging.answering import Answer
 from easylm_mling.judging.asking import Reply, Request
 from easylm_mling.judging.questions import (
     HIGHEST,
+    LANGUAGES,
     Question,
     language_of,
     mark_messages,
@@ -113,7 +114,9 @@ def summary(items: Sequence[Judged]) -> dict:
         "without a mark": unread,
         "repeats agree": _share(same),
         "answers ended by themselves": _share([bool(e) for e in ended]),
-        "answers in its language": _share([language_of(i.answer.text) == i.question.language for i in items]),
+        "answers in its language": _share(
+            [language_of(i.answer.text) == i.question.language for i in items if i.question.language in LANGUAGES]
+        ),
         "letters in an answer": mean_and_error([float(len(i.answer.text)) for i in items])[0],
         "empty answers": sum(not i.answer.text for i in items),
     }

@@ -89,6 +89,9 @@ class Search:
         self.wishes = {
             name: 1.0 if source.weight is None else source.weight for name, source in config.data.sources.items()
         }
+        check(
+            sum(self.wishes.values()) > 0, "--search: every source's weight is 0; the bits a byte of none would count"
+        )
         whole = Validation(config, catalog, tokenizer, mesh)
         self.halves = whole.halves()
         for name in catalog.sources:
