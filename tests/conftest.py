@@ -30,6 +30,16 @@ def environment():
 
 
 @pytest.fixture(scope="module")
+def one_device():
+    """Leaves one device to the tests that ask for it: where nothing is sharded, eight would only cost time."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        yield
+
+
+@pytest.fixture(scope="module")
 def hf_source(tmp_path_factory):
     """The directory of a tiny bfloat16 Gemma, as transformers saves it."""
     import torch

@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
-import jax  # noqa: E402
 from processes import ROOT, train_here  # noqa: E402
 
 from easylm_mling.checkpoint.best import best_step  # noqa: E402
@@ -15,12 +14,7 @@ from easylm_mling.cli.main import main  # noqa: E402
 from easylm_mling.monitoring.report.collect import collect  # noqa: E402
 from easylm_mling.monitoring.report.page import forgetting_lines  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

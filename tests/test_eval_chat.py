@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from conversation_cases import GEMMA_LIKE  # noqa: E402
@@ -26,11 +25,7 @@ TURNS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

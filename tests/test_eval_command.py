@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from eval_models import save  # noqa: E402
 
@@ -20,12 +19,7 @@ from easylm_mling.evaluation.scoring.suites import load_suite  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Eight simulated devices would only cost time here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("openai", reason="needs the extra [judge]")
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
-import jax  # noqa: E402
 from judge_server import WAYS_TO_FAIL, serve  # noqa: E402
 
 from easylm_mling.cli.main import main  # noqa: E402
@@ -39,12 +38,6 @@ QUIET = make_console(quiet=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Eight simulated devices would only cost time here."""
-    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
 
 
 def examined(messages):

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from processes import TINY, train_here
@@ -17,12 +16,7 @@ from easylm_mling.merge.search import Search, SearchOptions, choose_weights
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Eight simulated devices would only cost time here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
