@@ -97,6 +97,8 @@ def test_wrong_input_ends_in_one_line_before_a_model_is_loaded(models, evaluated
         (["--suite", str(tmp_path / "wrong.yaml")], "a row is `row`, `task`, `shots` and `measure`"),
         (["--tasks", "pack_ends", "--include-path", "nowhere"], "is no folder"),
         (["--suite", "quick", "--shots", "3"], "a suite has its own shots"),
+        (["--suite", "quick", "--max-length", "0"], "--max-length 0: the model reads 1 to "),
+        (["--suite", "quick", "--template", "alpaca"], "--template: is of --form chat or both"),
         (["--suite", "quick", "--baseline", str(tmp_path / "none.json")], "name a results-SUITE.json"),
     ]:
         assert main(["eval", model, *arguments, "--output", str(tmp_path / "out")]) == 2

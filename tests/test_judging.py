@@ -331,6 +331,11 @@ def test_a_models_own_answers_are_written_once(judge, one_device, tmp_path, monk
     assert [json.loads(line)["answer"] for line in (tmp_path / "out" / "judge-j.jsonl").read_text().splitlines()] == [
         r["answer"] for r in rows
     ]
-    capsys.readouterr()
-    assert main(["eval", str(model), "--judge", str(tmp_path / "j.yaml"), "--limit", "3"]) == 2
-    assert "--limit: is of suites and tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--limit 3", "--shots 0", "--data kept", "--form chat", "--template alpaca", "--include-path x", "--all"]
+)
+def test_flags_of_suites_are_refused_beside_a_judge(flag, tmp_path, capsys):
+    assert main(["eval", "model", "--judge", str(tmp_path / "j.yaml"), *flag.split()]) == 2
+    assert f"{flag.split()[0]}: is of suites and tasks" in capsys.readouterr().err

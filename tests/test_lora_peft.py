@@ -199,6 +199,11 @@ WRONG = [
     ({"use_dora": True}, "use_dora=true is not supported"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
     ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern="),
+    # PiSSA's adapters stand beside another base than the one they name, and activated ones do nothing before certain tokens.
+    ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" is not supported'),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
+    ({"not_thought_of_yet": True}, "not_thought_of_yet=true is not supported"),
+    ({"target_modules": ["q_proj", "k_proj", "lm_head"]}, "target_modules names lm_head, of which"),
 ]
 
 

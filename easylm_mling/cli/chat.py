@@ -45,16 +45,17 @@ def _add_model(verb):
 def _open(a):
     """Return the model's graph, params and config, its tokenizer and its window."""
     from easylm_mling.data.tokenization.tokenizer import Tokenizer
-    from easylm_mling.inference.generate import find_tokenizer, load_model
+    from easylm_mling.inference.generate import find_tokenizer, load_model, read_model
 
     tokenizer = Tokenizer(str(a.tokenizer or find_tokenizer(a.model_dir, a.step)), "--tokenizer ")
-    graph, params, model = load_model(a.model_dir, step=a.step)
+    model = read_model(a.model_dir, a.step)
     tokenizer.check_model(model)
-    length = a.max_length or min(model.max_position_embeddings, _LONGEST)
+    length = min(model.max_position_embeddings, _LONGEST) if a.max_length is None else a.max_length
     check(
         1 < length <= model.max_position_embeddings,
         f"--max-length {length}: the model reads 2 to {model.max_position_embeddings} tokens",
     )
+    graph, params, _ = load_model(a.model_dir, step=a.step)
     return graph, params, model, tokenizer, length
 
 

@@ -43,7 +43,6 @@ def add_verbs(verbs):
     )
     evaluate.add_argument(
         "--template",
-        default="tokenizer",
         metavar="NAME",
         help="of the chat form: tokenizer (its own, the default), a plain form such as alpaca, or a file",
     )
@@ -67,6 +66,7 @@ def _eval(a) -> int:
     check(not a.suite or a.shots is None, "--shots: a suite has its own shots; give --shots with --tasks")
     check(a.shots is None or a.shots >= 0, f"--shots {a.shots}: must be zero or more")
     check(a.limit is None or a.limit > 0, f"--limit {a.limit}: must be positive")
+    check(a.template is None or a.form != "plain", "--template: is of --form chat or both; add one of them")
     check(
         not a.all or (a.step, a.output, a.baseline) == (None, None, None),
         "--all: takes every step, and writes to RUN/evaluations; leave out --step, --output and --baseline",
@@ -92,7 +92,7 @@ def _eval(a) -> int:
         a.max_length,
         a.limit,
         forms[0],
-        a.template,
+        a.template or "tokenizer",
     )
     with joined(a):
         console = make_console(quiet=not is_primary())
@@ -129,9 +129,17 @@ def _judge(a) -> int:
 
     from easylm_mling.errors import check
 
-    other = {"--shots": a.shots, "--include-path": a.include_path, "--all": a.all, "--limit": a.limit}
+    other = {
+        "--shots": a.shots is not None,
+        "--include-path": a.include_path,
+        "--data": a.data is not None,
+        "--all": a.all,
+        "--limit": a.limit is not None,
+        "--form": a.form != "plain",
+        "--template": a.template is not None,
+    }
     given = next((flag for flag, value in other.items() if value), None)
-    check(given is None, f"{given}: is of suites and tasks; with --judge leave it out")
+    check(given is None, f"{given}: is of suites and tasks; with --judge leave it out (its file has answers.template)")
     from easylm_mling.judging.command import JudgeOptions, ask_person, judge_model
     from easylm_mling.monitoring.console import make_console
 

@@ -104,6 +104,7 @@ def _export(a) -> int:
     from easylm_mling.errors import check, one_line
     from easylm_mling.hf.exporting import export_hf, note_export
 
+    check(a.adapter or a.base is None, "--base goes with --adapter; leave it out")
     wanted = best_step(a.checkpoint_dir, a.best) if a.best else a.step
     step = int(step_directory(a.checkpoint_dir, wanted).name)
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
@@ -117,7 +118,6 @@ def _export(a) -> int:
         averaged = [s.step for s in merged.sources[::-1] if s.step is not None]
         what = f"the mean of the steps {', '.join(map(str, averaged))}"
     else:
-        check(a.base is None, "--base goes with --adapter; leave it out")
         warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages, print)
         what = f"step {step}"
     for warning in warnings:

@@ -26,7 +26,7 @@ from easylm_mling.evaluation.results import (
 )
 from easylm_mling.evaluation.scoring.suites import harness_is_there
 from easylm_mling.formatting import duration_text
-from easylm_mling.inference.generate import find_tokenizer, load_model
+from easylm_mling.inference.generate import find_tokenizer, load_model, read_model
 from easylm_mling.monitoring.console import say, warn
 from easylm_mling.storage.atomic import write_atomically
 
@@ -55,13 +55,14 @@ def evaluate_forms(options: EvalOptions, forms: list[str], console: Console, row
     with primary_first(repr(options)):
         baseline = read_results(options.baseline) if options.baseline else None
         tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
+        model = read_model(options.model, options.step)
+        tokenizer.check_model(model)
+        options.window(model)
         chat = ChatForm(tokenizer, options.template) if "chat" in forms else None
         if rows is None and is_primary():
             say(console, f"checking the tasks of {options.suite.name}")
             rows = load_rows(options.suite)
     graph, params, model = load_model(options.model, step=options.step)
-    tokenizer.check_model(model)
-    options.window(model)
     mesh = params["embed_tokens"].sharding.mesh
     leads = is_multiprocess() and is_primary()
     scorer = (LeadingScorer if leads else Scorer)(graph, params, model, mesh, options.dtype)

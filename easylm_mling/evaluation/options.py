@@ -48,7 +48,8 @@ class EvalOptions:
 
     def window(self, model: ModelConfig) -> int:
         """Return the longest text that is read, in tokens. Raises ConfigError for one that the model does not have."""
-        length, most = self.max_length or min(model.max_position_embeddings, _LONGEST), model.max_position_embeddings
+        most = model.max_position_embeddings
+        length = min(most, _LONGEST) if self.max_length is None else self.max_length
         check(0 < length <= most, f"--max-length {length}: the model reads 1 to {most} tokens")
         return length
 

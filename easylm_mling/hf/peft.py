@@ -35,13 +35,15 @@ from easylm_mling.storage.object_store import small_files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _VERSION = "0.21.2"  # of peft, whose form this is
 _PREFIX, _MULTIMODAL_PREFIX = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
-# What would make it another function than ours -> what it must be then.
-_PLAIN = {
-    "use_dora": (False, None), "bias": ("none",), "modules_to_save": (None, []), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
-    "layers_to_transform": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
-    "layer_replication": (None,),
+# Settings that change nothing of a stored adapter, and those that are read -> what makes it a plain LoRA. Whatever else is set
+# (use_dora, rank_pattern, modules_to_save, alora_invocation_tokens, and what peft will think of) makes it another function.
+_SILENT = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern", "megatron_core",
+    "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
+_PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+_NOTHING = (None, False, [], {})
 
 
 def export_adapter(
@@ -217,9 +219,16 @@ def _read_config(file: Path, settings: dict, projections: set[str]) -> LoraConfi
     """Return the settings of an adapter; raises ConfigError for one that is missing or is no plain LoRA."""
     kind = settings.get("peft_type")
     check(kind == "LORA", f"{file}: peft_type={kind!r}; only LORA can be imported")
-    for key, allowed in _PLAIN.items():
-        value = settings.get(key, allowed[0])
-        check(value in allowed, f"{file}: {key}={json.dumps(value)[:80]} is not supported; train a plain LoRA")
+    for key, value in settings.items():
+        plain = key in _SILENT or value in _PLAIN.get(key, _NOTHING) or value in _NOTHING
+        check(plain, f"{file}: {key}={json.dumps(value)[:80]} is not supported; train a plain LoRA")
+    targets = settings.get("target_modules")
+    if isinstance(targets, list):
+        lost = sorted({str(name).rpartition(".")[2] for name in targets} - projections)
+        check(
+            not lost,
+            f"{file}: target_modules names {', '.join(lost)}, of which {WEIGHTS} has no tensor; use a whole adapter",
+        )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     for key, value in (("r", rank), ("lora_alpha", alpha)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -38,6 +38,15 @@ from easylm_mling.training.state import abstract_params, model_graph
 SLOTS = 64
 
 
+def read_model(path: str | Path, step: int | None = None) -> ModelConfig:
+    """Return the config of the model that `load_model` would load, and none of its parameters. Raises as it does."""
+    if not (Path(path) / "config.json").is_file():
+        return stored_model(path, step)
+    if step is not None:
+        raise ConfigError(f"{path}: a Hugging Face directory has no steps; leave out step={step}")
+    return model_config_from_hf(path)
+
+
 def load_model(
     path: str | Path, mesh: Mesh | None = None, step: int | None = None
 ) -> tuple[nnx.GraphDef, dict, ModelConfig]:
@@ -46,13 +55,10 @@ def load_model(
     Parameters are sharded over `mesh` (default: as many devices as `hidden_size` divides over). Raises ConfigError if `path`
     is none of these or has no such `step`.
     """
+    model = read_model(path, step)
     if (Path(path) / "config.json").is_file():
-        if step is not None:
-            raise ConfigError(f"{path}: a Hugging Face directory has no steps; leave out step={step}")
-        model = model_config_from_hf(path)
         params = read_params(open_weights(path, model), model, mesh or widest_mesh(model))
     else:
-        model = stored_model(path, step)
         params = load_params(path, abstract_params(model, mesh or widest_mesh(model)), step)
     return model_graph(model), params, model
 
@@ -139,8 +145,8 @@ def sample_text(
 ) -> list[str]:
     """Call `continue_texts` with the model at `path` and the tokenizer at `tokenizer_path` (default: the model's own)."""
     tokenizer = Tokenizer(str(tokenizer_path or find_tokenizer(path, step)))
+    tokenizer.check_model(read_model(path, step))
     graph, params, model = load_model(path, step=step)
-    tokenizer.check_model(model)
     return continue_texts(graph, params, model, tokenizer, prompts, max_new_tokens, **settings)
 
 

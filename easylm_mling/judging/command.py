@@ -18,7 +18,7 @@ from easylm_mling.evaluation.request_cache import RequestCache
 from easylm_mling.evaluation.scoring.suites import Suite
 from easylm_mling.formatting import markdown_table
 from easylm_mling.inference.dialogue import open_dialogue
-from easylm_mling.inference.generate import find_tokenizer, load_model
+from easylm_mling.inference.generate import find_tokenizer, load_model, read_model
 from easylm_mling.judging.answering import Answer, Answerer, read_answers
 from easylm_mling.judging.asking import Judge, Reply, Request
 from easylm_mling.judging.questions import Question, load_questions, questions_digest, words_digest
@@ -138,11 +138,12 @@ def _answer(options: JudgeOptions, questions: list[Question], folder: Path, cons
     tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
     # What may be missing or wrong is found before the parameters are loaded.
     dialogue = open_dialogue(options.model, options.step, tokenizer, settings.template, _NO_LIMIT)
-    _, params, model = load_model(options.model, step=options.step)
+    model = read_model(options.model, options.step)
     tokenizer.check_model(model)
     answerer = Answerer(dialogue, model, tokenizer, settings, options.dtype, options.as_eval.window(model))
     digest = identity(options.as_eval, place(options.as_eval)[0], answerer.model, tokenizer)
     cache = RequestCache(folder / f"answers-{digest}.jsonl")
+    _, params, _ = load_model(options.model, step=options.step)
     try:
         return answerer.write(params, questions, cache, Meter(console))
     finally:
