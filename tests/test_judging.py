@@ -15,7 +15,9 @@ from judge_server import WAYS_TO_FAIL, serve  # noqa: E402
 
 from easylm_mling.cli.main import main  # noqa: E402
 from easylm_mling.errors import ConfigError, TrainingStopped  # noqa: E402
-from easylm_mling.judging.command import JudgeOptions, judge_model  # noqa: E402
+from easylm_mling.evaluation.options import EvalOptions  # noqa: E402
+from easylm_mling.evaluation.scoring.suites import Suite  # noqa: E402
+from easylm_mling.judging.command import judge_model  # noqa: E402
 from easylm_mling.judging.questions import (  # noqa: E402
     language_of,
     load_questions,
@@ -72,7 +74,11 @@ def write(folder, url, stars, name="answers", **settings):
     )
     tree = {"endpoint": url, "model": "strong", "questions": "questions.jsonl", "attempts": 1} | settings
     (folder / "j.yaml").write_text(json.dumps(tree))
-    return JudgeOptions(str(answers), str(folder / "j.yaml"), output=str(folder / f"{name}-out"), agreed=True)
+    return EvalOptions(str(answers), Suite("j", ()), output=str(folder / f"{name}-out"))
+
+
+def judge_answers(options, console=QUIET, agrees=lambda _: True):
+    return judge_model(options, str(Path(options.model).parent / "j.yaml"), agrees, console)
 
 
 def asked_of(server):
@@ -82,7 +88,7 @@ def asked_of(server):
 def test_marks_have_their_errors_by_language_and_category(judge, tmp_path, capsys):
     stars = [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
     options = write(tmp_path, judge.url, stars, input_price=2.0, output_price=8.0)
-    tree = judge_model(options, make_console())
+    tree = judge_answers(options, make_console())
     marks = tree["marks"]
     assert marks["all"]["mean"] == 2.5 and marks["all"]["percent"] == 50 and marks["all"]["marked"] == 12
     assert marks["all"]["error"] == pytest.approx(np.std(stars, ddof=1) / 12**0.5)
@@ -106,50 +112,50 @@ def test_marks_have_their_errors_by_language_and_category(judge, tmp_path, capsy
 def test_nothing_is_asked_twice_and_failures_are_no_zeros(judge, tmp_path):
     options = write(tmp_path, judge.url, [5] * 12, parallel=3)
     judge.fail_every = 2
-    tree = judge_model(options, QUIET)
+    tree = judge_answers(options)
     assert tree["failures"] == judge.failed == 6 == len(WAYS_TO_FAIL)
     assert tree["marks"]["all"] == {"questions": 12, "marked": 6, "mean": 5, "error": 0, "percent": 100}
     judge.fail_every = 0
-    tree = judge_model(options, QUIET)
+    tree = judge_answers(options)
     assert len(judge.asked) == 18 and tree["failures"] == 0 and tree["marks"]["all"]["marked"] == 12
-    judge_model(options, QUIET)
+    judge_answers(options)
     assert len(judge.asked) == 18
     # Another judge, or another way to ask it, is asked anew.
     judge.models.append("other")
-    judge_model(write(tmp_path, judge.url, [5] * 12, model="other"), QUIET)
-    judge_model(write(tmp_path, judge.url, [5] * 12, temperature=None), QUIET)
+    judge_answers(write(tmp_path, judge.url, [5] * 12, model="other"))
+    judge_answers(write(tmp_path, judge.url, [5] * 12, temperature=None))
     assert len(judge.asked) == 18 + 24 and "temperature" not in judge.asked[-1]
 
 
 def test_an_endpoint_that_errs_is_asked_again(judge, tmp_path):
     judge.fail_every, judge.ways = 2, (429, 500)
-    tree = judge_model(write(tmp_path, judge.url, [4] * 12, attempts=4, parallel=1), QUIET)
+    tree = judge_answers(write(tmp_path, judge.url, [4] * 12, attempts=4, parallel=1))
     assert tree["failures"] == 0 and judge.failed >= 11
 
 
 def test_another_endpoint_of_the_same_name_is_asked_anew(judge, tmp_path):
-    judge_model(write(tmp_path, judge.url, [3] * 12), QUIET)
+    judge_answers(write(tmp_path, judge.url, [3] * 12))
     with serve(lambda messages: '{"score": 1}') as other:
-        tree = judge_model(write(tmp_path, other.url, [3] * 12), QUIET)
+        tree = judge_answers(write(tmp_path, other.url, [3] * 12))
         assert len(other.asked) == 12 and tree["marks"]["all"]["mean"] == 1
 
 
 def test_the_language_of_an_answer_is_told_only_where_it_is_known(judge, tmp_path):
     options = write(tmp_path, judge.url, [2] * 12)
-    assert judge_model(options, QUIET)["answers in its language"] == 0.25  # all are written in English letters
+    assert judge_answers(options)["answers in its language"] == 0.25  # all are written in English letters
     file = tmp_path / "questions.jsonl"
     for code in ("ko", "ja", "zh", "en"):
         file.write_text(file.read_text().replace(f'"language": "{code}"', '"language": "fr"'))
-    assert judge_model(options, QUIET)["answers in its language"] is None
+    assert judge_answers(options)["answers in its language"] is None
 
 
 def test_replies_that_a_kill_cut_short_are_asked_for_again(judge, tmp_path):
     options = write(tmp_path, judge.url, [3] * 12)
-    judge_model(options, QUIET)
+    judge_answers(options)
     file = tmp_path / "answers-out" / "judgements-j.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:7]) + lines[7][:30])
-    assert judge_model(options, QUIET)["marks"]["all"]["mean"] == 3
+    assert judge_answers(options)["marks"]["all"]["mean"] == 3
     assert len(judge.asked) == 12 + 5
 
 
@@ -157,34 +163,34 @@ def test_an_endpoint_that_never_answers_ends_the_command_and_keeps_all(judge, tm
     options = write(tmp_path, judge.url, [3] * 12, parallel=2)
     judge.fail_every, judge.ways = 1, (500,)
     with pytest.raises(TrainingStopped, match="10 requests failed and none was answered .*the same command goes on"):
-        judge_model(options, QUIET)
+        judge_answers(options)
     judge.fail_every = 0
-    assert judge_model(options, QUIET)["marks"]["all"]["marked"] == 12
+    assert judge_answers(options)["marks"]["all"]["marked"] == 12
 
 
 def test_replies_without_a_mark_are_counted_apart(judge, tmp_path):
     judge.reply = lambda messages: "I cannot say." if "A1" in examined(messages)[-1] else by_stars(messages)
-    tree = judge_model(write(tmp_path, judge.url, [2] * 12), QUIET)
+    tree = judge_answers(write(tmp_path, judge.url, [2] * 12))
     assert tree["without a mark"] == 3 and tree["failures"] == 0
     assert tree["marks"]["all"]["marked"] == 9 and tree["marks"]["all"]["mean"] == 2
 
 
 def test_repeats_show_whether_the_judge_agrees_with_itself(judge, tmp_path):
-    tree = judge_model(write(tmp_path, judge.url, [2] * 12, repeats=3), QUIET)
+    tree = judge_answers(write(tmp_path, judge.url, [2] * 12, repeats=3))
     assert tree["judgements"] == 36 and tree["repeats agree"] == 1 and {b["seed"] for b in judge.asked} == {0, 1, 2}
     moods = iter(range(100))
     judge.reply = lambda messages: f'{{"score": {next(moods) % 2 + 1}}}'
-    tree = judge_model(write(tmp_path, judge.url, [1] * 12, repeats=3, parallel=1), QUIET)
+    tree = judge_answers(write(tmp_path, judge.url, [1] * 12, repeats=3, parallel=1))
     assert tree["repeats agree"] == 0
 
 
 def test_both_orders_are_compared_and_a_judge_of_places_says_nothing(judge, tmp_path):
-    base = judge_model(write(tmp_path, judge.url, [2] * 12, "base"), QUIET)
+    base = judge_answers(write(tmp_path, judge.url, [2] * 12, "base"))
     assert "pairs" not in base
     ours = [3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 1, 1]
     options = write(tmp_path, judge.url, ours, "new", pairwise=True)
     options = replace(options, baseline=str(tmp_path / "base-out" / "judge-j.json"))
-    tree = judge_model(options, QUIET)
+    tree = judge_answers(options)
     pairs = tree["pairs"]
     assert (pairs["wins"], pairs["ties"], pairs["losses"]) == (7, 3, 2) and pairs["orders disagree"] == 0
     assert pairs["win rate"] == pytest.approx(8.5 / 12)
@@ -193,18 +199,18 @@ def test_both_orders_are_compared_and_a_judge_of_places_says_nothing(judge, tmp_
     assert tree["baseline"]["error"] == pytest.approx(difference.std(ddof=1) / 12**0.5)
     judge.reply = lambda messages: '{"better": "first"}' if '"better"' in messages[1]["content"] else by_stars(messages)
     (tmp_path / "new-out" / "judgements-j.jsonl").unlink()
-    pairs = judge_model(options, QUIET)["pairs"]
+    pairs = judge_answers(options)["pairs"]
     assert pairs["orders disagree"] == 1 and pairs["win rate"] == 0.5 and pairs["error"] == 0 and pairs["ties"] == 0
 
 
 def test_a_baseline_of_other_questions_is_refused(judge, tmp_path):
-    judge_model(write(tmp_path, judge.url, [2] * 12, "base"), QUIET)
+    judge_answers(write(tmp_path, judge.url, [2] * 12, "base"))
     options = write(tmp_path, judge.url, [3] * 12, "new")
     options = replace(options, baseline=str(tmp_path / "base-out" / "judge-j.json"))
     file = tmp_path / "questions.jsonl"
     file.write_text(file.read_text().replace("Question 3?", "Question three?"))
     with pytest.raises(ConfigError, match="is of other questions; marks of both models must be made alike"):
-        judge_model(options, QUIET)
+        judge_answers(options)
 
 
 def test_nothing_is_asked_without_consent_to_the_cost(judge, tmp_path):
@@ -212,19 +218,19 @@ def test_nothing_is_asked_without_consent_to_the_cost(judge, tmp_path):
     with pytest.raises(
         ConfigError, match=r"12 judgements by strong: about [\d,]+ tokens read and 3,600 written, about \$\d"
     ):
-        judge_model(replace(options, agreed=False), QUIET)
+        judge_answers(options, agrees=None)
     said = []
     with pytest.raises(ConfigError, match="nothing was asked"):
-        judge_model(replace(options, agreed=False, confirm=lambda text: bool(said.append(text))), QUIET)
+        judge_answers(options, agrees=lambda text: bool(said.append(text)))
     assert said == ["ask the judge?"] and not judge.asked
-    judge_model(replace(options, agreed=False, confirm=lambda _: True), QUIET)
-    judge_model(replace(options, agreed=False), QUIET)  # all is there, so nothing is asked
+    judge_answers(options, agrees=lambda _: True)
+    judge_answers(options, agrees=None)  # all is there, so nothing is asked
     assert len(judge.asked) == 12
 
 
 def test_the_key_is_shown_and_stored_nowhere(judge, tmp_path, capsys):
     judge.fail_every, judge.ways = 2, (500,)  # an endpoint that repeats the key in its errors
-    judge_model(write(tmp_path, judge.url, [2] * 12), make_console())
+    judge_answers(write(tmp_path, judge.url, [2] * 12), make_console())
     written = b"".join(f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
     assert b"InternalServerError" in written and KEY.encode() not in written
     out = capsys.readouterr()
@@ -238,7 +244,7 @@ def test_what_is_wrong_is_told_in_one_line(judge, tmp_path, monkeypatch):
         if settings:
             options = write(tmp_path, judge.url, [2] * 12, **settings)
         with pytest.raises(ConfigError, match=match) as error:
-            judge_model(options, QUIET)
+            judge_answers(options)
         assert "\n" not in str(error.value) and KEY not in str(error.value) and not judge.asked
 
     refused("has no model 'weak'; it has strong", model="weak")

@@ -140,12 +140,15 @@ def _judge(a) -> int:
     }
     given = next((flag for flag, value in other.items() if value), None)
     check(given is None, f"{given}: is of suites and tasks; with --judge leave it out (its file has answers.template)")
-    from easylm_mling.judging.command import JudgeOptions, ask_person, judge_model
+    from pathlib import Path
+
+    from easylm_mling.evaluation.options import EvalOptions
+    from easylm_mling.evaluation.scoring.suites import Suite
+    from easylm_mling.judging.command import ask_person, judge_model
     from easylm_mling.monitoring.console import make_console
 
-    options = JudgeOptions(
-        a.model_dir, a.judge, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length, a.yes,
-        ask_person if sys.stdin.isatty() else None,
-    )  # fmt: skip
-    judge_model(options, make_console())
+    suite = Suite(Path(a.judge).stem, ())
+    options = EvalOptions(a.model_dir, suite, a.step, a.tokenizer, a.output, a.baseline, a.dtype, a.max_length)
+    agrees = (lambda _: True) if a.yes else ask_person if sys.stdin.isatty() else None
+    judge_model(options, a.judge, agrees, make_console())
     return 0

@@ -15,14 +15,13 @@ from easylm_mling.errors import ConfigError, check, check_format
 from easylm_mling.evaluation.command import Meter
 from easylm_mling.evaluation.options import EvalOptions, identity, place
 from easylm_mling.evaluation.request_cache import RequestCache
-from easylm_mling.evaluation.scoring.suites import Suite
 from easylm_mling.formatting import markdown_table
 from easylm_mling.inference.dialogue import open_dialogue
 from easylm_mling.inference.generate import find_tokenizer, load_model, read_model
 from easylm_mling.judging.answering import Answer, Answerer, read_answers
 from easylm_mling.judging.asking import Judge, Reply, Request
 from easylm_mling.judging.questions import Question, load_questions, questions_digest, words_digest
-from easylm_mling.judging.settings import load_settings
+from easylm_mling.judging.settings import AnswerSettings, load_settings
 from easylm_mling.judging.verdicts import (
     Compared,
     Judged,
@@ -42,28 +41,6 @@ _NO_LIMIT = 1 << 30  # tokens of a prompt: the answerer refuses one that does no
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """What is judged: a model as of `eval`, or a .jsonl of answers; by which settings; and where the results go."""
-
-    model: str
-    settings: str
-    step: int | None = None
-    tokenizer: str | None = None
-    output: str | None = None
-    baseline: str | None = None
-    dtype: str = "bfloat16"
-    max_length: int | None = None
-    agreed: bool = False  # to the cost
-    confirm: Callable[[str], bool] | None = None  # asks a person; None: no person is there
-
-    @property
-    def as_eval(self) -> EvalOptions:
-        """The same model, places and window, as `eval` names them."""
-        suite = Suite(Path(self.settings).stem, ())
-        return EvalOptions(self.model, suite, self.step, self.tokenizer, self.output, None, self.dtype, self.max_length)
-
-
-@dataclass(frozen=True)
 class JudgedModel:
     """What judge-NAME.json and judge-NAME.jsonl hold of one model."""
 
@@ -72,38 +49,40 @@ class JudgedModel:
     marks: dict[str, float]
 
 
-def judge_model(options: JudgeOptions, console: Console) -> dict:
+def judge_model(
+    options: EvalOptions, settings_file: str, agrees: Callable[[str], bool] | None, console: Console
+) -> dict:
     """Let a model answer, let the judge mark the answers, print the table and write it; returns the summary.
+
+    `options.model` may also be a .jsonl of answers. `agrees` is asked about the cost; None: nobody is there.
 
     All that can be checked is, before a model is loaded or a judgement is paid for. Raises ConfigError for what is wrong,
     and TrainingStopped if the endpoint fails; what was answered and judged is kept, and the same command goes on.
     """
-    settings = load_settings(options.settings)
+    settings = load_settings(settings_file)
     questions = load_questions(settings.questions)
-    name = Path(options.settings).stem
+    name = options.suite.name
     asked = {"judge": settings.model, "words": words_digest(), "questions": questions_digest(questions)}
     baseline = _read_baseline(options.baseline, asked) if options.baseline else None
-    check(
-        not settings.pairwise or baseline is not None, f"{options.settings}: pairwise needs --baseline judge-NAME.json"
-    )
+    check(not settings.pairwise or baseline is not None, f"{settings_file}: pairwise needs --baseline judge-NAME.json")
     from_file = options.model.endswith(".jsonl")
     given = {"--step": options.step, "--tokenizer": options.tokenizer, "--max-length": options.max_length}
     stray = next((flag for flag, value in given.items() if from_file and value is not None), None)
     check(stray is None, f"{stray}: {options.model} holds answers, and no model is asked; leave it out")
     answers = read_answers(options.model, questions) if from_file else None
     folder = Path(options.output or f"{options.model}-judged") if from_file else None
-    folder = folder or place(options.as_eval)[1]
+    folder = folder or place(options)[1]
     judge = Judge(settings, folder / f"judgements-{name}.jsonl")
     try:
         if warning := judge.check_endpoint():
             warn(console, warning)
-        answers = answers or _answer(options, questions, folder, console)
+        answers = answers or _answer(options, settings.answers, questions, folder, console)
         requests = mark_requests(questions, answers, settings.repeats)
         ours = {q.id: answers[q.id].text for q in questions}
         if settings.pairwise:
             assert baseline
             requests += pair_requests(questions, ours, baseline.answers)
-        _confirm_cost(judge, requests, settings.model, options, console)
+        _confirm_cost(judge, requests, settings.model, agrees, console)
         meter = Meter(console)
         replies = list(judge.ask(requests, lambda done, of: meter("judgements", done, of)))
     finally:
@@ -114,7 +93,7 @@ def judge_model(options: JudgeOptions, console: Console) -> dict:
     read, written = (sum(getattr(r, kind) for r in replies) for kind in ("input_tokens", "output_tokens"))
     about = {
         "model": Path(options.model.rstrip("/")).name,
-        "step": None if from_file else place(options.as_eval)[0],
+        "step": None if from_file else place(options)[0],
         **asked,
         "settings": to_tree(settings),
     }
@@ -133,15 +112,16 @@ def judge_model(options: JudgeOptions, console: Console) -> dict:
     return tree
 
 
-def _answer(options: JudgeOptions, questions: list[Question], folder: Path, console: Console) -> dict[str, Answer]:
-    settings = load_settings(options.settings).answers
+def _answer(
+    options: EvalOptions, settings: AnswerSettings, questions: list[Question], folder: Path, console: Console
+) -> dict[str, Answer]:
     tokenizer = Tokenizer(str(options.tokenizer or find_tokenizer(options.model, options.step)), "--tokenizer ")
     # What may be missing or wrong is found before the parameters are loaded.
     dialogue = open_dialogue(options.model, options.step, tokenizer, settings.template, _NO_LIMIT)
     model = read_model(options.model, options.step)
     tokenizer.check_model(model)
-    answerer = Answerer(dialogue, model, tokenizer, settings, options.dtype, options.as_eval.window(model))
-    digest = identity(options.as_eval, place(options.as_eval)[0], answerer.model, tokenizer)
+    answerer = Answerer(dialogue, model, tokenizer, settings, options.dtype, options.window(model))
+    digest = identity(options, place(options)[0], answerer.model, tokenizer)
     cache = RequestCache(folder / f"answers-{digest}.jsonl")
     _, params, _ = load_model(options.model, step=options.step)
     try:
@@ -150,7 +130,9 @@ def _answer(options: JudgeOptions, questions: list[Question], folder: Path, cons
         cache.close()
 
 
-def _confirm_cost(judge: Judge, requests: list[Request], name: str, options: JudgeOptions, console: Console):
+def _confirm_cost(
+    judge: Judge, requests: list[Request], name: str, agrees: Callable[[str], bool] | None, console: Console
+):
     """Say what the judgements will cost, and go on only with consent. What is in the file of replies costs nothing."""
     left = judge.left(requests)
     if not left:
@@ -159,11 +141,9 @@ def _confirm_cost(judge: Judge, requests: list[Request], name: str, options: Jud
     price = "the price is unknown (input_price and output_price)" if cost is None else f"about ${cost:.2f}"
     text = f"{len(left):,} judgements by {name}: about {read:,} tokens read and {written:,} written, {price}"
     say(console, text)
-    if options.agreed:
-        return
-    check(options.confirm is not None, f"{text}: no one is here to agree; say --yes")
-    assert options.confirm
-    if not options.confirm("ask the judge?"):
+    check(agrees is not None, f"{text}: no one is here to agree; say --yes")
+    assert agrees
+    if not agrees("ask the judge?"):
         raise ConfigError("nothing was asked; the model's answers are kept")
 
 
