@@ -529,6 +529,26 @@ def test_the_tpu_kernel_is_attention_on_a_mesh():
     np.testing.assert_allclose(on_mesh, attention(q, k, v, segments, None, None), atol=2e-6)
 
 
+@pytest.mark.parametrize("T, window, block", [(1024, None, 256), (1024, 300, 256), (1024, 256, 128), (512, 1, 128)])
+def test_the_tables_of_the_splash_kernel_are_those_of_its_own_masks(monkeypatch, T, window, block):
+    """Ours are made from distances between positions, JAX's from every pair of them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    from easylm_mling.model import splash_attention as ours
+
+    def tables():
+        kernel = ours._kernel.__wrapped__(T, 2, window, None, block, True)
+        return jax.tree.leaves((kernel.fwd_mask_info, kernel.dkv_mask_info, kernel.dq_mask_info))
+
+    made = tables()
+    monkeypatch.setattr(ours, "_Causal", masks.CausalMask)
+    monkeypatch.setattr(ours, "_Local", masks.LocalMask)
+    theirs = tables()
+    assert len(made) == len(theirs) > 6
+    for a, b in zip(made, theirs, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
 @pytest.mark.parametrize("heads, kv_heads, window", [(4, 2, None), pytest.param(8, 2, 100, marks=pytest.mark.slow)])
 def test_what_cudnn_is_asked_for_is_attention(heads, kv_heads, window):
     """By XLA's form of the same call, on a mesh; cuDNN itself needs a GPU."""

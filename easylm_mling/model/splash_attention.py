@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -51,12 +52,35 @@ def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
+class _ByDistance:
+    """Shows the kernel's tables a block as the distances of its queries from its keys, on which alone its elements depend.
+
+    The tables ask only whether all or any of a block is seen. Of each element of it, as JAX has it, that takes minutes for
+    texts of 131,072 tokens.
+    """
+
+    mask_function: Any
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = index
+        distances = np.arange(queries.start - keys.stop + 1, queries.stop - keys.start, dtype=np.int32)
+        return self.mask_function(distances[None, :], np.zeros((1, 1), np.int32))
+
+
+class _Causal(_ByDistance, masks.CausalMask):
+    pass
+
+
+class _Local(_ByDistance, masks.LocalMask):
+    pass
+
+
 @lru_cache
 def _kernel(T: int, G: int, window: int | None, soft_cap: float | None, block: int, interpret: bool):
     """Make the kernel from G query heads [G, T, H] to one key/value head [T, H]."""
     while T % block:  # tiles must cover T exactly
         block //= 2
-    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    mask = _Causal((T, T)) if window is None else _Local((T, T), (window - 1, 0), 0)
     part = min(block, _COMPUTED_KEYS)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=part, block_q_dkv=block, block_kv_dkv=block,
