@@ -18,13 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-# 4.38 is the first with Gemma; it has no Gemma 2 and 3, and its Llama neither a head_dim nor Llama 3's rotary scaling.
 COMMON = ("gemma", "gemma2", "gemma3_text", "llama", "llama3", "llama_linear")
 COMMON += ("mistral", "mistral_global", "qwen2", "qwen3")
+SCALED = ("mistral_yarn", "qwen2_yarn")
+GEMMA_4 = ("gemma4", "gemma4_small")
+# The first release with each family, and the newest of 4 and 5. The first whose Llama has a head_dim of its own, which the
+# tiny models have, is 4.45.
 RELEASES = {
     "4.38.2": ("gemma",),
-    "4.57.6": (*COMMON, "mistral_yarn", "qwen2_yarn"),
-    "5.23.0": (*COMMON, "mistral_yarn", "qwen2_yarn", "qwen3_window"),
+    "4.42.4": ("gemma2",),
+    "4.45.2": ("llama", "llama3"),
+    "4.50.3": ("gemma3_text",),
+    "4.51.3": ("qwen3",),
+    "4.57.6": (*COMMON, *SCALED),
+    "5.5.0": GEMMA_4,
+    "5.10.1": ("gemma4_unified",),
+    "5.24.0": (*COMMON, *SCALED, "qwen3_window", *GEMMA_4, "gemma4_unified"),
 }
 TOLERANCE = 2e-5
 
