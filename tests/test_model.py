@@ -1,7 +1,10 @@
 """Properties of the model, the loss and the sharding of both. Parity with transformers is in test_hf_parity.py."""
 
+import math
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ from easylm_mling.model.params import parameter_table, to_flat, to_nested
 from easylm_mling.model.projection import project
 from easylm_mling.model.remat import REMAT_POLICIES, Remat
 from easylm_mling.model.rotary import rotary, rotary_frequencies
-from easylm_mling.model.sharding import make_mesh, parameter_shardings, partition_spec
+from easylm_mling.model.sharding import fits_tiles, make_mesh, parameter_shardings, partition_spec
 from easylm_mling.model.splash_attention import splash_attention
 from easylm_mling.training.loss import cross_entropy
 from easylm_mling.training.optimizer import decay_mask
@@ -391,6 +394,50 @@ def test_golden_sharding(model, sizes):
     assert {k: tuple(v.spec) for k, v in to_flat(shardings).items()} == GOLDEN[model, sizes]
 
 
+# Widths of configs/model whose parts, over so many devices along fsdp, are no whole tiles, or columns of one.
+IN_ROWS = {
+    1: set(),
+    8: {1024, 3072, 5120},
+    16: {640, 896, 1152, 2048},
+    32: {640, 896, 1152, 2304, 3840, 4096, 5376},
+    64: {640, 896, 1152, 1536, 2304, 2560, 3584, 3840, 4608, 5376, 8192},
+}
+
+
+def test_golden_widths_whose_gradients_are_made_in_rows():
+    files = (Path(__file__).parent.parent / "configs" / "model").glob("*.yaml")
+    widths = {int(re.search(r"hidden_size: (\d+)", file.read_text())[1]) for file in files}
+    of = {}
+    for shards in IN_ROWS:
+        with jax.sharding.use_abstract_mesh(abstract_mesh(shards)):
+            of[shards] = {width for width in widths if width % shards == 0 and not fits_tiles(width)}
+    assert of == IN_ROWS
+    assert all(fits_tiles(width) for width in widths)  # without a mesh
+
+
+def abstract_mesh(shards: int) -> jax.sharding.AbstractMesh:
+    return jax.sharding.AbstractMesh((1, shards, 1), ("data", "fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("width, in_rows", [(96, False), (120, True), (128, True), (256, False), (84 * 2, True)])
+@pytest.mark.parametrize(
+    "spec, kernel", [("btd,nhd->btnh", (2, 8, 0)), ("btnh,dnh->btd", (0, 2, 8)), ("btd,fd->btf", (24, 0))]
+)
+def test_gradients_whose_parts_are_no_whole_tiles_are_made_in_rows(width, in_rows, spec, kernel):
+    """The only product as large as the kernel's is its gradient, a matrix with rows of the width, or in the kernel's form."""
+    D, shards = width * 32, 32
+    shape = tuple(n or D for n in kernel)
+    size = {**dict(zip(spec.split("->")[0].split(",")[1], shape, strict=True)), "b": 1, "t": 4}
+    of_x, out = spec.split(",")[0], spec.split("->")[1]
+    x, w, by = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ([size[c] for c in of_x], shape, [size[c] for c in out]))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(shards)):
+        jaxpr = jax.make_jaxpr(lambda x, w, by: jax.vjp(partial(project, spec), x, w)[1](by))(x, w, by)
+    (_, gradient) = jaxpr.out_avals
+    assert gradient.shape == shape and gradient.dtype == jnp.bfloat16
+    barriers = [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+    assert barriers == ([(D, math.prod(shape) // D)] if in_rows else [])
+
+
 def test_biases_are_cut_as_the_heads_of_their_kernels():
     """Qwen 2.5 0.5B has 14 query heads and 2 key/value heads: four tensor shards are refused, and two share them."""
     m = ModelConfig(151936, 896, 4864, 24, 14, 2, 64, model_type="qwen2")
@@ -459,7 +506,16 @@ def test_the_gated_product_has_the_gradients_of_its_plain_form(activation, plain
 
 
 @pytest.mark.parametrize(
-    "spec, shapes", [("btd,nhd->btnh", ((8, 64, 16), (4, 8, 16))), ("btnh,dnh->btd", ((8, 64, 4, 8), (16, 4, 8)))]
+    "spec, shapes",
+    [
+        # Two elements of d a device: not whole tiles.
+        ("btd,nhd->btnh", ((8, 64, 16), (4, 8, 16))),
+        ("btnh,dnh->btd", ((8, 64, 4, 8), (16, 4, 8))),
+        ("btd,fd->btf", ((8, 64, 16), (24, 16))),
+        # Sixteen.
+        ("btd,nhd->btnh", ((8, 64, 128), (4, 8, 128))),
+        ("btnh,dnh->btd", ((8, 64, 4, 8), (128, 4, 8))),
+    ],
 )
 @pytest.mark.parametrize("wide", [True, False])
 def test_a_wide_weight_s_gradient_is_summed_over_devices_in_its_own_dtype(spec, shapes, wide):

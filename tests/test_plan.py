@@ -5,6 +5,8 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -679,3 +681,49 @@ def test_gemma_7b_on_a_v4_64_keeps_its_memory_and_its_work():
     # What is done cannot be faster than the matrix units.
     assert times["product_flops"] / times["matrix"] < find_slice("v4-64").chip.peak_flops
     assert times["kernel_flops"] / max(times["attention"], 1e-9) < find_slice("v4-64").chip.peak_flops
+
+
+# In a process of its own, as the compiler wants its environment before JAX is asked for devices.
+_GRADIENTS = """
+import os, sys
+from easylm_mling.plan import compilation
+os.environ.update(compilation.ENVIRONMENT)
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from easylm_mling.config import MeshConfig
+from easylm_mling.model.projection import project
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.plan.hlo import parse
+from easylm_mling.plan.slices import find_slice
+from easylm_mling.training.xla_flags import compiler_flags
+
+mesh = make_mesh(MeshConfig(1, 32, 1), compilation.slice_devices(find_slice("v5e-32")))
+rows = NamedSharding(mesh, P("fsdp"))
+
+def gradients(q, o, x, context, by_q, by_o):
+    of_q = jax.vjp(lambda w: project("btd,nhd->btnh", x, w), q)[1](by_q)[0]
+    return of_q, jax.vjp(lambda w: project("btnh,dnh->btd", context, w), o)[1](by_o)[0]
+
+def array(shape, spec):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+D, heads = int(sys.argv[1]), (16, 256)
+kernels = array((*heads, D), P(None, None, "fsdp")), array((D, *heads), P("fsdp"))
+wide, narrow = (array((32, 256, *tail), P("fsdp")) for tail in (heads, (D,)))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    step = jax.jit(gradients, out_shardings=tuple(k.sharding for k in kernels))
+    compiled = step.lower(*kernels, narrow, wide, wide, narrow).compile(compiler_flags("TPU v5 lite", {}))
+sums = [c.name for c in parse(compiled.as_text()).computations.values() for i in c.instructions if i.opcode == "all-reduce"]
+# The compiler's reduce-scatter is an all-reduce in a computation of this name.
+print(len(sums), sum("all-reduce-scatter" in name for name in sums))
+"""
+
+
+@needs_libtpu
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("width", [3840, 4096])
+def test_the_compiler_scatters_the_gradients_of_every_width(width):
+    """Of Gemma 3 12B and Llama 3 over 32 devices, whose parts are 120 and 128 wide."""
+    run = [sys.executable, "-c", _GRADIENTS, str(width)]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["2", "2"]

@@ -1,7 +1,10 @@
-"""Products of activations with weights, whose weights' gradients may be wider than the activations.
+"""Products of activations with weights, and how their weights' gradients are summed over devices.
 
 In a product's own dtype, each device rounds its part of a weight's gradient before the parts are summed, and so does every
 sum on the way. In float32 nothing is rounded, for twice the bytes between devices.
+
+A device needs its own part of a sum only, and the TPU compiler scatters sums where the parts fit its tiles. Where they do
+not, it sends every device all of the sum, for twice the bytes; so the gradient is then made in a form that it scatters.
 """
 
 from functools import partial
@@ -10,27 +13,62 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from easylm_mling.model.sharding import fits_tiles
+
 
 def project(spec: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Compute `einsum(spec, x, weight)` in x's dtype; the weight's gradient is summed over devices in the weight's dtype."""
-    return jnp.einsum(spec, x, weight) if weight.dtype == x.dtype else _project(spec, x, weight)
+    """Compute `einsum(spec, x, weight)` in x's dtype; the weight's gradient is summed over devices in the weight's dtype.
+
+    The letter d stands for the embed axis, which fsdp cuts.
+    """
+    _, of_weight, _ = _letters(spec)
+    in_rows = not fits_tiles(weight.shape[of_weight.index("d")]) if "d" in of_weight else False
+    if weight.dtype == x.dtype and not in_rows:
+        return jnp.einsum(spec, x, weight)
+    return _project(spec, in_rows, x, weight)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(spec, x, weight):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _project(spec, in_rows, x, weight):
     return jnp.einsum(spec, x, weight.astype(x.dtype))
 
 
-def _forward(spec, x, weight):
-    return _project(spec, x, weight), (x, weight)
+def _forward(spec, in_rows, x, weight):
+    return _project(spec, in_rows, x, weight), (x, weight)
 
 
-def _backward(spec, residuals, grad_out):
+def _backward(spec, in_rows, residuals, grad_out):
     x, weight = residuals
-    inputs, out = spec.split("->")
-    of_x, of_weight = inputs.split(",")
+    of_x, of_weight, out = _letters(spec)
     grad_x = jnp.einsum(f"{out},{of_weight}->{of_x}", grad_out, weight.astype(x.dtype))
+    if in_rows:
+        return grad_x, gradient_in_rows(spec, x, grad_out, weight)
     return grad_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
 
 
 _project.defvjp(_forward, _backward)
+
+
+def gradient_in_rows(
+    spec: str, x: Float[Array, "..."], grad_out: Float[Array, "..."], weight: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Compute the gradient of `weight`, in its shape and dtype, as a matrix with a row for each element of d.
+
+    The parts of rows are padded to whole tiles and scattered; those of columns, or of an array of three axes, are not.
+    """
+    of_x, of_weight, _ = _letters(spec)
+    narrow, wide = (x, grad_out) if "d" in of_x else (grad_out, x)
+    wide = wide.reshape(*wide.shape[:2], -1)
+    rows = jnp.einsum("btd,bte->de", narrow, wide, preferred_element_type=weight.dtype)
+    # The compiler would take the change of form into the product.
+    rows = jax.lax.optimization_barrier(rows)
+    axis = of_weight.index("d")
+    others = weight.shape[:axis] + weight.shape[axis + 1 :]
+    return jnp.moveaxis(rows.reshape(rows.shape[0], *others), 0, axis)
+
+
+def _letters(spec: str) -> tuple[str, str, str]:
+    """Return the letters of x, of the weight and of the output."""
+    inputs, out = spec.split("->")
+    of_x, of_weight = inputs.split(",")
+    return of_x, of_weight, out

@@ -17,6 +17,8 @@ from easylm_mling.model.params import Parameter, adapter_table, parameter_table,
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Of the tiles that a TPU keeps bfloat16 arrays in.
+_TILE_ROWS, _TILE_COLUMNS = 16, 128
 
 RULES = {
     "batch": BATCH_AXES,
@@ -143,6 +145,18 @@ def check_run(config: RunConfig, mesh: Mesh):
     parameter_shardings(config.model, mesh)
     if config.lora:
         adapter_shardings(config.model, config.lora, mesh)
+
+
+def fits_tiles(embed: int) -> bool:
+    """Return True if the TPU compiler scatters sums over devices whose `embed` elements fsdp cuts, whatever their form.
+
+    Parts of whole tiles (16 rows in bfloat16) lie along the rows of a tile, but those of 128 or an odd multiple along its
+    columns, where only pairs of tiles are scattered. Found by compiling for v5e (libtpu 0.0.52). True without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    part = embed // (1 if mesh.empty else mesh.shape["fsdp"])
+    whole = mesh.empty or mesh.shape["fsdp"] == 1
+    return whole or (part % _TILE_ROWS == 0 and part % (2 * _TILE_COLUMNS) != _TILE_COLUMNS)
 
 
 def constrain(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:
