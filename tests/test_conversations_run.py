@@ -25,7 +25,7 @@ data:
   lanes: 4
   sources:
     chat: {{paths: {root}/chat.jsonl, weight: 3, holdout_fraction: 0.1, conversations: {{template: gemma}}}}
-    text: {{paths: data/sample/llama2ko/en-*.jsonl.zst, weight: 1}}
+    text: {{paths: data/sample/llama2ko/en-*.jsonl.zst, weight: 1, holdout_fraction: 0.2}}
 train: {{budget_tokens: 10240, batch_size: 8}}
 mesh: {{fsdp: 8}}
 checkpoint: {{every_steps: 4, keep_last: 1}}
@@ -47,6 +47,9 @@ def test_a_run_on_conversations_goes_on_exactly_and_can_be_audited(tmp_path, mon
     whole = run("whole")
     run("halves", "train.stop_at_step=5")
     assert run("halves") == whole and len(whole) == 10
+    first, *_, last = read_metrics(tmp_path / "whole" / "metrics.jsonl", "eval")
+    assert {*last["sources"]} == {"chat", "text"} and {*last["sources_stop_rate"]} == {"chat"}
+    assert 0 < first["stop_rate"] < last["stop_rate"] == last["sources_stop_rate"]["chat"] < 1
     ledger = json.loads((tmp_path / "whole" / "ledger.json").read_text())
     assert ledger["sources"]["chat"]["padding"] > 0 and ledger["tokens"] + ledger["padding"] == 10240
     rows = audit(tmp_path / "whole", 7)  # compares its tokens with those of the batch

@@ -1,6 +1,7 @@
 """Save and restore checkpoints of a run: one Orbax step holds everything that a resume needs.
 
     RUN/checkpoints/STEP/params     float32 parameters; of a run with `lora` the adapters
+                        /average    with `train.ema`: the running average of `params`, as they are
                         /training   optimizer state and counters
                         /data       what the mixer had consumed, two int64 arrays (data/mixture.py, DataState)
                         /info       JSON: the resolved config, fingerprints of tokenizer and data, tokens consumed, digests
@@ -148,7 +149,7 @@ class Checkpoints:
         """
         assert self._saving is None, "a save is under way"
         step = int(state.step)
-        arrays = {"params": state.params, "training": _training(state), "data": data}
+        arrays = {**state.parts, "data": data}
         if problem := self._problem_before(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), problem):
             self.failed_in_a_row += 1
             return SaveResult(step, problem, begun=False)
@@ -222,7 +223,7 @@ class Checkpoints:
 
         Raises Damaged, in every process, if it cannot be read or is not what was saved.
         """
-        wanted = {"params": state.params, "training": _training(state)}
+        wanted = state.parts
         restored: Any = None
         wrong, data, info = "", {}, {}
         where = self.path / str(step)
@@ -242,7 +243,8 @@ class Checkpoints:
             raise DamagedCheckpoint(wrong or "another process cannot read it")
         if leaf := differing(info.get("digests", {}), {**restored, "data": data}):
             raise DamagedCheckpoint(f"{leaf} is not what was saved")
-        return TrainState(params=restored["params"], **restored["training"]), data, info
+        average = restored.get("average", {})
+        return TrainState(params=restored["params"], average=average, **restored["training"]), data, info
 
     def restore_newest(self, state: TrainState) -> Restored | None:
         """The newest step that is what was saved; damaged newer ones are then set aside. None if there are no steps.
@@ -292,8 +294,3 @@ class Checkpoints:
                 set_aside(self._directory, step, why)
         all_agree(True)
         self._orbax = self._open()
-
-
-def _training(state: TrainState) -> dict:
-    """What is stored as `training`: all but the parameters. What is frozen lies in another checkpoint."""
-    return {name: value for name, value in state._asdict().items() if name not in ("params", "frozen")}

@@ -17,6 +17,7 @@ from easylm_mling.config import ModelConfig, from_tree
 from easylm_mling.data.mixture import DataState
 from easylm_mling.errors import ConfigError, DamagedCheckpoint, check_format
 from easylm_mling.storage.object_store import is_bucket, store_spec
+from easylm_mling.training.digests import leaf_name
 
 # Bytes of an array of what was consumed: over a hundred sources in 65,536 lanes.
 _MOST_DATA = 1 << 30
@@ -24,7 +25,9 @@ _MOST_DATA = 1 << 30
 FORMAT = 2
 # Seconds before each further try to read a part of a step in a bucket.
 _BUCKET_WAITS = (0.1, 0.2, 0.5, 1.0, 2.0)
-_KINDS = {"params": "parameter", "training": "array", "data": "array"}
+# What is trained, and its running average.
+PARTS = ("params", "average")
+_KINDS = {"params": "parameter", "average": "averaged parameter", "training": "array", "data": "array"}
 
 
 def open_store(
@@ -41,6 +44,16 @@ def open_store(
         raise ConfigError(f"{where}: {_KINDS[part]} {name} is {stored}, not {wanted}; use another step")
     _check_chunks(where, name, part, store)
     return store
+
+
+def check_part(where: Path, part: str):
+    """Raise ConfigError where the step in `where` has no such part of PARTS."""
+    if part not in PARTS[:1] and not any(name.startswith(leaf_name(part)) for name in _digests(where)):
+        raise ConfigError(f"{where}: holds no average; train with train.ema, or leave out --ema")
+
+
+def _digests(where: Path) -> dict:
+    return load_info(where.parent.parent, int(where.name)).get("digests", {})
 
 
 def read_data(where: Path) -> dict[str, np.ndarray]:

@@ -29,6 +29,9 @@ def add_verbs(verbs):
     exporter.add_argument(
         "--average", type=int, metavar="K", help="the mean of a run's K newest checkpoints (docs/merge.md)"
     )
+    exporter.add_argument(
+        "--ema", action="store_true", help="of a run with train.ema: the running average of its parameters"
+    )
     which.add_argument("--best", metavar="SUITE", help="the step that `eval RUN --suite SUITE --all` chose as the best")
     exporter.add_argument(
         "--adapter", action="store_true", help="of a run with lora: the adapter alone, for peft and vLLM, in float32"
@@ -110,6 +113,7 @@ def _export(a) -> int:
     shard_bytes, languages = a.max_shard_gb * 1e9, tuple(a.language)
     merged, averaged = None, []
     dtype = a.dtype
+    check(not (a.ema and a.average is not None), "--ema and --average are two ways to average; leave one of them out")
     if a.adapter:
         warnings, dtype = _export_adapter(a, step), "float32"
         what = f"the adapter of step {step}"
@@ -118,12 +122,17 @@ def _export(a) -> int:
         averaged = [s.step for s in merged.sources[::-1] if s.step is not None]
         what = f"the mean of the steps {', '.join(map(str, averaged))}"
     else:
-        warnings = export_hf(a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages, print)
+        warnings = export_hf(
+            a.checkpoint_dir, a.hf_dir, step, a.dtype, shard_bytes, a.push_to_hub, languages, print, a.ema
+        )
         what = f"step {step}"
+    what += ", averaged by train.ema," if a.ema else ""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        reason = "" if note_export(a.checkpoint_dir, a.hf_dir, step, dtype, averaged) else "the run is being trained"
+        reason = (
+            "" if note_export(a.checkpoint_dir, a.hf_dir, step, dtype, averaged, a.ema) else "the run is being trained"
+        )
     except OSError as error:  # a run of somebody else's, which may only be read; the export is whole
         reason = one_line(error)
     if reason:
@@ -148,7 +157,7 @@ def _export_adapter(a, step: int) -> list[str]:
         "--adapter writes the adapter of one step; leave out --average, or --adapter for a merged mean",
     )
     check(not a.language, "--language is for the card of a whole model; leave it out with --adapter")
-    return export_adapter(a.checkpoint_dir, a.hf_dir, step, a.base)
+    return export_adapter(a.checkpoint_dir, a.hf_dir, step, a.base, a.ema)
 
 
 def _export_average(a, shard_bytes: float, languages: tuple[str, ...]):
@@ -167,7 +176,7 @@ def _verify(a, step: int, merged) -> list[str]:
     if a.adapter:
         from easylm_mling.hf.peft import verify_adapter
 
-        return verify_adapter(a.checkpoint_dir, a.hf_dir, step)
+        return verify_adapter(a.checkpoint_dir, a.hf_dir, step, a.ema)
     if merged is not None:
         from easylm_mling.merge.verify import verify_merge
 
@@ -175,4 +184,4 @@ def _verify(a, step: int, merged) -> list[str]:
         return verify_merge(merged.recipe, a.hf_dir)
     from easylm_mling.hf.verify import verify_export
 
-    return verify_export(a.checkpoint_dir, a.hf_dir, step)
+    return verify_export(a.checkpoint_dir, a.hf_dir, step, a.ema)

@@ -198,6 +198,11 @@ class RunConfig:
             not self.budget_tokens or self.profile.window[1] <= self.total_steps,
             f"profile.steps={self.profile.steps} goes beyond the run ({self.total_steps} steps)",
         )
+        if self.train.ema and self.budget_tokens:
+            check(
+                self.train.ema.from_step < self.total_steps,
+                f"train.ema.from_step={self.train.ema.from_step} leaves nothing to average: the run has {self.total_steps} steps",
+            )
         if self.lora:
             self.lora.check_model(self.model)
             check(

@@ -21,6 +21,26 @@ class EarlierBatchSize:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """A running average of the parameters beside them, after every step."""
+
+    decay: float | None = setting(
+        None, "share of the average that a step keeps, such as 0.999: an exponential average. null: the plain mean"
+    )
+    from_step: int = setting(
+        0, "the average begins with the parameters after this step, and is equal to them before", unit="steps"
+    )
+
+    def __post_init__(self):
+        check(
+            self.decay is not None or self.from_step > 0,
+            "train.ema: give decay, such as 0.999, or from_step, such as 2000, for the plain mean from there on",
+        )
+        check(self.decay is None or 0 < self.decay < 1, f"train.ema.decay={self.decay} must be above 0 and below 1")
+        check(self.from_step >= 0, f"train.ema.from_step={self.from_step} must be zero or more")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How much is trained, and in which portions."""
 
@@ -85,6 +105,11 @@ class TrainConfig:
         512, "positions of each sequence whose logits are computed at a time", unit="tokens", free=True
     )
     z_loss: float = setting(0.0, "weight of the squared log-normaliser in the loss")
+    ema: EmaConfig | None = setting(
+        None,
+        "a running average of what is trained, in float32 beside it (docs/merge.md): saved, validated, and exported by "
+        "`export-hf --ema`; null: none",
+    )
     layer_scalars: bool = setting(False, "train the number that multiplies a layer's output, too (Gemma 4)")
     log_every_steps: int = setting(
         1, "write a line of metrics.jsonl at every multiple of this", unit="steps", free=True, outside_step=True

@@ -8,7 +8,7 @@ import numpy as np
 
 from easylm_mling.checkpoint.base import open_base, stored_base, stored_lora
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info, open_store, stored_model
+from easylm_mling.checkpoint.reading import PARTS, check_part, load_info, open_store, stored_model
 from easylm_mling.config import LoraConfig
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.params import ADAPTERS, Parameter, adapter_table
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from easylm_mling.hf.exporting import Tensor
 
 
-def stored_adapters(step_dir: Path) -> tuple[LoraConfig, list[tuple[Parameter, np.ndarray]]]:
+def stored_adapters(step_dir: Path, part: str = PARTS[0]) -> tuple[LoraConfig, list[tuple[Parameter, np.ndarray]]]:
     """Read all adapters of a checkpoint step: their settings, and the rows of the adapter table with float32 arrays.
 
+    `part`: "params", or "average" for their running average.
     Raises ConfigError where there are none, and for what cannot be read or is not what was saved.
     """
     directory, step = step_dir.parent.parent, int(step_dir.name)
@@ -28,12 +29,13 @@ def stored_adapters(step_dir: Path) -> tuple[LoraConfig, list[tuple[Parameter, n
     lora = stored_lora(info)
     if lora is None or stored_base(info) is None:
         raise ConfigError(f"{directory}: step {step} holds no adapters; it was trained without `lora`")
+    check_part(step_dir, part)
     saved, arrays = info.get("digests", {}), []
     for p in adapter_table(stored_model(directory, step), lora):
-        array = np.ascontiguousarray(open_store(step_dir, p.path, p.shape).read().result())
+        array = np.ascontiguousarray(open_store(step_dir, p.path, p.shape, part=part).read().result())
         digest = Pieces()
         digest.add(array.reshape(1, -1), 0, array.size)
-        if str(digest) != saved.get(leaf_name("params", *p.path.split("."))):
+        if str(digest) != saved.get(leaf_name(part, *p.path.split("."))):
             raise ConfigError(f"{step_dir}: parameter {p.path} is not what was saved; use another step")
         arrays.append((p, array))
     return lora, arrays
@@ -54,8 +56,10 @@ def base_directory(step_dir: Path, info: dict) -> Path | None:
 class MergedTensors:
     """Tensors of the base with their adapters added: computed in float32, and rounded once to `dtype`."""
 
-    def __init__(self, base: Callable[["Tensor"], Iterator[np.ndarray]], step_dir: Path, dtype: np.dtype):
-        lora, arrays = stored_adapters(step_dir)
+    def __init__(
+        self, base: Callable[["Tensor"], Iterator[np.ndarray]], step_dir: Path, dtype: np.dtype, part: str = PARTS[0]
+    ):
+        lora, arrays = stored_adapters(step_dir, part)
         self._base, self._dtype, self._scale = base, dtype, np.float32(lora.scale)
         self._factors = {p.path.removeprefix(f"{ADAPTERS}."): (p, array) for p, array in arrays}
         # Kind of a matrix -> the squares of the rounding error and of what the adapters change, summed.

@@ -15,7 +15,7 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info, open_store, stored_model
+from easylm_mling.checkpoint.reading import PARTS, check_part, load_info, open_store, stored_model
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
@@ -37,6 +37,7 @@ from easylm_mling.training.digests import Pieces, leaf_name
 
 _TAGS = {"bfloat16": "BF16", "float32": "F32"}
 _PIECE = 64_000_000  # bytes read at a time
+AVERAGED = "The weights are the running average of those of the training steps (`train.ema`), and not the last ones.\n"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ def export_hf(
     name: str | None = None,
     languages: tuple[str, ...] = (),
     tell: Callable[[str], None] = lambda line: None,
+    ema: bool = False,
 ) -> list[str]:
     """Write the parameters at `step` (default: the newest) of a run or an imported checkpoint for transformers.
+
+    With `ema` those are its averaged ones (`train.ema`).
 
     Values are rounded to the nearest, ties to even. A tensor larger than `max_shard_bytes` gets a file of its own. The model
     card shows `name` (default: that of `hf_dir`), and `languages` (ISO 639 codes) beside those of the data's folders.
@@ -75,12 +79,13 @@ def export_hf(
     check_inside(tokenizer)
     model = stored_model(checkpoint_dir, step)
     target = DTYPES[tag]
-    read = open_parameters(step_dir, model, target)
+    read = open_parameters(step_dir, model, target, PARTS[ema])
+    made = AVERAGED if ema else ""
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with atomic_directory(hf_dir) as partial:
         tokenizer_files, bos, warnings = write_settings(partial, tokenizer, model, dtype, hf_dir)
         write_card(
-            partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages
+            partial, Export(checkpoint_dir, files, step, model, dtype, name or Path(hf_dir).name, bos), languages, made
         )
         write_shards(partial, shards, tag, read)
     for line in read.effects() if isinstance(read, MergedTensors) else ():
@@ -131,17 +136,22 @@ def write_shards(
 
 
 def note_export(
-    checkpoint_dir: str | Path, hf_dir: str | Path, step: int, dtype: str, averaged: Sequence[int] = ()
+    checkpoint_dir: str | Path,
+    hf_dir: str | Path,
+    step: int,
+    dtype: str,
+    averaged: Sequence[int] = (),
+    ema: bool = False,
 ) -> bool:
     """Note the export in the metrics of a run; an imported checkpoint has none. Returns False if the run is being trained.
 
-    `averaged`: the steps that it is the mean of, if it is one.
+    `averaged`: the steps that it is the mean of, if it is one. `ema`: it is of the averaged parameters.
     """
     metrics = small_files(checkpoint_dir) / "metrics.jsonl"
     if not metrics.exists():
         return True
     before = metrics.read_bytes() if is_bucket(checkpoint_dir) else b""
-    mean = {"averaged": list(averaged)} if averaged else {}
+    mean = ({"averaged": list(averaged)} if averaged else {}) | ({"ema": True} if ema else {})
     with MetricsLog(metrics) as log:
         log.write("export", step, path=str(Path(hf_dir).absolute()), dtype=dtype, **mean)
     if not is_bucket(checkpoint_dir):
@@ -196,16 +206,20 @@ def shard_index(shards: dict[str, list[Tensor]]) -> dict:
     }
 
 
-def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Callable[[Tensor], Iterator[np.ndarray]]:
+def open_parameters(
+    step_dir: Path, model: ModelConfig, dtype: np.dtype, part: str = PARTS[0]
+) -> Callable[[Tensor], Iterator[np.ndarray]]:
     """Return a function that yields a tensor of a checkpoint step in flat pieces, in order, rounded to `dtype`.
 
-    Of a step that holds adapters it yields the tensors of their base with the adapters added (MergedTensors). Raises ConfigError when a parameter has another shape than in `model`, cannot be read, or is not what was saved. The last
-    shows only when all of its layers are read.
+    `part`: "params", or "average" for the running average of what was trained. Of a step that holds adapters it yields the
+    tensors of their base with the adapters added (MergedTensors). Raises ConfigError when a parameter has another shape than
+    in `model`, cannot be read, or is not what was saved. The last shows only when all of its layers are read.
     """
     info = load_info(step_dir.parent.parent, int(step_dir.name))
     if base := base_directory(step_dir, info):
-        return MergedTensors(open_parameters(base, model, np.dtype(np.float32)), step_dir, dtype)
-    stores = open_stores(step_dir, model)
+        return MergedTensors(open_parameters(base, model, np.dtype(np.float32)), step_dir, dtype, part)
+    check_part(step_dir, part)
+    stores = open_stores(step_dir, model, part)
     saved = info.get("digests", {})
     digests = {path: Pieces() for path in stores}
 
@@ -218,15 +232,15 @@ def open_parameters(step_dir: Path, model: ModelConfig, dtype: np.dtype) -> Call
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{step_dir}: parameter {p.path} cannot be read ({reason}); use another step") from None
-        if digest.size == store.size and str(digest) != saved.get(leaf_name("params", *p.path.split("."))):
+        if digest.size == store.size and str(digest) != saved.get(leaf_name(part, *p.path.split("."))):
             raise ConfigError(f"{step_dir}: parameter {p.path} is not what was saved; use another step")
 
     return read
 
 
-def open_stores(step_dir: Path, model: ModelConfig) -> dict[str, ts.TensorStore]:
-    """Open the stored parameters, by path. Raises ConfigError for one that `open_store` refuses."""
-    return {p.path: open_store(step_dir, p.path, p.shape) for p in parameter_table(model)}
+def open_stores(step_dir: Path, model: ModelConfig, part: str) -> dict[str, ts.TensorStore]:
+    """Open the stored parameters of a part, by path. Raises ConfigError for one that `open_store` refuses."""
+    return {p.path: open_store(step_dir, p.path, p.shape, part=part) for p in parameter_table(model)}
 
 
 def _in_order(view: ts.TensorStore, dtype: np.dtype, digest: Pieces, first: int) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from easylm_mling.checkpoint.base import Base, find_base, stored_base
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import load_info, stored_model
+from easylm_mling.checkpoint.reading import PARTS, load_info, stored_model
 from easylm_mling.config import PROJECTIONS, LoraConfig, ModelConfig, to_tree
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import fingerprints, shipped_fingerprints
@@ -47,15 +47,19 @@ _NOTHING = (None, False, [], {})
 
 
 def export_adapter(
-    checkpoint_dir: str | Path, adapter_dir: str | Path, step: int | None = None, base_name: str | None = None
+    checkpoint_dir: str | Path,
+    adapter_dir: str | Path,
+    step: int | None = None,
+    base_name: str | None = None,
+    ema: bool = False,
 ) -> list[str]:
     """Write the adapters at `step` (default: the newest) of a run or an imported adapter for peft and vLLM, in float32.
 
     `base_name` is the model that they are loaded beside: a hub name or a directory (default: what the base was imported from).
-    Returns warnings, one line each. Raises ConfigError for a checkpoint without adapters, and an `adapter_dir` with content.
+    `ema`: write the averaged adapters (`train.ema`). Returns warnings, one line each. Raises ConfigError for a checkpoint without adapters, and an `adapter_dir` with content.
     """
     where = step_directory(checkpoint_dir, step)
-    lora, arrays = stored_adapters(where)
+    lora, arrays = stored_adapters(where, PARTS[ema])
     info, files = load_info(checkpoint_dir, int(where.name)), small_files(checkpoint_dir)
     base = stored_base(info)
     assert base
@@ -73,7 +77,7 @@ def export_adapter(
     with atomic_directory(adapter_dir) as partial:
         copy_tokenizer(tokenizer, partial)
         write_json(partial / CONFIG, adapter_config(lora, str(name), source.get("revision"), multimodal))
-        (partial / "README.md").write_text(_card(lora, str(name), Path(adapter_dir).name), encoding="utf-8")
+        (partial / "README.md").write_text(_card(lora, str(name), Path(adapter_dir).name, ema), encoding="utf-8")
         write_shards(partial, {WEIGHTS: list(tensors.values())}, "F32", _reader(arrays))
     return warnings
 
@@ -117,12 +121,16 @@ def adapter_tensors(arrays: list[tuple[Parameter, np.ndarray]], multimodal: bool
     return {tensor.name: tensor for _, _, tensor in sorted(named, key=lambda each: each[0])}
 
 
-def verify_adapter(checkpoint_dir: str | Path, adapter_dir: str | Path, step: int | None = None) -> list[str]:
-    """Compare the files of an exported adapter with its checkpoint; returns a line for each check.
+def verify_adapter(
+    checkpoint_dir: str | Path, adapter_dir: str | Path, step: int | None = None, ema: bool = False
+) -> list[str]:
+    """Compare the files of an exported adapter with its checkpoint's adapters, or with `ema` with their average.
+
+    Returns a line for each check.
 
     Raises VerificationError that names the first difference.
     """
-    lora, arrays = stored_adapters(step_directory(checkpoint_dir, step))
+    lora, arrays = stored_adapters(step_directory(checkpoint_dir, step), PARTS[ema])
     stored, file = read_json(Path(adapter_dir) / CONFIG), open_file(Path(adapter_dir) / WEIGHTS)
     for key, value in adapter_config(lora, "", None).items():
         if key not in ("base_model_name_or_path", "revision", "target_modules") and stored.get(key) != value:
@@ -268,7 +276,8 @@ def _stacked(p: Parameter, weights: dict[str, Any]) -> np.ndarray:
     return array
 
 
-def _card(lora: LoraConfig, base: str, name: str) -> str:
+def _card(lora: LoraConfig, base: str, name: str, ema: bool) -> str:
+    averaged = " It is the running average of the training steps' adapters." if ema else ""
     kind = "rsLoRA" if lora.rslora else "LoRA"
     return f"""---
 base_model: {json.dumps(base)}
@@ -279,7 +288,7 @@ pipeline_tag: text-generation
 # {name}
 
 A {kind} adapter of rank {lora.rank}, alpha {lora.alpha:g}, on {", ".join(lora.projections)}, trained with easylm-mling.
-It changes nothing unless it is loaded beside its own base model.
+It changes nothing unless it is loaded beside its own base model.{averaged}
 
 ```python
 from peft import PeftModel

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import stored_model
+from easylm_mling.checkpoint.reading import PARTS, stored_model
 from easylm_mling.config import MeshConfig, ModelConfig
 from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
@@ -32,13 +32,17 @@ _LOGIT_TOLERANCE = 1e-3
 _PROBE_LENGTH = 64
 
 
-def verify_export(checkpoint_dir: str | Path, hf_dir: str | Path, step: int | None = None) -> list[str]:
+def verify_export(
+    checkpoint_dir: str | Path, hf_dir: str | Path, step: int | None = None, ema: bool = False
+) -> list[str]:
     """Verify the export of `step` in `hf_dir`; returns a line for each check, also for those that were not possible.
+
+    With `ema` it is one of the averaged parameters.
 
     Raises VerificationError, which names the first difference.
     """
     model = stored_model(checkpoint_dir, step)
-    lines = [_same_config(hf_dir, model), _same_bytes(step_directory(checkpoint_dir, step), Path(hf_dir), model)]
+    lines = [_same_config(hf_dir, model), _same_bytes(step_directory(checkpoint_dir, step), Path(hf_dir), model, ema)]
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         return [*lines, "not checked: logits and tokenizer (install torch and transformers to compare them)"]
     return [*lines, one_bos(Path(hf_dir), model), same_logits(Path(hf_dir), model)]
@@ -53,14 +57,14 @@ def _same_config(hf_dir: str | Path, model: ModelConfig) -> str:
     return "config.json says what the checkpoint says"
 
 
-def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig) -> str:
+def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig, ema: bool) -> str:
     """Compare every tensor of the files with the checkpoint's, rounded again; one of each is in memory."""
     try:
         weights = open_weights(hf_dir, model)
     except ConfigError as error:
         raise VerificationError(str(error)) from None
     (tag,) = {part.get_dtype() for part in weights.values()}
-    read = open_parameters(step_dir, model, DTYPES[tag])
+    read = open_parameters(step_dir, model, DTYPES[tag], PARTS[ema])
     tensors = [t for group in plan_shards(model, DTYPES[tag].itemsize, float("inf")).values() for t in group]
     for t in tensors:
         exported = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)].reshape(-1)

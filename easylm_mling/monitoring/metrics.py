@@ -2,7 +2,8 @@
 
 train      a logged step: `tokens` so far; `loss` (nats a token; `sources`: of each), `gradient_norm`, `parameter_norm`,
            `learning_rate`, `skipped` and of them `spikes` so far; `ledger`: what was consumed of each source; TIMINGS
-eval       `loss` and `bits_per_byte` of held-out text; of each source and language, see run/validation.py
+eval       `loss` and `bits_per_byte` of held-out text, and of conversations `stop_rate`; of each source and language, see
+           run/validation.py. `ema`: the same of the averaged parameters, with `train.ema`
 tasks      `bits_per_byte` of right answers and `centred_accuracy` on `eval.suite`; of each of its `rows`, see
            evaluation/scoring/items.py; `seconds`, and the share of the run's time that all such scores took
 languages  at each checkpoint, `languages`: what was consumed of each

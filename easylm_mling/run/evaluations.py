@@ -36,7 +36,7 @@ class Evaluations:
             if self._done.get(what) == step:
                 continue
             with self.monitor.throughput.pausing() as pause:
-                result = self._measure(what, state.weights)
+                result = self._measure(what, state)
             told = self.monitor.scored if what == TASKS else self.monitor.evaluated
             told(step, result, pause.seconds)
             self._done[what] = step
@@ -45,8 +45,9 @@ class Evaluations:
     def _kinds(self) -> list[str]:
         return [HELD_OUT, TASKS] if self.tasks else [HELD_OUT]
 
-    def _measure(self, what: str, params: dict) -> dict:
+    def _measure(self, what: str, state: TrainState) -> dict:
         if what == TASKS:
             assert self.tasks is not None
-            return self.tasks(params, self.mesh)
-        return self.validation(params)
+            return self.tasks(state.weights, self.mesh)
+        average = {"ema": self.validation(state.averaged_weights)} if state.average else {}
+        return self.validation(state.weights) | average

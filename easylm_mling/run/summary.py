@@ -26,6 +26,7 @@ def print_summary(run_dir: str, console: Console | None = None):
     for export in read_metrics(metrics_file, "export"):
         steps = export.get("averaged", [])
         what = f"the mean of steps {', '.join(map(str, steps))}" if steps else f"step {export['step']}"
+        what += " (averaged parameters)" if export.get("ema") else ""
         say(console, f"{what} exported in {export['dtype']} to {export['path']}")
 
 
@@ -47,11 +48,18 @@ def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dic
         table.add_row(name, *shares, *_counts(source, epochs_text(source["epochs"])), *losses)
     table.add_section()
     table.add_row("all", "", "", *_counts(total, ""), *(loss_text(line.get("loss")) for line in (first, last)))
+    if config.train.ema:
+        averages = (loss_text(line.get("ema", {}).get("loss")) for line in (first, last))
+        table.add_row("all, averaged parameters", *[""] * 6, *averages)
     sizes = " and ".join(f"{size:,}" for _, _, size in config.step_tokens.pieces())
     table.caption = (
         f"budget {config.budget_tokens:,} tokens; consumed {total['tokens']:,} in "
         f"{config.step_tokens.step_of(total['rows'] * config.data.sequence_length):,} steps of {sizes}"
     )
+    if last.get("stop_rate") is not None:
+        table.caption += (
+            f"; stop rate of held-out answers {first.get('stop_rate') or 0:.1%}, at end {last['stop_rate']:.1%}"
+        )
     return table
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from easylm_mling.config import RunConfig
 from easylm_mling.data.catalog import Catalog
+from easylm_mling.data.documents import has_conversations
 from easylm_mling.data.holdout import holdout_rows
 from easylm_mling.data.loader import Batch, to_device
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
@@ -23,7 +24,9 @@ class Validation:
 
     A call with the parameters returns `{"loss", "sources": {name: loss}, "languages": {name: {language: loss}}}`, where
     `languages` has the sources of more than one language. `bits_per_byte`, `sources_bits_per_byte` and
-    `languages_bits_per_byte` hold the same for each byte of text: they compare models of different tokenizers.
+    `languages_bits_per_byte` hold the same for each byte of text: they compare models of different tokenizers. Where there are
+    conversations `stop_rate`, `sources_stop_rate` and `languages_stop_rate` hold the mean probability that the model gives to
+    the end token right behind an answer.
 
     The rows are read at the first call and kept: at most eval.rows_per_source of each source, the same for the whole run.
     A row that holds several languages is evaluated once for each of them.
@@ -48,7 +51,9 @@ class Validation:
             parts.append(by_language(holdout_rows(self.config.mixer, self.catalog, self.tokenizer, name, count), first))
             first += len(source.languages)
         whole = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
-        return self._in_batches(whole)
+        talks = [has_conversations(self.catalog.sources[name]) for name, _ in self.groups]
+        ends = answer_ends(whole, self.tokenizer) * np.array(talks, np.float32)[whole["source"]][:, None]
+        return self._in_batches({**whole, "ends": ends} if ends.any() else whole)
 
     def halves(self) -> tuple["Validation", "Validation"]:
         """Return the same over the first half of each group's rows, and over the rest. At most one document is in both.
@@ -83,15 +88,17 @@ class Validation:
 
     def __call__(self, params: dict) -> dict:
         """The losses of these parameters. Collective."""
-        sums, counts = np.zeros(len(self.groups)), np.zeros(len(self.groups))
+        sums = np.zeros((4 if "ends" in self.rows else 2, len(self.groups)))
         for start in range(0, len(self.rows["source"]), self.rows_per_batch):
             batch = {key: v[start + self.own.start : start + self.own.stop] for key, v in self.rows.items()}
-            entropy, targets = self.eval_step(params, to_device(batch, self.mesh, PartitionSpec(BATCH_AXES)))
-            sums += np.asarray(entropy, np.float64)
-            counts += np.asarray(targets, np.float64)
+            sums += np.asarray(
+                self.eval_step(params, to_device(batch, self.mesh, PartitionSpec(BATCH_AXES))), np.float64
+            )
+        entropy, targets, *stops = sums
         return {
-            **self._means("{}", mean_loss, sums, counts),
-            **self._means("{}_bits_per_byte", bits_per_byte, sums, self.bytes),
+            **self._means("{}", mean_loss, entropy, targets),
+            **self._means("{}_bits_per_byte", bits_per_byte, entropy, self.bytes),
+            **(self._means("{}_stop_rate", mean_loss, *stops) if stops else {}),
         }
 
     def _means(self, name: str, mean: Callable, sums: np.ndarray, sizes: np.ndarray) -> dict:
@@ -102,7 +109,7 @@ class Validation:
         of_several = {
             s: {self.groups[g][1]: mean(sums[g], sizes[g]) for g in i if sizes[g]} for s, i in of.items() if len(i) > 1
         }
-        whole = "loss" if name == "{}" else "bits_per_byte"
+        whole = name.removeprefix("{}_") if name != "{}" else "loss"
         return {
             whole: mean(sums.sum(), sizes.sum()),
             name.format("sources"): each,
@@ -123,6 +130,16 @@ def by_language(rows: Batch, first: int) -> Batch:
     kept = spoken[index] == language[:, None]
     copies["targets"], copies["loss_mask"] = copies["targets"] * kept, copies["loss_mask"] * kept
     return {**copies, "source": first + language}
+
+
+def answer_ends(rows: Batch, tokenizer: Tokenizer) -> np.ndarray:
+    """float32 [rows, T]: 1 where the target is the token that ends an answer: a control token, the last that is trained.
+
+    An answer that was cut, or is trained without its end, has none.
+    """
+    trained = rows["loss_mask"] > 0
+    last = trained & ~np.pad(trained[:, 1:], ((0, 0), (0, 1)))
+    return (last & np.isin(rows["targets"], sorted({*tokenizer.control_ids, tokenizer.eos_id}))).astype(np.float32)
 
 
 def bits_per_byte(nats: float, size: float) -> float | None:

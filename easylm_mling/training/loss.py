@@ -43,6 +43,23 @@ def cross_entropy(
     return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, NOTHING)[0]
 
 
+def entropy_and_chance(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int32[Array, "B T"],
+    mask: Float32[Array, "B T"],
+    chosen: Float32[Array, "B T"],
+    chunk: int,
+    soft_cap: float | None = None,
+) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+    """Returns the cross entropy as `cross_entropy` does, and the probabilities of the targets, summed where `chosen` is 1.
+
+    From the same logits. Neither can be differentiated.
+    """
+    (_, entropy, _, chance), _ = _on_mesh(hidden, head, targets, mask, chunk, 0.0, soft_cap, NOTHING, chosen)
+    return entropy, chance
+
+
 def _forward(hidden, head, targets, mask, chunk, z_loss, soft_cap, frozen_head):
     return _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, HIDDEN if frozen_head else BOTH)
 
@@ -56,24 +73,27 @@ def _backward(chunk, z_loss, soft_cap, frozen_head, gradients, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate: int):
-    """((total, cross entropy, z-loss), (gradient of hidden, of head) as far as `differentiate` says, else None)."""
+def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate: int, chosen=None):
+    """((total, cross entropy, z-loss), (gradient of hidden, of head) as far as `differentiate` says, else None).
+
+    With `chosen` the sums end with the chance of the targets there.
+    """
     assert targets.shape == mask.shape == hidden.shape[:2], (hidden.shape, targets.shape, mask.shape)
     B, T, _ = hidden.shape
     run: Any = partial(_chunks, chunk=min(chunk, T), z_loss=z_loss, soft_cap=soft_cap, differentiate=differentiate)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        (entropy, z), gradients = run(hidden, head.astype(hidden.dtype).T, targets, mask, ALONE)
+        (entropy, z, *chance), gradients = run(hidden, head.astype(hidden.dtype).T, targets, mask, chosen, ALONE)
         if differentiate == BOTH:
             gradients = gradients[0], gradients[1].T.astype(head.dtype)
-        return (jnp.sum(entropy) + jnp.sum(z), entropy, z), gradients
+        return (jnp.sum(entropy) + jnp.sum(z), entropy, z, *chance), gradients
     rows_here = B // (mesh.shape["data"] * mesh.shape["fsdp"])
     shards = HeadShards.on(mesh, rows_here * T, head.shape[0])
 
-    def on_each_device(hidden, head, targets, mask):
+    def on_each_device(hidden, head, targets, mask, chosen):
         # Before the loop, so that the head is gathered once and not once a chunk; its gradient goes the way back.
         part = shards.gather_head(head.astype(hidden.dtype).T)
-        sums, gradients = run(hidden, part, targets, mask, shards)
+        sums, gradients = run(hidden, part, targets, mask, chosen, shards)
         if not differentiate:
             return sums, None
         if differentiate == HIDDEN:
@@ -85,14 +105,14 @@ def _on_mesh(hidden, head, targets, mask, chunk, z_loss, soft_cap, differentiate
 
     rows, columns = PartitionSpec(BATCH_AXES), PartitionSpec("tensor", "fsdp")
     of_gradients = {NOTHING: None, HIDDEN: (rows, None), BOTH: (rows, columns)}[differentiate]
-    specs = ((rows, columns, rows, rows), ((rows, rows), of_gradients))
-    (entropy, z), gradients = jax.shard_map(on_each_device, in_specs=specs[0], out_specs=specs[1], check_vma=False)(
-        hidden, head, targets, mask
-    )
-    return (jnp.sum(entropy) + jnp.sum(z), entropy, z), gradients
+    specs = ((rows, columns, rows, rows, rows), (rows, of_gradients))
+    (entropy, z, *chance), gradients = jax.shard_map(
+        on_each_device, in_specs=specs[0], out_specs=specs[1], check_vma=False
+    )(hidden, head, targets, mask, chosen)
+    return (jnp.sum(entropy) + jnp.sum(z), entropy, z, *chance), gradients
 
 
-def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, soft_cap, differentiate):
+def _chunks(hidden, head, targets, mask, chosen, shards: HeadShards, *, chunk, z_loss, soft_cap, differentiate):
     """Sums [B], and gradients, of a device's rows; `head` is this device's part of the vocabulary.
 
     The head is [D, V] here, and so is its gradient: pieces of D, as they come from the devices and go to them, then lie
@@ -101,15 +121,15 @@ def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, s
     """
     B, T, D = hidden.shape
     padding = -T % chunk
-    hidden, targets, mask = (
-        jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, mask)
+    hidden, targets, mask, chosen = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)), (hidden, targets, mask, chosen)
     )
-    targets, mask = shards.gather_rows(targets), shards.gather_rows(mask)
+    targets, mask, chosen = jax.tree.map(shards.gather_rows, (targets, mask, chosen))
     tokens = jnp.arange(head.shape[1]) + shards.first_token(head.shape[1])
 
     def body(carry, part):
-        (entropy, z), grad_head = carry
-        h, t, m = part
+        (entropy, z, *chance), grad_head = carry
+        h, t, m, e = part
         h = shards.gather_rows(h)
         scores = jnp.einsum("bcd,dv->bcv", h, head, preferred_element_type=jnp.float32)
         scores = capped(scores, soft_cap)
@@ -120,8 +140,9 @@ def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, s
         log_normaliser, score = jax.nn.logsumexp(parts[..., 0], axis=0), jnp.sum(parts[..., 1], axis=0)
         entropy += jnp.sum((log_normaliser - score) * m, axis=-1)
         z += z_loss * jnp.sum(jnp.square(log_normaliser) * m, axis=-1)
+        chance = [c + jnp.sum(jnp.exp(score - log_normaliser) * e, axis=-1) for c in chance]
         if not differentiate:
-            return ((entropy, z), grad_head), None
+            return ((entropy, z, *chance), grad_head), None
         likely = jnp.exp(scores - log_normaliser[..., None])
         slope = (m * (1.0 + 2.0 * z_loss * log_normaliser))[..., None] * likely - jnp.where(hit, m[..., None], 0.0)
         if soft_cap is not None:
@@ -131,14 +152,15 @@ def _chunks(hidden, head, targets, mask, shards: HeadShards, *, chunk, z_loss, s
         if differentiate == BOTH:
             grad_head += jnp.einsum("bcd,bcv->dv", h, slope, preferred_element_type=jnp.float32)
         grad_hidden = jnp.einsum("bcv,dv->bcd", slope, head, preferred_element_type=jnp.float32)
-        return ((entropy, z), grad_head), shards.sum_own_rows(grad_hidden).astype(h.dtype)
+        return ((entropy, z, *chance), grad_head), shards.sum_own_rows(grad_hidden).astype(h.dtype)
 
     def split(x):
         return jnp.moveaxis(x.reshape(x.shape[0], (T + padding) // chunk, chunk, *x.shape[2:]), 1, 0)
 
     zero = jnp.zeros((targets.shape[0],), jnp.float32)
-    start = (zero, zero), jnp.zeros(head.shape, jnp.float32) if differentiate == BOTH else None
-    (sums, grad_head), grad_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
+    nothing = (zero, zero) if chosen is None else (zero, zero, zero)
+    start = nothing, jnp.zeros(head.shape, jnp.float32) if differentiate == BOTH else None
+    (sums, grad_head), grad_hidden = jax.lax.scan(body, start, jax.tree.map(split, (hidden, targets, mask, chosen)))
     sums = tuple(shards.own_rows(s) for s in sums)
     if not differentiate:
         return sums, None

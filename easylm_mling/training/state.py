@@ -30,11 +30,26 @@ class TrainState(NamedTuple):
     spikes: Any  # int32: those of them that were finite
     recent: Recent
     frozen: dict = {}  # the parameters beside adapters, in the compute dtype; no checkpoint holds them
+    average: dict = {}  # as params, float32: their running average (training/ema.py); {} without `train.ema`
 
     @property
     def weights(self) -> dict:
         """All parameters, trained and frozen: what a forward pass takes."""
         return {**self.frozen, **self.params}
+
+    @property
+    def averaged_weights(self) -> dict:
+        """As `weights`, with the average in the place of what is trained. Only with `train.ema`."""
+        assert self.average, "there is no average"
+        return {**self.frozen, **self.average}
+
+    @property
+    def parts(self) -> dict:
+        """The state as the parts that a checkpoint stores. What is frozen lies in another checkpoint."""
+        apart = ("params", "average", "frozen")
+        training = {name: value for name, value in self._asdict().items() if name not in apart}
+        average = {"average": self.average} if self.average else {}
+        return {"params": self.params, **average, "training": training}
 
 
 def model_graph(m: ModelConfig) -> nnx.GraphDef:
@@ -58,7 +73,9 @@ def init_state(params: dict, config: RunConfig, frozen: dict | None = None) -> T
     """The state of a run that begins with `params`, which it trains: zero moments and counters."""
     tx = make_optimizer(config.optimizer, config.model, config.lora)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), zero, zero, zero, nothing_recent(), frozen or {})
+    # A copy: a step is given both, and gives both memory back.
+    average = jax.tree.map(jnp.copy, params) if config.train.ema else {}
+    return TrainState(zero, params, tx.init(params), zero, zero, zero, nothing_recent(), frozen or {}, average)
 
 
 def freeze(params: dict, m: ModelConfig, dtype: DTypeLike) -> dict:
@@ -83,7 +100,7 @@ def weights_shardings(config: RunConfig, mesh: Mesh) -> dict:
 
 
 def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
-    """A TrainState of NamedSharding: moments lie with their parameter, scalars on every device."""
+    """A TrainState of NamedSharding: moments and average lie with their parameter, scalars on every device."""
     params = trained_shardings(config, mesh)
     frozen = parameter_shardings(config.model, mesh) if config.lora else {}
     abstract = jax.eval_shape(partial(init_state, config=config), abstract_trained(config, mesh))
@@ -95,7 +112,8 @@ def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, optimizer, whole, whole, whole, Recent(whole, whole, whole), frozen)
+    average = params if config.train.ema else {}
+    return TrainState(whole, params, optimizer, whole, whole, whole, Recent(whole, whole, whole), frozen, average)
 
 
 def abstract_params(m: ModelConfig, mesh: Mesh) -> dict:

@@ -30,7 +30,8 @@ from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import batch_sharding, replicated
 from easylm_mling.model.splash_attention import runs_on, splash_attention
-from easylm_mling.training.loss import cross_entropy
+from easylm_mling.training.ema import averaged
+from easylm_mling.training.loss import cross_entropy, entropy_and_chance
 from easylm_mling.training.optimizer import clip_by_global_norm, make_optimizer, make_schedule
 from easylm_mling.training.spike_guard import ACCEPTED, SPIKE, judge
 from easylm_mling.training.state import (
@@ -42,7 +43,7 @@ from easylm_mling.training.state import (
 )
 from easylm_mling.training.xla_flags import compiler_flags
 
-SourceSums = tuple[Float32[Array, " S"], Float32[Array, " S"]]
+SourceSums = tuple[Float32[Array, " S"], ...]
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,26 @@ def batch_loss(
 
     `weights` are TrainState's, and `dropout` is the key of the adapters' dropout: None for none.
     """
-    base = {name: tree for name, tree in weights.items() if name != ADAPTERS}
-    held = {path: jax.lax.stop_gradient(a) if path in c.frozen else a for path, a in to_flat(base).items()}
-    model = nnx.merge(c.graph, to_nested(held))
-    adapters = Adapters(c.lora, weights[ADAPTERS], dropout) if c.lora else None
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward, adapters)
+    model, hidden = _forward(weights, batch, c, dropout)
     cap, frozen_head = model.config.final_logit_softcapping, c.lora is not None
     total, entropy, _ = cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, model.head, batch["targets"], batch["loss_mask"], c.train.loss_chunk, c.train.z_loss, cap, frozen_head
     )
+    return total, _by_source(batch, c, entropy, jnp.sum(batch["loss_mask"], axis=-1))
+
+
+def _forward(weights: dict, batch: dict, c: StepConfig, dropout: jax.Array | None):
+    """The model, and its last hidden states [B, T, D]."""
+    base = {name: tree for name, tree in weights.items() if name != ADAPTERS}
+    held = {path: jax.lax.stop_gradient(a) if path in c.frozen else a for path, a in to_flat(base).items()}
+    model = nnx.merge(c.graph, to_nested(held))
+    adapters = Adapters(c.lora, weights[ADAPTERS], dropout) if c.lora else None
+    return model, model(batch["tokens"], batch["positions"], batch["segment_ids"], c.forward, adapters)
+
+
+def _by_source(batch: dict, c: StepConfig, *of_rows: Float32[Array, " B"]) -> tuple[Float32[Array, " S"], ...]:
     by_source = partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=c.sources)
-    return total, (by_source(entropy), by_source(jnp.sum(batch["loss_mask"], axis=-1)))
+    return tuple(map(by_source, of_rows))
 
 
 def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainState, dict]:
@@ -137,15 +147,17 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
     verdict, limits, recent = judge(state.recent, jnp.sum(loss_sum) / total, norm, c.train.spike_sigmas)
     accepted = verdict == ACCEPTED
     keep = lambda new, old: jnp.where(accepted, new, old)  # noqa: E731
+    params = jax.tree.map(keep, params, state.params)
     new_state = TrainState(
         step=state.step + 1,
-        params=jax.tree.map(keep, params, state.params),
+        params=params,
         optimizer=jax.tree.map(keep, optimizer, state.optimizer),
         skipped=state.skipped + jnp.where(accepted, 0, 1),
         skipped_in_a_row=jnp.where(accepted, 0, state.skipped_in_a_row + 1),
         spikes=state.spikes + (verdict == SPIKE),
         recent=recent,
         frozen=state.frozen,
+        average=averaged(state.average, params, state.step + 1, c.train.ema) if c.train.ema else {},
     )
     return new_state, {
         "loss_sum": loss_sum,
@@ -161,9 +173,17 @@ def train_step(state: TrainState, batch: dict, *, c: StepConfig) -> tuple[TrainS
 
 
 def eval_step(weights: dict, batch: dict, *, c: StepConfig) -> SourceSums:
-    """(cross entropy, target count) summed for each source."""
+    """(cross entropy, target count) summed for each source.
+
+    With `ends`, float32 [B, T], in the batch also (probability of the targets there, their count).
+    """
     with products_in(c.train.compute_dtype):
-        return batch_loss(weights, batch, c)[1]
+        if "ends" not in batch:
+            return batch_loss(weights, batch, c)[1]
+        model, hidden = _forward(weights, batch, c, None)
+        mask, ends, cap = batch["loss_mask"], batch["ends"], model.config.final_logit_softcapping
+        entropy, chance = entropy_and_chance(hidden, model.head, batch["targets"], mask, ends, c.train.loss_chunk, cap)
+        return _by_source(batch, c, entropy, jnp.sum(mask, axis=-1), chance, jnp.sum(ends, axis=-1))
 
 
 def attention_on(config: RunConfig, mesh: Mesh) -> Callable:

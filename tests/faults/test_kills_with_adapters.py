@@ -1,9 +1,11 @@
-"""kill -9 at random moments of a run with adapters: what comes of it is a run that was never stopped."""
+"""kill -9 at random moments of a run with adapters and their running average: what comes of it is a run that was never stopped."""
 
 import random
 
 import pytest
 from processes import assert_same_bits, ends, outcome, printed, run, start, wait_for_step
+
+from easylm_mling.checkpoint.reading import load_info
 
 KILLS = 3
 
@@ -11,7 +13,13 @@ KILLS = 3
 @pytest.mark.faults
 def test_adapters_killed_again_and_again(tmp_path):
     run(tmp_path / "base", 1, seconds=600)
-    settings = (f"init_from={tmp_path / 'base'}", "lora.rank=4", "lora.dropout=0.1", "checkpoint.every_steps=2")
+    settings = (
+        f"init_from={tmp_path / 'base'}",
+        "lora.rank=4",
+        "lora.dropout=0.1",
+        "train.ema.decay=0.9",
+        "checkpoint.every_steps=2",
+    )
     run(tmp_path / "undisturbed", 1, *settings, seconds=600)
     rng, codes, killed = random.Random(3), [], 0
     while codes != [0]:
@@ -27,3 +35,6 @@ def test_adapters_killed_again_and_again(tmp_path):
     a, b = outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed")
     assert len([line for line in b[0] if "gradient_norm" in line]) == 10
     assert_same_bits(a, b)
+    # Of every array of the state, the average among them.
+    ours, theirs = (load_info(tmp_path / name)["digests"] for name in ("run", "undisturbed"))
+    assert ours == theirs and any(name.startswith("['average']") for name in ours)

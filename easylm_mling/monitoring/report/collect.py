@@ -50,6 +50,8 @@ class RunHistory:
     held_out: dict[str, Curve] = field(default_factory=dict)
     languages: dict[tuple[str, str], Curve] = field(default_factory=dict)
     validation: Curve = field(default_factory=Curve)
+    validation_of_average: Curve = field(default_factory=Curve)  # with `train.ema`
+    stop_rates: dict[str, Curve] = field(default_factory=dict)  # by source of conversations
     # Scores on tasks by (measure, row of the suite; "": their mean).
     tasks: dict[tuple[str, str], Curve] = field(default_factory=dict)
     # Held-out bits a byte by source, or "source: language" of a source with several.
@@ -96,6 +98,10 @@ class RunHistory:
             self.train = line
         elif kind == "eval":
             self.validation.add(x, line.get("loss"))
+            self.validation_of_average.add(x, line.get("ema", {}).get("loss"))
+            for source, rate in line.get("sources_stop_rate", {}).items():
+                if source in self.config.data.sources:
+                    self.stop_rates.setdefault(source, Curve(_LANGUAGE_POINTS)).add(x, rate)
             self._add_losses(self.held_out, x, line)
             for source, losses in line.get("languages", {}).items():
                 for language, loss in losses.items() if source in self.config.data.sources else ():

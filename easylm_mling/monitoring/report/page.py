@@ -126,14 +126,17 @@ def _loss_charts(run: RunHistory) -> list[dict | None]:
     ]
     training = Line("training", run.curves["loss"].points, 0, "faint")
     validation = Line("held out", run.validation.points, 1, "marked")
+    average = Line("held out, averaged parameters", run.validation_of_average.points, 2, "marked")
     each_held_out = [Line(n, run.held_out[n].points, i, "marked") for i, n in names if n in run.held_out]
     each_training = [Line(n, run.training[n].points, i) for i, n in names if n in run.training]
+    stops = [Line(n, run.stop_rates[n].points, i, "marked") for i, n in names if n in run.stop_rates]
     common: Any = {"unit": "nats a token", "marks": _restarts(run)}
     return [
-        _chart("Loss", training, validation, **common),
+        _chart("Loss", training, validation, *[average] * bool(average.points), **common),
         _chart("Held-out loss of each source", *each_held_out, **common),
         _chart("Training loss of each source", *each_training, **common),
         _chart("Held-out loss of each language", *languages, **common),
+        _chart("Stop rate of held-out answers", *stops, **{**common, "unit": "probability of the end token"}),
     ]
 
 
