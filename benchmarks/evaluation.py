@@ -5,7 +5,7 @@
 
 The model is a random Gemma of 4 layers, 256 wide, with the sample's tokenizer. Questions are those of data/eval, each behind
 five others with their answers, drawn anew for each; `texts` asks for the end of a sentence, `letters` for A, B or C behind
-the ends. Both get the same requests, are warmed up by all of them, and have the rates of their best rounds, over seconds and
+the ends, and `subject` is the same with one five for all, as MMLU, CMMLU, C-Eval and KMMLU have them. Both models get the same requests, are warmed up by all of them, and have the rates of their best rounds, over seconds and
 over CPU seconds of the process: on a busy machine the latter count. The difference is the largest of any log-likelihood, in
 nats. Real tokens are those of requests over all that were computed.
 """
@@ -53,7 +53,7 @@ def main():
                       device="cpu")  # fmt: skip
         graph, params, config = load_model(folder)
         scorer = Scorer(graph, params, config, params["embed_tokens"].sharding.mesh, "float32")
-        for kind in ("texts", "letters"):
+        for kind in ("texts", "letters", "subject"):
             compare(kind, requests(kind, a.questions), scorer, theirs, Path(folder), a.rounds)
     print(f"load {os.getloadavg()[0]:.1f}")
 
@@ -97,8 +97,10 @@ def requests(kind: str, count: int) -> list[Instance]:
     files = sorted((ROOT / "data" / "eval").glob("ends_*.jsonl"))
     items = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     made = []
+    subject = rng.sample(items, SHOTS)
     for number in range(count):
         question, *shots = rng.sample(items, SHOTS + 1)
+        shots = subject if kind == "subject" else shots
         before = "".join(f"{asked(kind, s)}{answers(kind, s)[s['right']]}\n\n" for s in shots)
         for answer in answers(kind, question):
             made.append(Instance("loglikelihood", {}, (before + asked(kind, question), answer), number))

@@ -5,7 +5,16 @@ def add_verbs(verbs):
     """Add `sample`, `summary` and `report` to the parser's `verbs`."""
     sample = verbs.add_parser("sample", help="continue texts with a model")
     sample.add_argument("model_dir", help="a Hugging Face directory, a run's directory, or one made by import-hf")
-    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    asked = sample.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", help="may be given several times")
+    asked.add_argument("--file", metavar="JSONL", help="a prompt a line, as `prompt`, perhaps with settings of its own")
+    sample.add_argument(
+        "--output", metavar="JSONL", help="of --file: its lines with their texts; a repeated command goes on"
+    )
+    sample.add_argument(
+        "--stop", action="append", help="of --file: a text ends before this; may be given several times"
+    )
+    sample.add_argument("--rows", type=int, default=16, help="of --file: texts that are written at once")
     sample.add_argument("--max-new-tokens", type=int, default=64)
     sample.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     sample.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens (default: all)")
@@ -27,12 +36,29 @@ def add_verbs(verbs):
 
 
 def _sample(a) -> int:
+    from easylm_mling.errors import check
+
+    if a.file:
+        return _sample_file(a)
+    check(not a.output and not a.stop, "sample: --output and --stop are of --file; give the prompts in a file")
     from easylm_mling.inference.generate import sample_text
 
     settings = {"temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p, "seed": a.seed, "dtype": a.dtype}
     texts = sample_text(a.model_dir, a.prompt, a.max_new_tokens, a.tokenizer, a.step, **settings)
     for prompt, text in zip(a.prompt, texts, strict=True):
         print(f"[{prompt}]{text}")
+    return 0
+
+
+def _sample_file(a) -> int:
+    from easylm_mling.errors import check
+    from easylm_mling.inference.prompt_file import sample_file
+
+    check(a.output, "sample --file: needs --output JSONL for the texts")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    settings = {name: getattr(a, name) for name in names}
+    before, now = sample_file(a.model_dir, a.file, a.output, settings, a.tokenizer, a.step, a.rows, a.dtype)
+    print(f"{now:,} texts written to {a.output}" + (f", which had {before:,}" if before else ""))
     return 0
 
 

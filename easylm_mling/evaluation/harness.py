@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -14,22 +14,12 @@ from easylm_mling.errors import ConfigError, check
 from easylm_mling.evaluation.chat import ChatForm
 from easylm_mling.evaluation.generation import Task, Writer, batches_of_tasks
 from easylm_mling.evaluation.request_cache import RequestCache, request_key
-from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack_tightly, segments_of
+from easylm_mling.evaluation.scoring.packing import Limits, Row, batches_of
 from easylm_mling.evaluation.scoring.scorer import Scorer
 from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
 
 _MAX_NEW_TOKENS = 256  # the harness's own default
 _GENERATION_SETTINGS = {"do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is computed at once, and how long a text may be, all in tokens but for `rows`."""
-
-    length: int  # of a window: no more is read at once
-    batch_tokens: int = 8192  # of a scored batch, on each shard of its rows
-    row: int = 1024  # widest row into which short requests are packed; 0: one request a row
-    rows: int = 16  # texts written at once
 
 
 # What is being done, how much of it is done, and how much there is.
@@ -174,15 +164,13 @@ class HarnessModel(TemplateLM):
         """
         keys = [request_key("loglikelihood", w.inputs, list(w.targets)) for w in windows]
         names = list(unique := dict(zip(keys, windows, strict=True)))
-        segments = segments_of(list(unique.values()))
-        rows = pack_tightly(segments, self.limits.row, self.limits.length)
-        shards, done = self.scorer.shards, 0
-        for batch_rows in batches_of(rows, self.limits.batch_tokens * shards, shards):
-            numbers = {n for row in batch_rows for s in row.segments for n in s.windows}
+        done, shards, knee = 0, self.scorer.shards, self.scorer.knee
+        for batch_rows in batches_of(list(unique.values()), self.limits, shards, knee):
+            numbers = {n for row in batch_rows for tree in row.trees for b in tree.branches for n in b.windows}
             missing = {n for n in numbers if names[n] not in self.cache}
             if missing:
                 for row in batch_rows:
-                    row.segments = [kept for s in row.segments if (kept := s.only(missing)).windows]
+                    row.trees = [kept for tree in row.trees if (kept := tree.only(missing)).branches]
                 self._compute(batch_rows, names)
             done += len(numbers)
             self.progress("log-likelihoods", done, len(names))
@@ -191,7 +179,7 @@ class HarnessModel(TemplateLM):
     def _compute(self, rows: list[Row], keys: list[str]):
         answers = self.scorer.answers(rows)
         self.counts["model calls"] += 1
-        self.counts["tokens"] += sum(s.size for row in rows for s in row.segments)
+        self.counts["tokens"] += sum(row.size for row in rows)
         self.counts["slots"] += sum(row.width for row in rows)
         if any(value != value for value, _ in answers.values()):
             raise ConfigError("a log-likelihood is not a number: the model is damaged, or needs --dtype float32")

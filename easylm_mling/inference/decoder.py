@@ -17,7 +17,7 @@ from flax import nnx
 
 from easylm_mling.config import ModelConfig
 from easylm_mling.errors import check
-from easylm_mling.inference.generate import SLOTS, allowed_scores, decode, prefill
+from easylm_mling.inference.generate import SLOTS, allowed_scores, decode, on_host, prefill
 from easylm_mling.model.attention import QUERY_CHUNK
 from easylm_mling.model.decoder import logits
 from easylm_mling.model.precision import products_in
@@ -109,7 +109,7 @@ class Decoder:
                 draws=not greedy.all(), tops=min(MOST_TOPS, model.vocab_size) if tops else 0, **self._static,
             )  # fmt: skip
         self._counts = self._counts + _AT_ONCE
-        return Tokens(*(np.moveaxis(np.asarray(x), 0, 1) for x in out))
+        return Tokens(*(np.moveaxis(on_host(x), 0, 1) for x in out))
 
     def score(self, prompts: list[list[int]], tops: int = 1) -> Tokens:
         """Return, for each place of each prompt, what the model predicts there: N is that of the longest prompt.
@@ -132,7 +132,7 @@ class Decoder:
         tops = min(max(1, tops), self.model.vocab_size)
         with products_in(self._dtype):
             out = _score(self._params, tokens, following, tops=tops, **self._static)
-        return Tokens(*(np.asarray(x)[: len(prompts)] for x in out))
+        return Tokens(*(on_host(x)[: len(prompts)] for x in out))
 
     def _bucket(self, tokens: int) -> int:
         """Return the slots that a prompt is padded to: few sizes, as each is compiled once."""

@@ -104,10 +104,10 @@ def generate(
             greedy=temperature == 0,
             dtype=jnp.dtype(dtype),
         )
-    return [row[:n].tolist() for row, n in zip(_on_host(new), _on_host(count), strict=True)]
+    return [row[:n].tolist() for row, n in zip(on_host(new), on_host(count), strict=True)]
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
+def on_host(x: jax.Array) -> np.ndarray:
     """Return the whole array, also if other processes hold parts of it. Collective."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

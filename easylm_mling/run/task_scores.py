@@ -11,7 +11,7 @@ from easylm_mling.config import RunConfig
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import broadcast_bytes, is_primary
 from easylm_mling.errors import check
-from easylm_mling.evaluation.scoring.packing import Row, batches_of, pack_tightly, segments_of
+from easylm_mling.evaluation.scoring.packing import Limits, batches_of
 from easylm_mling.evaluation.scoring.scorer import Scorer
 from easylm_mling.evaluation.scoring.suites import harness_is_there, load_suite, with_data
 from easylm_mling.evaluation.scoring.windows import Window, encode_pair, windows_of
@@ -20,8 +20,6 @@ from easylm_mling.training.state import model_graph
 
 if TYPE_CHECKING:
     from easylm_mling.evaluation.scoring.items import Item
-
-_BATCH_TOKENS, _ROW = 8192, 1024  # of a batch on each shard of its rows; of the widest row that short requests share
 
 Pair = tuple[list[int], list[int]]  # ids of a context, with BOS, and of what follows it
 
@@ -64,17 +62,13 @@ class TaskScores:
                 owners += [(i, r)] * len(made)
         return windows, owners
 
-    def _batches(self, shards: int) -> list[list[Row]]:
-        length = self._config.data.sequence_length
-        rows = pack_tightly(segments_of(self._windows[0]), min(_ROW, 1 << (length - 1).bit_length()), length)
-        return batches_of(rows, _BATCH_TOKENS * shards, shards)
-
     def __call__(self, params: dict, mesh: Mesh) -> dict:
         """Return the scores of these weights (TrainState's) as items.score_items has them; {} but in the primary process. Collective."""
         config = self._config
         scorer = Scorer(model_graph(config.model), params, config.model, mesh, config.train.compute_dtype, config.lora)
         found: dict[int, tuple[float, bool]] = {}
-        for rows in self._batches(scorer.shards):
+        limits = Limits(config.data.sequence_length)
+        for rows in batches_of(self._windows[0], limits, scorer.shards, scorer.knee):
             found |= scorer.answers(rows)
         if not is_primary():
             return {}

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import LoraConfig, ModelConfig
 from easylm_mling.evaluation.scoring.packing import Batch, Row, arrays
-from easylm_mling.model.attention import attention
+from easylm_mling.evaluation.scoring.tree_attention import branches, tree_attention
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.lora import Adapters
-from easylm_mling.model.params import ADAPTERS
+from easylm_mling.model.params import ADAPTERS, looked_up_only, parameter_count
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
 from easylm_mling.model.sharding import batch_sharding, constrain
@@ -26,6 +26,7 @@ from easylm_mling.model.splash_attention import runs_on, splash_attention
 
 _QUERIES_AT_ONCE = 256  # of a device: their float32 logits are 268 MB for Gemma's vocabulary
 _SPLASH_BLOCK = 512
+_PAIR = 1000  # parameters whose products take as long as one query and key of one head: by measurement
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Scorer:
     mesh: Mesh
     dtype: str = "bfloat16"
     lora: LoraConfig | None = None
+
+    @property
+    def knee(self) -> float:
+        """The width of a row, in tokens, at which attention costs as much as all other products."""
+        m = self.model
+        products = parameter_count(m) - looked_up_only(m) - m.vocab_size * m.hidden_size  # without the head
+        return products / (m.num_hidden_layers * m.num_attention_heads * _PAIR)
 
     @property
     def shards(self) -> int:
@@ -59,7 +67,7 @@ class Scorer:
                 graph=self.graph,
                 dtype=jnp.dtype(self.dtype),
                 lora=self.lora,
-                attend=_attention_for(self.model, self.mesh, T),
+                attend=_attention_for(self.model, self.mesh, T, branches(batch.ends)),
                 chunk=1 << (chunk.bit_length() - 1),
             )
         return np.asarray(scores[0]), np.asarray(scores[1])
@@ -84,18 +92,29 @@ def _placed(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def _attention_for(model: ModelConfig, mesh: Mesh, positions: int) -> Callable:
-    if mesh.devices.flat[0].platform == "tpu" and runs_on(positions, model.head_dim):
-        return partial(splash_attention, block=_SPLASH_BLOCK)
-    return attention
+def _attention_for(model: ModelConfig, mesh: Mesh, positions: int, branching: bool) -> Callable:
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    if on_tpu and not branching and runs_on(positions, model.head_dim):
+        return _splash
+    return tree_attention
+
+
+def _splash(q, k, v, ends, positions, window, soft_cap):
+    # Where nothing branches all tokens of a sequence end at one place, which no other sequence does.
+    return splash_attention(q, k, v, ends, window, soft_cap, block=_SPLASH_BLOCK)
 
 
 @partial(jax.jit, static_argnames=("graph", "dtype", "lora", "attend", "chunk"))
-def _score(params, tokens, positions, segments, places, targets, *, graph, dtype, lora, attend, chunk: int):
+def _score(params, tokens, positions, ends, places, targets, *, graph, dtype, lora, attend, chunk: int):
     """Return (log-probability [B, Q] float32, likeliest [B, Q] bool) of `targets` [B, Q] after `places` [B, Q]."""
     model = nnx.merge(graph, {name: tree for name, tree in params.items() if name != ADAPTERS})
     adapters = Adapters(lora, params[ADAPTERS]) if lora else None
-    hidden = model(tokens, positions, segments, ForwardOptions(dtype, Remat("none"), attend), adapters)
+    cap = model.config.attn_logit_softcapping
+
+    def reach(q, k, v, window, cache):
+        return attend(q, k, v, ends, positions, window, cap), cache, (k, v)
+
+    hidden, _ = model.run(tokens, positions, reach, None, ForwardOptions(dtype, Remat("none")), adapters)
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     # Gathered once, and not for every chunk.
     head = constrain(model.head.astype(dtype), "vocab", "activation_embed")
