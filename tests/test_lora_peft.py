@@ -26,7 +26,8 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.hf.adapters import stored_adapters
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf, widest_mesh
-from easylm_mling.hf.peft import adapter_config, adapter_tensors, export_adapter, import_adapter, verify_adapter
+from easylm_mling.hf.peft import adapter_config, adapter_tensors, export_adapter, verify_adapter
+from easylm_mling.hf.peft_importing import import_adapter
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.lora import Adapters
 from easylm_mling.model.params import to_flat

@@ -91,7 +91,7 @@ def _import(a) -> int:
 
 
 def _import_adapter(a) -> int:
-    from easylm_mling.hf.peft import import_adapter
+    from easylm_mling.hf.peft_importing import import_adapter
 
     lora = import_adapter(a.hf_dir, a.checkpoint_dir, a.base)
     print(
