@@ -22,49 +22,51 @@ def project(spec: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> F
     The letter d stands for the embed axis, which fsdp cuts.
     """
     _, of_weight, _ = _letters(spec)
-    in_rows = not fits_tiles(weight.shape[of_weight.index("d")]) if "d" in of_weight else False
-    if weight.dtype == x.dtype and not in_rows:
+    fits = fits_tiles(weight.shape[of_weight.index("d")]) if "d" in of_weight else (True, True)
+    if weight.dtype == x.dtype and all(fits):
         return jnp.einsum(spec, x, weight)
-    return _project(spec, in_rows, x, weight)
+    return _project(spec, fits, x, weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _project(spec, in_rows, x, weight):
+def _project(spec, fits, x, weight):
     return jnp.einsum(spec, x, weight.astype(x.dtype))
 
 
-def _forward(spec, in_rows, x, weight):
-    return _project(spec, in_rows, x, weight), (x, weight)
+def _forward(spec, fits, x, weight):
+    return _project(spec, fits, x, weight), (x, weight)
 
 
-def _backward(spec, in_rows, residuals, grad_out):
+def _backward(spec, fits, residuals, grad_out):
     x, weight = residuals
     of_x, of_weight, out = _letters(spec)
     grad_x = jnp.einsum(f"{out},{of_weight}->{of_x}", grad_out, weight.astype(x.dtype))
-    if in_rows:
-        return grad_x, gradient_in_rows(spec, x, grad_out, weight)
-    return grad_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
+    if all(fits):
+        return grad_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
+    return grad_x, _gradient_in_rows(spec, x, grad_out, weight, flat=not fits[0])
 
 
 _project.defvjp(_forward, _backward)
 
 
-def gradient_in_rows(
-    spec: str, x: Float[Array, "..."], grad_out: Float[Array, "..."], weight: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """Compute the gradient of `weight`, in its shape and dtype, as a matrix with a row for each element of d.
+def _gradient_in_rows(spec, x, grad_out, weight, flat: bool):
+    """Compute the weight's gradient with d as its first axis, so that parts of d lie along the rows of tiles.
 
-    The parts of rows are padded to whole tiles and scattered; those of columns, or of an array of three axes, are not.
+    With `flat` it is a matrix, the only form in which the compiler pads rows that fill no whole tiles. Heads that become one
+    axis with head_dim are copied, so that it is not for others.
     """
-    of_x, of_weight, _ = _letters(spec)
-    narrow, wide = (x, grad_out) if "d" in of_x else (grad_out, x)
-    wide = wide.reshape(*wide.shape[:2], -1)
-    rows = jnp.einsum("btd,bte->de", narrow, wide, preferred_element_type=weight.dtype)
+    of_x, of_weight, out = _letters(spec)
+    others = of_weight.replace("d", "")
+    if flat and len(others) > 1:
+        narrow, wide = (x, grad_out) if "d" in of_x else (grad_out, x)
+        rows = jnp.einsum("btd,bte->de", narrow, wide.reshape(*wide.shape[:2], -1), preferred_element_type=weight.dtype)
+    else:
+        rows = jnp.einsum(f"{of_x},{out}->d{others}", x, grad_out, preferred_element_type=weight.dtype)
     # The compiler would take the change of form into the product.
     rows = jax.lax.optimization_barrier(rows)
     axis = of_weight.index("d")
-    others = weight.shape[:axis] + weight.shape[axis + 1 :]
-    return jnp.moveaxis(rows.reshape(rows.shape[0], *others), 0, axis)
+    rest = weight.shape[:axis] + weight.shape[axis + 1 :]
+    return jnp.moveaxis(rows.reshape(rows.shape[0], *rest), 0, axis)
 
 
 def _letters(spec: str) -> tuple[str, str, str]:

@@ -147,16 +147,17 @@ def check_run(config: RunConfig, mesh: Mesh):
         adapter_shardings(config.model, config.lora, mesh)
 
 
-def fits_tiles(embed: int) -> bool:
-    """Return True if the TPU compiler scatters sums over devices whose `embed` elements fsdp cuts, whatever their form.
+def fits_tiles(embed: int) -> tuple[bool, bool]:
+    """Return whether the parts of `embed` elements that fsdp cuts fill the rows of whole tiles, and the columns of pairs.
 
-    Parts of whole tiles (16 rows in bfloat16) lie along the rows of a tile, but those of 128 or an odd multiple along its
-    columns, where only pairs of tiles are scattered. Found by compiling for v5e (libtpu 0.0.52). True without a mesh.
+    The TPU compiler lays parts of 128, and of odd multiples, along a tile's columns where it may, and scatters sums only by
+    pairs of those. Parts of other sizes lie along rows, 16 a tile. Found by compiling for v5e (libtpu 0.0.52). True where
+    fsdp cuts nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    part = embed // (1 if mesh.empty else mesh.shape["fsdp"])
-    whole = mesh.empty or mesh.shape["fsdp"] == 1
-    return whole or (part % _TILE_ROWS == 0 and part % (2 * _TILE_COLUMNS) != _TILE_COLUMNS)
+    shards = 1 if mesh.empty else mesh.shape["fsdp"]
+    part = embed // shards
+    return shards == 1 or part % _TILE_ROWS == 0, shards == 1 or part % (2 * _TILE_COLUMNS) != _TILE_COLUMNS
 
 
 def constrain(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:
