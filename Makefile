@@ -9,13 +9,16 @@ export JAX_PLATFORMS := cpu
 
 .PHONY: demo demo-tune test test-slow test-faults test-faults-short test-kills soak test-tpu test-tpu-short lint format sample-data clean-demo
 
-demo: .venv/run.stamp clean-demo
-	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) train.stop_at_step=55
-	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO)
+# Scores on the small tasks of data/eval, before and after training: they stand in the summary, the page and the card.
+TASKS := eval.suite=quick
+
+demo: .venv/eval.stamp clean-demo
+	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) $(TASKS) train.stop_at_step=55
+	$(BIN)/easylm-mling train configs/demo.yaml run_dir=$(DEMO) $(TASKS)
 	$(BIN)/easylm-mling export-hf $(DEMO) $(DEMO)-hf
 	$(BIN)/easylm-mling sample $(DEMO)-hf --temperature 0.7 --top-k 20 --prompt "오늘 아침에" --prompt "今日は" --prompt "今天" --prompt "In the morning"
-	$(BIN)/easylm-mling summary $(DEMO)
 	$(BIN)/easylm-mling report $(DEMO)
+	$(BIN)/easylm-mling summary $(DEMO)
 
 # After `make demo`: adapters learn the sample conversations by heart; merged, asked, and scored beside what it was before.
 demo-tune: .venv/test.stamp
@@ -78,7 +81,11 @@ clean-demo:
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-.venv/test.stamp: .venv/run.stamp requirements-test.lock
+.venv/eval.stamp: .venv/run.stamp requirements-eval.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r requirements-eval.lock
+	touch $@
+
+.venv/test.stamp: .venv/eval.stamp requirements-test.lock
 	$(BIN)/python -m pip install --quiet -r requirements-test.lock
 	touch $@
 

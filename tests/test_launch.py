@@ -343,7 +343,7 @@ def test_locked_packages_are_the_same_everywhere():
 
     tpu_lock, others = (
         locked("tpu_scripts/requirements-tpu.lock"),
-        locked("requirements.lock") | locked("requirements-test.lock"),
+        locked("requirements.lock") | locked("requirements-eval.lock") | locked("requirements-test.lock"),
     )
     assert {k: v for k, v in tpu_lock.items() if others.get(k, v) != v} == {}
     assert f"libtpu=={tpu_lock['libtpu']}" in (ROOT / "pyproject.toml").read_text()

@@ -18,6 +18,7 @@ from easylm_mling.monitoring.goodput import Goodput  # noqa: E402
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics  # noqa: E402
 from easylm_mling.monitoring.report.collect import collect  # noqa: E402
 from easylm_mling.monitoring.report.page import page  # noqa: E402
+from easylm_mling.monitoring.task_table import before_and_after  # noqa: E402
 
 SUITE = ("eval.suite=quick", "eval.suite_every_steps=4")
 # Long enough for every context of the suite.
@@ -127,3 +128,36 @@ def test_a_suite_that_cannot_be_had_ends_in_one_line_before_the_run_begins(tmp_p
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="needs eval.suite"):
         EvalConfig(suite_every_steps=5)
+
+
+def test_the_summary_the_page_and_the_card_show_them_before_and_after(scored, tmp_path, capsys):
+    run_dir, _ = scored
+    first, last = (line["rows"] for line in (task_lines(run_dir)[0], task_lines(run_dir)[-1]))
+    numbers = [
+        f"{line['sentence ends'][key]:.4f}" for key in ("bits_per_byte", "centred_accuracy") for line in (first, last)
+    ]
+    written = [f"{line['counting on']['bits_per_byte']:.4f}" for line in (first, last)]
+    assert numbers[0] != numbers[1] and written[0] != written[1]
+    assert main(["summary", str(run_dir)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["sentence", "ends", *numbers] in lines and ["counting", "on", *written, "-", "-"] in lines
+    assert main(["export-hf", str(run_dir), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert (
+        "| task | bits a byte, step 0 | bits a byte, step 9 | centred accuracy, step 0 | centred accuracy, step 9 |"
+        in card
+    )
+    assert f"| sentence ends | {' | '.join(numbers)} |" in card
+    # An older step's card knows nothing of what came later.
+    assert (
+        before_and_after(run_dir / "metrics.jsonl", 4)[1][0][2]
+        == f"{task_lines(run_dir)[1]['rows']['sentence ends']['bits_per_byte']:.4f}"
+    )
+    assert before_and_after(run_dir / "metrics.jsonl", 3) == ((), [])
+    shown = page(collect(run_dir))
+    table = shown[shown.index("bits a byte at first") :].partition("</table>")[0]
+    assert (
+        "sentence ends" in table
+        and "counting on" in table
+        and f"{first['sentence ends']['bits_per_byte']:.3f}"[:4] in table
+    )

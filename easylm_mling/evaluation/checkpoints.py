@@ -9,7 +9,7 @@ from rich.console import Console
 from easylm_mling.charts import draw_lines, draw_png
 from easylm_mling.checkpoint.best import write_best
 from easylm_mling.checkpoint.layout import committed_steps
-from easylm_mling.distributed.agreement import broadcast, broadcast_bytes, is_primary
+from easylm_mling.distributed.agreement import broadcast, broadcast_bytes, is_primary, primary_first
 from easylm_mling.errors import ConfigError, check
 from easylm_mling.evaluation.command import evaluate_model
 from easylm_mling.evaluation.options import EvalOptions, identity_of_checkpoint
@@ -34,7 +34,8 @@ def evaluate_run(options: EvalOptions, console: Console) -> Candidate | None:
     )
     steps = orjson.loads(broadcast_bytes(orjson.dumps(committed_steps(options.model))))
     check(bool(steps), f"{options.model}: holds no checkpoints; --all is of a run")
-    rows, tasks = _load(options) if is_primary() else ([], {})
+    with primary_first(repr(options)):
+        rows, tasks = _load(options) if is_primary() else ([], {})
     results: dict[int, Results] = {}
     for step in steps:
         done = _done(options, step, tasks, console) if is_primary() else None

@@ -21,6 +21,7 @@ from easylm_mling.hf.plot import LOSSES, plot_losses
 from easylm_mling.hf.tokenizer import separator_of
 from easylm_mling.model.params import parameter_count
 from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.monitoring.task_table import before_and_after
 from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import load_ledger
 
@@ -69,6 +70,7 @@ def write_card(folder: Path, export: Export, languages: tuple[str, ...] = (), ma
             if catalog.fingerprint == info["data"]
             else _DATA_CHANGED,
             _losses(list(by_source), evaluations, drawn),
+            _tasks(config, run, step),
             _scores(run, step),
             _recipe(config, step, training, past_changes(run / "history.jsonl")),
         ]
@@ -132,6 +134,16 @@ def _losses(names: list[str], evaluations: list[dict], drawn: bool) -> str:
     note = "Nats a token on held-out documents of the same corpora, which were never trained on."
     picture = [f"![losses]({LOSSES})", "", "Faint lines: losses of the training batches.", ""]
     return "\n".join(["## Losses", "", note, "", *table, "", *(picture if drawn else [])])
+
+
+def _tasks(config: RunConfig, run: Path, step: int) -> str:
+    """Tabulate what the run scored on tasks while it trained."""
+    heads, rows = before_and_after(run / "metrics.jsonl", step)
+    note = f"A small fixed part of the suite {config.eval.suite}, by log-likelihoods: it shows what changed, and is no score to "
+    note += (
+        "compare with others'. Bits a byte are those of right answers; of accuracies, 0 is chance and 1 is all right."
+    )
+    return "\n".join(["## Tasks, before and after", "", note, "", *markdown_table(heads, rows), ""]) if rows else ""
 
 
 def _scores(run: Path, step: int) -> str:

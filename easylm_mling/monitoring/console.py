@@ -101,10 +101,10 @@ def sources_table(step: int, train: dict, held_out: dict | None) -> Table:
     return table
 
 
-def source_rows_table(title: str, headings: tuple[str, ...]) -> Table:
-    """An empty table with a column of sources, and one of numbers for each of `headings`."""
+def source_rows_table(title: str, headings: tuple[str, ...], first: str = "source") -> Table:
+    """An empty table with a column of sources, or of what `first` says, and one of numbers for each of `headings`."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    table.add_column("source", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

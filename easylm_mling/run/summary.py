@@ -11,6 +11,7 @@ from easylm_mling.config import RunConfig, from_tree
 from easylm_mling.data.mixture import DataState
 from easylm_mling.monitoring.console import epochs_text, loss_text, make_console, say, source_rows_table
 from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.monitoring.task_table import before_and_after
 from easylm_mling.run.data import load_ledger
 from easylm_mling.storage.object_store import run_files
 
@@ -23,6 +24,13 @@ def print_summary(run_dir: str, console: Console | None = None):
     config = from_tree(RunConfig, load_info(run_dir)["config"])
     state = DataState(**load_data_state(run_dir))
     console.print(summary_table(config, metrics_file, load_ledger(config, files).sources(state)))
+    heads, rows = before_and_after(metrics_file)
+    if rows:
+        title = f"scores on {escape(config.eval.suite)} while it trained: before and after"
+        tasks = source_rows_table(title, tuple(head.replace(", ", "\n") for head in heads[1:]), heads[0])
+        for row in rows:
+            tasks.add_row(*row)
+        console.print(tasks)
     for export in read_metrics(metrics_file, "export"):
         steps = export.get("averaged", [])
         what = f"the mean of steps {', '.join(map(str, steps))}" if steps else f"step {export['step']}"

@@ -59,6 +59,7 @@ def page(run: RunHistory) -> str:
         tiles=_tiles(run),
         loss_charts=_loss_charts(run),
         task_charts=_task_charts(run),
+        task_rows=_task_rows(run),
         score_charts=_score_charts(run),
         sources=_sources(run),
         languages=_languages(run),
@@ -154,6 +155,13 @@ def _task_charts(run: RunHistory) -> list[dict | None]:
         _chart("Right answers of tasks", *lines("bits_per_byte"), unit="bits a byte", **common),
         _chart("Centred accuracy on tasks", *lines("centred_accuracy"), unit="0: chance, 1: all right", **common),
     ]
+
+
+def _task_rows(run: RunHistory) -> list[tuple]:
+    """Return for each row of the suite its name, and the points of its bits a byte and of its centred accuracy."""
+    names = dict.fromkeys(row for _, row in run.tasks if row)
+    curves = [[run.tasks.get((key, row)) for key in ("bits_per_byte", "centred_accuracy")] for row in names]
+    return [(row, *(c.points if c else [] for c in both)) for row, both in zip(names, curves, strict=True)][:_ROWS]
 
 
 def suite_lines(run: RunHistory, suite: str) -> list[Line]:
