@@ -4,7 +4,7 @@
 
 Makes tiny random models of every family with its traps on, imports and exports them in float32, and prints for each
 release the largest difference between its logits and ours. torch is that of this environment. Exit code 1 if a
-difference is over 2e-5, or if a release misses or leaves over a tensor.
+difference is over 5e-6 of the largest logit, or if a release misses or leaves over a tensor.
 """
 
 import argparse
@@ -21,9 +21,8 @@ import numpy as np
 COMMON = ("gemma", "gemma2", "gemma3_text", "llama", "llama3", "llama_linear")
 COMMON += ("mistral", "mistral_global", "qwen2", "qwen3")
 SCALED = ("mistral_yarn", "qwen2_yarn")
-GEMMA_4 = ("gemma4", "gemma4_small")
 # The first release with each family, and the newest of 4 and 5. The first whose Llama has a head_dim of its own, which the
-# tiny models have, is 4.45.
+# tiny models have, is 4.45. 5.5's small Gemma 4 has keys and values in layers that never use them, so it misses those.
 RELEASES = {
     "4.38.2": ("gemma",),
     "4.42.4": ("gemma2",),
@@ -31,11 +30,11 @@ RELEASES = {
     "4.50.3": ("gemma3_text",),
     "4.51.3": ("qwen3",),
     "4.57.6": (*COMMON, *SCALED),
-    "5.5.0": GEMMA_4,
-    "5.10.1": ("gemma4_unified",),
-    "5.24.0": (*COMMON, *SCALED, "qwen3_window", *GEMMA_4, "gemma4_unified"),
+    "5.5.0": ("gemma4",),
+    "5.10.1": ("gemma4_small", "gemma4_unified"),
+    "5.24.0": (*COMMON, *SCALED, "qwen3_window", "gemma4", "gemma4_small", "gemma4_unified"),
 }
-TOLERANCE = 2e-5
+TOLERANCE = 5e-6  # of the largest logit, with which rounding grows
 
 
 def main() -> int:
@@ -80,7 +79,7 @@ def compare(folder: Path, release: str, families: tuple[str, ...]) -> int:
     wrong = 0
     for line in done.stdout.splitlines():
         found = json.loads(line)
-        good = found["difference"] <= TOLERANCE and not found["keys"]
+        good = found["difference"] <= TOLERANCE * max(1.0, found["largest"]) and not found["keys"]
         wrong |= not good
         print(
             f"transformers {found['version']:8} {found['family']:12} max |difference| {found['difference']:.1e}"
