@@ -110,3 +110,24 @@ def test_without_it_nothing_of_it_is_saved_and_it_cannot_begin_later(tmp_path, c
     assert main(["export-hf", str(run_dir), str(tmp_path / "out"), "--ema"]) == 2
     assert "holds no average; train with train.ema" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_of_adapters_the_average_is_exported_alone_and_merged(whole, tmp_path):
+    run_dir, settings = tmp_path / "run", ("train.ema.decay=0.8", "lora.rank=2", "lora.projections=[q_proj]")
+    assert run(run_dir, *settings, f"init_from={whole}", "train.stop_at_step=4") == 0
+    where = run_dir / "checkpoints" / "4"
+    a, b = (
+        open_store(where, f"lora.layers.q_proj.{factor}", shape, part="average").read().result()
+        for factor, shape in (("a", (2, 2, 32)), ("b", (2, 4, 8, 2)))
+    )
+    assert main(["export-hf", str(run_dir), str(tmp_path / "alone"), "--adapter", "--ema", "--verify"]) == 0
+    alone = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight".format
+    np.testing.assert_array_equal(alone[name("A")], a[1])
+    np.testing.assert_array_equal(alone[name("B")], b[1].reshape(32, 2))
+    assert main(["export-hf", str(run_dir), str(tmp_path / "merged"), "--ema", "--dtype", "float32"]) == 0
+    kernel = "model.layers.1.self_attn.q_proj.weight"
+    assert main(["export-hf", str(whole), str(tmp_path / "base"), "--dtype", "float32"]) == 0
+    base, merged = (load_file(tmp_path / d / "model.safetensors")[kernel] for d in ("base", "merged"))
+    np.testing.assert_allclose(merged - base, 16 * b[1].reshape(32, 2) @ a[1], atol=1e-6)
