@@ -24,8 +24,9 @@ IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 def save(directory: Path, family: str = "gemma", **settings) -> Path:
     """A random float32 model of 4096 tokens, whose likeliest tokens differ from place to place."""
+    sizes = {"vocab_size": 4096} | ({"vocab_size_per_layer_input": 4096} if family == "gemma4_small" else {})
     made = hf_models.transformers_model(
-        family=family, kernels=0.2, embedding=0.05, vocab_size=4096, **IDS | settings, dtype=torch.float32
+        family=family, kernels=0.2, embedding=0.05, **sizes | IDS | settings, dtype=torch.float32
     )
     made.save_pretrained(directory)
     for file in TOKENIZER.iterdir():

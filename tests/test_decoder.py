@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_generate import all_scores, one_device, transformers_model
 
@@ -14,6 +14,7 @@ from easylm_mling.inference.generate import generate, load_model
 from easylm_mling.inference.text_stream import TextStream
 
 TOKENIZER = Tokenizer("data/sample/tokenizer")
+BYTES = next(i for i in range(TOKENIZER.vocab_size) if TOKENIZER.piece(i) == "<0x00>")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,22 @@ def test_a_streamed_text_only_grows_and_ends_before_the_first_stop(text, stops):
     assert stream.text == whole[:cut] and stream.ended == "stop"
     assert stream.ids == ids[: len(stream.ids)]
     assert stream.offsets == sorted(stream.offsets) and all(o <= len(whole) for o in stream.offsets)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZER, Tokenizer("data/sample/tokenizer/tokenizer.model")], ids=["json", "model"]
+)
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.one_of(st.integers(3, 300), st.integers(3, TOKENIZER.vocab_size - 1)), max_size=30))
+@example(ids=[ord("V") + BYTES, 0xF2 + BYTES, 2214])  # the second undoes the first
+@example(ids=[0xE4 + BYTES, 0xBD + BYTES, 0xA0 + BYTES, ord("a") + BYTES])
+def test_whatever_a_model_writes_only_grows_and_ends_as_it_is_decoded(tokenizer, ids):
+    stream, before = TextStream(tokenizer, frozenset({1})), ""
+    for token in ids:
+        stream.add(token)
+        assert stream.text.startswith(before)
+        before = stream.text
+    assert stream.close().startswith(before) and stream.text == tokenizer.decode(ids)
 
 
 def test_a_text_that_is_cut_by_its_limit_keeps_what_has_come():

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 WORDS = (
     "river stone 日本 は 雨 small 오늘 아침 light 바람 tree ten 7 今天 night 你好 walk 😀 house open grey salt".split()
 )
-FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama")
+FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4", "gemma4_small", "llama")
 
 
 def words(rng: random.Random, most: int) -> str:

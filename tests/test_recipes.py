@@ -15,6 +15,7 @@ from easylm_mling.data.catalog import build_catalog
 from easylm_mling.data.loader import Loader
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.monitoring.metrics import read_metrics
+from easylm_mling.monitoring.task_table import before_and_after
 from easylm_mling.run.epochs import count_steps
 from easylm_mling.run.starting_model import load_config
 from easylm_mling.run.train import train
@@ -86,7 +87,8 @@ def write_many(source: dict, file: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["aog", "komt", "ko-gemma"])
 def test_a_recipe_in_its_own_shape_teaches_to_answer_and_to_stop(base, tmp_path, name):
-    """Its forms and adapters, in rows of 4,096; few rows a step, and a learning rate for a tiny model."""
+    """Its forms and adapters, in rows of 4,096; few rows a step, and a learning rate for a tiny model. Small tasks are scored, too."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     tree = _merged([f"configs/tune/{name}.yaml"], [])
     sources = tree["data"]["sources"]
     tree["data"]["sources"] = {key: write_many(source, tmp_path / f"{key}.jsonl") for key, source in sources.items()}
@@ -96,7 +98,7 @@ def test_a_recipe_in_its_own_shape_teaches_to_answer_and_to_stop(base, tmp_path,
     tree |= {"run_dir": str(tmp_path / "run"), "init_from": str(base)}
     file = tmp_path / "recipe.yaml"
     file.write_text(write_yaml(tree))
-    few = ("checkpoint.every_steps=1000", "train.compute_dtype=float32", "eval.rows_per_source=4")
+    few = ("checkpoint.every_steps=1000", "train.compute_dtype=float32", "eval.rows_per_source=4", "eval.suite=quick")
     assert train(load_config([str(file)], [*ONE_DEVICE, *few]), Console(file=io.StringIO())) == 0
     first, *_, last = read_metrics(tmp_path / "run" / "metrics.jsonl", "eval")
     consumed = json.loads((tmp_path / "run" / "ledger.json").read_text())
@@ -105,6 +107,9 @@ def test_a_recipe_in_its_own_shape_teaches_to_answer_and_to_stop(base, tmp_path,
         f"\n{name}: loss on held-out answers {first['loss']:.3f} -> {last['loss']:.3f}, stop rate "
         f"{first['stop_rate']:.2%} -> {last['stop_rate']:.2%}, rows of 4,096 {full:.2%} full"
     )
+    heads, rows = before_and_after(tmp_path / "run" / "metrics.jsonl")
+    print(*map("  ".join, [heads, *rows]), sep="\n")
+    assert [row[0] for row in rows] == ["sentence ends", "counting on"]
     assert last["loss"] < first["loss"] - 0.3
     assert last["stop_rate"] > 1.1 * first["stop_rate"]
     assert full > 0.97

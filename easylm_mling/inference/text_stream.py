@@ -1,10 +1,13 @@
 """The text of tokens as they come: whole letters only, and nothing of a stop string or behind it."""
 
+import re
 from collections.abc import Sequence
 
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 
 _HALF = "\ufffd"  # how a letter whose bytes have not all come is decoded
+# A piece of one byte. tokenizers decodes all such in a row together: the next one may undo letters before it.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class TextStream:
@@ -17,13 +20,14 @@ class TextStream:
         self.text = ""  # what is sure
         self.ended = ""
         self._tokenizer, self._ends, self._stops = tokenizer, ends, tuple(filter(None, stops))
+        self._silent = tokenizer.control_ids
         self._whole = self._sure = ""
 
     def add(self, token: int) -> bool:
         """Take one more token; returns whether it belongs to the text."""
         assert not self.ended
         if token in self._ends:
-            self._finish(self._end())
+            self._finish(self._whole)
             return False
         self.offsets.append(len(self._sure))
         self.ids.append(token)
@@ -33,9 +37,8 @@ class TextStream:
         if cuts:
             self._finish(self._whole[: min(cuts)])
             return True
-        # While a letter of several byte pieces comes, those before it may be undone for a while, too.
-        whole_letters = self._whole.rstrip(_HALF)
-        self._sure = whole_letters if whole_letters.startswith(self._sure) else self._sure
+        if self._ends_letters(token):
+            self._sure = self._whole.rstrip(_HALF)
         longest = max((_overlap(self._sure, stop) for stop in self._stops), default=0)
         self.text = self._sure[: len(self._sure) - longest]
         return True
@@ -43,12 +46,14 @@ class TextStream:
     def close(self) -> str:
         """Return the text of a stream that gets no more tokens."""
         if not self.ended:
-            self.text = self._end()
+            self.text = self._whole
         return self.text
 
-    def _end(self) -> str:
-        """Return all of the text; of a letter that never came whole, a mark."""
-        return self._whole if self._whole.startswith(self._sure) else self._sure + _HALF
+    def _ends_letters(self, token: int) -> bool:
+        """Return whether no later token can undo letters: a byte can, also behind tokens that have no text."""
+        if token >= self._tokenizer.vocab_size or token in self._silent:
+            return False
+        return not _BYTE.fullmatch(self._tokenizer.piece(token))
 
     def _finish(self, text: str):
         self.text, self.ended = text, "stop"
