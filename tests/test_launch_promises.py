@@ -341,6 +341,27 @@ def test_a_launcher_that_slept_while_down_was_said_leaves_nothing(run):
     assert there == []
 
 
+@pytest.mark.parametrize("asked", ["down 2", "stop 2"])
+def test_what_is_asked_for_while_a_launcher_begins_is_not_lost(run, asked):
+    """It uploads what the workers get, which takes a while; an older `down` it was started behind does not count."""
+    objects, said = {f"{run.url}/launch/wanted": "down 1"}, []
+
+    def gcloud(*arguments, stdin="", **_):
+        if arguments[:2] == ("storage", "cp"):
+            objects[arguments[3]] = stdin
+            if "/launch/pack-" in arguments[3]:
+                objects[f"{run.url}/launch/wanted"] = asked
+        elif arguments[0] == "storage":
+            text = objects.get(arguments[2])
+            return Answer(0, text, "") if text is not None else Answer(1, "", "matched no objects")
+        else:
+            raise AssertionError(f"a machine was looked for or asked for: {arguments}")
+        return Answer(0, "", "")
+
+    assert Driver(run, gcloud, FINISHED_RUN, said.append, lambda seconds: None).drive(False, False) == 0
+    assert said[-1] == "a stop was asked for; this launcher ends"
+
+
 def test_all_that_is_left_is_named_and_the_others_are_deleted(run):
     deleted = []
 

@@ -238,7 +238,7 @@ def open_parameters(
     return read
 
 
-def open_stores(step_dir: Path, model: ModelConfig, part: str) -> dict[str, ts.TensorStore]:
+def open_stores(step_dir: Path, model: ModelConfig, part: str = PARTS[0]) -> dict[str, ts.TensorStore]:
     """Open the stored parameters of a part, by path. Raises ConfigError for one that `open_store` refuses."""
     return {p.path: open_store(step_dir, p.path, p.shape, part=part) for p in parameter_table(model)}
 

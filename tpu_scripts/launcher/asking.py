@@ -98,17 +98,17 @@ class Asking:
         answer = m.create(self.gcloud, self.run)
         if answer.ok:
             self.refused, self.counted = 0, False
-            self._note_created()
+            self._note_created(state)
         elif "ALREADY_EXISTS" not in answer.err:
             return self._not_created(state, answer)
         return ""
 
-    def _note_created(self):
+    def _note_created(self, state: State):
         try:
             self.note(f"asked for a {self.run.type} ({self.run.capacity}) in {self.run.zone}")
         except WrongInput:
             # This launcher slept, and its turn was over when it asked: `down` is not to be outlived.
-            if self.turn.bucket.read("launch/wanted") == "down":
+            if self.turn.bucket.asked(state.heard) == "down":
                 answer = m.delete(self.gcloud, self.run)
                 if not answer.ok:
                     raise requests.still_there(self.run, answer.why) from None

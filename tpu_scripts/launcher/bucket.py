@@ -2,12 +2,14 @@
 
 URL/launch/state.json   requests, attempts, crashes (state.py)
 URL/launch/term-N       who drives since when (driving.py)
-URL/launch/wanted       run, stop or down: what was asked last; written by the verbs
+URL/launch/wanted       stop or down, and a name of its own for each time: what was asked last; written by the verbs
 URL/launch/pack-D.tar.gz  what the workers get (pack.py)
 URL/logs/               what worker_run.sh sends
 """
 
 from __future__ import annotations
+
+import secrets
 
 from .gcloud import Answer
 from .state import State, parse_state
@@ -47,8 +49,17 @@ class Bucket:
         return answer.ok
 
     def want(self, what: str):
-        """Write down what was asked for: run, stop or down. Raises NoAnswer."""
-        self.write("launch/wanted", what)
+        """Write down what was asked for: stop or down. Raises NoAnswer."""
+        self.write("launch/wanted", f"{what} {secrets.token_hex(8)}")
+
+    def wanted(self) -> str:
+        """What was asked for last, as it was written; empty if nothing was. Raises NoAnswer."""
+        return self.read("launch/wanted") or ""
+
+    def asked(self, heard: str) -> str:
+        """The verb that was asked for last, stop or down; empty if that is `heard` already. Raises NoAnswer."""
+        wanted = self.wanted()
+        return "" if wanted == heard else wanted.partition(" ")[0]
 
     def list(self, name: str) -> list[str]:
         """The objects below a folder, as names below the run's URL."""

@@ -68,7 +68,10 @@ class Driver:
         """
         secret_values(self.run)
         try:
+            # Read first: a `down` that comes while this launcher begins is not lost.
+            heard = self.bucket.wanted()
             self.state = self.turn.take(take_over)
+            self.state.heard = heard
             self.adopts = not self.state.history
             try:
                 return self._prepared(again)
@@ -84,7 +87,6 @@ class Driver:
         # Whoever starts a run again has looked at what went wrong.
         self.state.ended, self.state.crashes = "", 0
         self._upload()
-        self.bucket.want("run")
         while True:
             try:
                 code = self._turn()
@@ -152,7 +154,7 @@ class Driver:
         return lasted
 
     def _stopped(self) -> bool:
-        return self.bucket.read("launch/wanted") in ("stop", "down")
+        return bool(self.bucket.asked(self.state.heard))
 
     def _do(self, action: Action) -> int | None:
         if action.what == REFUSE:

@@ -27,6 +27,7 @@ class State:
     best_step: int = 0
     machines: int = 0  # asked for so far
     ended: str = ""  # done, or why not; empty: under way
+    heard: str = ""  # what was asked for last when its launcher began: only what was asked since counts
     launcher: dict = field(default_factory=dict)  # who drives: id, host, pid, place, beat (Unix seconds)
     requests: list = field(default_factory=list)
     history: list = field(default_factory=list)  # [Unix seconds, what happened]
@@ -42,6 +43,7 @@ def parse_state(text: str, url: str) -> State:
         values = json.loads(text)
         if values.get("format") != FORMAT:
             raise ValueError(f"its format is {values.get('format')}, and this launcher's is {FORMAT}")
+        values.setdefault("heard", "")  # of a launcher that did not know it
         state = State(**{f.name: values[f.name] for f in fields(State)})
         wrong = [f.name for f in fields(State) if type(getattr(state, f.name)) is not type(getattr(State(), f.name))]
         if wrong:

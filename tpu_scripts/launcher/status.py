@@ -27,7 +27,7 @@ def status(gcloud, run: RunFile) -> str:
     metrics, events = tail(bucket, "metrics.jsonl"), tail(bucket, "events.jsonl")
     rows = [
         ("machine", _machine(gcloud, run, state)),
-        ("launcher", _launcher(state, bucket.read("launch/wanted") or "-", now)),
+        ("launcher", _launcher(state, bucket.asked(state.heard) or "run", now)),
         (
             "attempts",
             f"{state.started}, on {state.machines} machines; {state.crashes} crashes in a row without a new step",
