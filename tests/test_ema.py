@@ -125,6 +125,7 @@ def test_the_step_takes_the_parameters_that_it_leaves_and_changes_nothing_else(p
     assert max(np.abs(a - p).max() for a, p in leaves) > 1e-3
 
 
+@pytest.mark.slow
 def test_sharded_it_is_the_same_and_lies_with_its_parameter(plain):
     config = config_of(EXPONENTIAL, (2, 2, 2))
     assert_averages(states(config), EXPONENTIAL)
@@ -139,6 +140,7 @@ def test_a_step_that_is_skipped_counts_with_the_parameters_that_it_left():
     assert_averages(seen, EXPONENTIAL)
 
 
+@pytest.mark.slow
 def test_with_adapters_it_is_theirs_alone():
     lora = LoraConfig(rank=4, alpha=8.0)
     seen = states(config_of(EXPONENTIAL, lora=lora))
