@@ -362,6 +362,24 @@ def test_what_is_asked_for_while_a_launcher_begins_is_not_lost(run, asked):
     assert said[-1] == "a stop was asked for; this launcher ends"
 
 
+def test_status_calls_nothing_a_checkpoint_that_is_not_whole():
+    """metrics.jsonl tells of a save when it begins; only the event is written behind it."""
+    from launcher.status import _training
+
+    at = {"step": 4, "time": "2026-01-01T00:00:00Z"}
+    metrics = [{**at, "kind": "train", "loss": 1.0, "tokens": 10}, {**at, "kind": "languages"}]
+
+    class Empty:
+        def read(self, name, last_bytes=0):
+            return None
+
+    def told(events):
+        return dict(_training(metrics, events, Empty(), 0.0))["checkpoint"]  # type: ignore[arg-type]
+
+    assert told([]) == told([{**at, "event": "save_failed"}]) == "none yet"
+    assert told([{**at, "event": "saved"}]).startswith("of step 4")
+
+
 def test_all_that_is_left_is_named_and_the_others_are_deleted(run):
     deleted = []
 

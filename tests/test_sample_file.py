@@ -119,6 +119,8 @@ def test_wrong_lines_are_told_before_a_model_is_loaded(model, tmp_path, capsys, 
         ('{"prompt": "a", "top_k": 0}', "top_k=0 must be positive"),
         ('{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be int or float"),
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens=0 must be positive"),
+        ('{"prompt": "a", "temprature": 0.5}', "line 1: no setting 'temprature'; did you mean 'temperature'?"),
+        (good + json.dumps({"prompt": "stone " * 2000}), "pass the model's"),
     ):
         file.write_text(text)
         assert sample(model, file, tmp_path / "out.jsonl") == 2
@@ -126,12 +128,5 @@ def test_wrong_lines_are_told_before_a_model_is_loaded(model, tmp_path, capsys, 
     assert sample(model, tmp_path / "none.jsonl", tmp_path / "out.jsonl") == 2
     assert main(["sample", str(model), "--file", str(file)]) == 2
     assert main(["sample", str(model), "--prompt", "a", "--stop", "b"]) == 2
+    assert main(["sample", str(model), "--prompt", "a", "--rows", "4"]) == 2
     assert not (tmp_path / "out.jsonl").exists()
-
-
-@pytest.mark.usefixtures("one_device")
-def test_a_prompt_longer_than_the_window_is_named(model, tmp_path, capsys):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "stone " * 2000}))
-    assert sample(model, file, tmp_path / "out.jsonl") == 2
-    assert "line 2:" in (said := capsys.readouterr().err) and "pass the model's" in said

@@ -25,8 +25,6 @@ _MOST_DATA = 1 << 30
 FORMAT = 2
 # Seconds before each further try to read a part of a step in a bucket.
 _BUCKET_WAITS = (0.1, 0.2, 0.5, 1.0, 2.0)
-# What is trained, and its running average.
-PARTS = ("params", "average")
 _KINDS = {"params": "parameter", "average": "averaged parameter", "training": "array", "data": "array"}
 
 
@@ -47,8 +45,8 @@ def open_store(
 
 
 def check_part(where: Path, part: str):
-    """Raise ConfigError where the step in `where` has no such part of PARTS."""
-    if part not in PARTS[:1] and not any(name.startswith(leaf_name(part)) for name in _digests(where)):
+    """Raise ConfigError where the step in `where` has no such part: params, or the average of those."""
+    if part == "average" and not any(name.startswith(leaf_name(part)) for name in _digests(where)):
         raise ConfigError(f"{where}: holds no average; train with train.ema, or leave out --ema")
 
 

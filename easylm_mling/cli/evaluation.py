@@ -139,7 +139,8 @@ def _judge(a) -> int:
         "--template": a.template is not None,
     }
     given = next((flag for flag, value in other.items() if value), None)
-    check(given is None, f"{given}: is of suites and tasks; with --judge leave it out (its file has answers.template)")
+    way = "set answers.template in its file" if given == "--template" else "leave it out"
+    check(given is None, f"{given}: is of suites and tasks; with --judge {way}")
     from pathlib import Path
 
     from easylm_mling.evaluation.options import EvalOptions

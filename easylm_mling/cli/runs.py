@@ -14,7 +14,7 @@ def add_verbs(verbs):
     sample.add_argument(
         "--stop", action="append", help="of --file: a text ends before this; may be given several times"
     )
-    sample.add_argument("--rows", type=int, default=16, help="of --file: texts that are written at once")
+    sample.add_argument("--rows", type=int, help="of --file: texts that are written at once (default: 16)")
     sample.add_argument("--max-new-tokens", type=int, default=64)
     sample.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     sample.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens (default: all)")
@@ -40,7 +40,8 @@ def _sample(a) -> int:
 
     if a.file:
         return _sample_file(a)
-    check(not a.output and not a.stop, "sample: --output and --stop are of --file; give the prompts in a file")
+    alone = (a.output, a.stop, a.rows) == (None, None, None)
+    check(alone, "sample: --output, --stop and --rows are of --file; give the prompts in a file")
     from easylm_mling.inference.generate import sample_text
 
     settings = {"temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p, "seed": a.seed, "dtype": a.dtype}
@@ -57,7 +58,8 @@ def _sample_file(a) -> int:
     check(a.output, "sample --file: needs --output JSONL for the texts")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     settings = {name: getattr(a, name) for name in names}
-    before, now = sample_file(a.model_dir, a.file, a.output, settings, a.tokenizer, a.step, a.rows, a.dtype)
+    rows = 16 if a.rows is None else a.rows
+    before, now = sample_file(a.model_dir, a.file, a.output, settings, a.tokenizer, a.step, rows, a.dtype)
     print(f"{now:,} texts written to {a.output}" + (f", which had {before:,}" if before else ""))
     return 0
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from easylm_mling.checkpoint.base import open_base, stored_base, stored_lora
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import PARTS, check_part, load_info, open_store, stored_model
+from easylm_mling.checkpoint.reading import check_part, load_info, open_store, stored_model
 from easylm_mling.config import LoraConfig
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.params import ADAPTERS, Parameter, adapter_table
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from easylm_mling.hf.exporting import Tensor
 
 
-def stored_adapters(step_dir: Path, part: str = PARTS[0]) -> tuple[LoraConfig, list[tuple[Parameter, np.ndarray]]]:
+def stored_adapters(step_dir: Path, part: str = "params") -> tuple[LoraConfig, list[tuple[Parameter, np.ndarray]]]:
     """Read all adapters of a checkpoint step: their settings, and the rows of the adapter table with float32 arrays.
 
     `part`: "params", or "average" for their running average.
@@ -57,7 +57,7 @@ class MergedTensors:
     """Tensors of the base with their adapters added: computed in float32, and rounded once to `dtype`."""
 
     def __init__(
-        self, base: Callable[["Tensor"], Iterator[np.ndarray]], step_dir: Path, dtype: np.dtype, part: str = PARTS[0]
+        self, base: Callable[["Tensor"], Iterator[np.ndarray]], step_dir: Path, dtype: np.dtype, part: str = "params"
     ):
         lora, arrays = stored_adapters(step_dir, part)
         self._base, self._dtype, self._scale = base, dtype, np.float32(lora.scale)

@@ -15,7 +15,7 @@ import orjson
 import tensorstore as ts
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import PARTS, check_part, load_info, open_store, stored_model
+from easylm_mling.checkpoint.reading import check_part, load_info, open_store, stored_model
 from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
@@ -79,7 +79,7 @@ def export_hf(
     check_inside(tokenizer)
     model = stored_model(checkpoint_dir, step)
     target = DTYPES[tag]
-    read = open_parameters(step_dir, model, target, PARTS[ema])
+    read = open_parameters(step_dir, model, target, "average" if ema else "params")
     made = AVERAGED if ema else ""
     shards = plan_shards(model, target.itemsize, max_shard_bytes)
     with atomic_directory(hf_dir) as partial:
@@ -207,7 +207,7 @@ def shard_index(shards: dict[str, list[Tensor]]) -> dict:
 
 
 def open_parameters(
-    step_dir: Path, model: ModelConfig, dtype: np.dtype, part: str = PARTS[0]
+    step_dir: Path, model: ModelConfig, dtype: np.dtype, part: str = "params"
 ) -> Callable[[Tensor], Iterator[np.ndarray]]:
     """Return a function that yields a tensor of a checkpoint step in flat pieces, in order, rounded to `dtype`.
 
@@ -238,7 +238,7 @@ def open_parameters(
     return read
 
 
-def open_stores(step_dir: Path, model: ModelConfig, part: str = PARTS[0]) -> dict[str, ts.TensorStore]:
+def open_stores(step_dir: Path, model: ModelConfig, part: str = "params") -> dict[str, ts.TensorStore]:
     """Open the stored parameters of a part, by path. Raises ConfigError for one that `open_store` refuses."""
     return {p.path: open_store(step_dir, p.path, p.shape, part=part) for p in parameter_table(model)}
 

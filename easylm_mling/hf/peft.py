@@ -13,7 +13,7 @@ import numpy as np
 
 from easylm_mling.checkpoint.base import Base, stored_base
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import PARTS, load_info
+from easylm_mling.checkpoint.reading import load_info
 from easylm_mling.config import LoraConfig
 from easylm_mling.data.tokenization.files import check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import shipped_fingerprints
@@ -45,7 +45,7 @@ def export_adapter(
     `ema`: write the averaged adapters (`train.ema`). Returns warnings, one line each. Raises ConfigError for a checkpoint without adapters, and an `adapter_dir` with content.
     """
     where = step_directory(checkpoint_dir, step)
-    lora, arrays = stored_adapters(where, PARTS[ema])
+    lora, arrays = stored_adapters(where, "average" if ema else "params")
     info, files = load_info(checkpoint_dir, int(where.name)), small_files(checkpoint_dir)
     base = stored_base(info)
     assert base
@@ -116,7 +116,7 @@ def verify_adapter(
 
     Raises VerificationError that names the first difference.
     """
-    lora, arrays = stored_adapters(step_directory(checkpoint_dir, step), PARTS[ema])
+    lora, arrays = stored_adapters(step_directory(checkpoint_dir, step), "average" if ema else "params")
     stored, file = read_json(Path(adapter_dir) / CONFIG), open_file(Path(adapter_dir) / WEIGHTS)
     for key, value in adapter_config(lora, "", None).items():
         if key not in ("base_model_name_or_path", "revision", "target_modules") and stored.get(key) != value:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from easylm_mling.checkpoint.layout import step_directory
-from easylm_mling.checkpoint.reading import PARTS, stored_model
+from easylm_mling.checkpoint.reading import stored_model
 from easylm_mling.config import MeshConfig, ModelConfig
 from easylm_mling.errors import ConfigError, VerificationError
 from easylm_mling.hf.config import hf_config, model_config_from_hf
@@ -64,7 +64,7 @@ def _same_bytes(step_dir: Path, hf_dir: Path, model: ModelConfig, ema: bool) -> 
     except ConfigError as error:
         raise VerificationError(str(error)) from None
     (tag,) = {part.get_dtype() for part in weights.values()}
-    read = open_parameters(step_dir, model, DTYPES[tag], PARTS[ema])
+    read = open_parameters(step_dir, model, DTYPES[tag], "average" if ema else "params")
     tensors = [t for group in plan_shards(model, DTYPES[tag].itemsize, float("inf")).values() for t in group]
     for t in tensors:
         exported = weights[t.name][tuple(slice(0, n) for n in t.parameter.hf_shape)].reshape(-1)

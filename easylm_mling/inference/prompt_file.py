@@ -1,5 +1,6 @@
 """`sample --file`: a text for each line of a file of prompts, in its order; a command that was killed goes on when repeated."""
 
+import difflib
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +14,7 @@ from easylm_mling.config import ModelConfig
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError, check, one_line
 from easylm_mling.inference.decoder import Draw
-from easylm_mling.inference.generate import find_tokenizer, load_model
+from easylm_mling.inference.generate import find_tokenizer, load_model, read_model
 from easylm_mling.inference.texts import Prompt, Text, write_texts
 from easylm_mling.storage.jsonl import JsonlWriter
 
@@ -56,12 +57,13 @@ def sample_file(
     done = _done(Path(output), keys)
     if done == len(lines):
         return done, 0
-    graph, params, model = load_model(model_dir, step=step)
+    model = read_model(model_dir, step)
     tokenizer.check_model(model)
     todo = [
         _prompt(f"{prompts} line {n + 1}", lines[n]["prompt"], asked[n], model, tokenizer)
         for n in range(done, len(lines))
     ]
+    graph, params, _ = load_model(model_dir, step=step)
     writer = JsonlWriter(Path(output), ascii_only=False)
     try:
         for n, text in _in_order(write_texts(graph, params, model, tokenizer, todo, rows, dtype)):
@@ -111,6 +113,9 @@ def _read(path: str) -> list[dict]:
 
 def _asked(here: str, line: dict, settings: dict[str, Any], number: int) -> dict[str, Any]:
     """Return the settings of a line, checked."""
+    for name in line.keys() - _SETTINGS.keys():
+        close = difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.8)
+        check(not close, f"{here}: no setting {name!r}; did you mean {close[0] if close else ''!r}?")
     given = {name: line[name] for name in _SETTINGS if line.get(name) is not None}
     for name, value in given.items():
         right = isinstance(value, _SETTINGS[name]) and not isinstance(value, bool)

@@ -52,8 +52,8 @@ _project.defvjp(_forward, _backward)
 def _gradient_in_rows(spec, x, grad_out, weight, flat: bool):
     """Compute the weight's gradient with d as its first axis, so that parts of d lie along the rows of tiles.
 
-    With `flat` it is a matrix, the only form in which the compiler pads rows that fill no whole tiles. Heads that become one
-    axis with head_dim are copied, so that it is not for others.
+    With `flat` it is a matrix, the only form in which the compiler pads rows that fill no whole tiles. To make one
+    axis of heads and head_dim copies them, so that is done for those alone.
     """
     of_x, of_weight, out = _letters(spec)
     others = of_weight.replace("d", "")

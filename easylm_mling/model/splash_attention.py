@@ -53,10 +53,10 @@ def _by_heads(q, k, v, segment_ids, window, soft_cap, block, interpret):
 
 
 class _ByDistance:
-    """Shows the kernel's tables a block as the distances of its queries from its keys, on which alone its elements depend.
+    """A mask that shows a block as one row: an element for each distance of a query from a key, on which alone it depends.
 
-    The tables ask only whether all or any of a block is seen. Of each element of it, as JAX has it, that takes minutes for
-    texts of 131,072 tokens.
+    The kernel's tables only ask whether all or any of a block is seen. JAX's own masks compute every pair for that, which
+    takes minutes for texts of 131,072 tokens.
     """
 
     mask_function: Any

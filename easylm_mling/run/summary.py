@@ -64,10 +64,8 @@ def summary_table(config: RunConfig, metrics_file: Path, consumed: dict[str, dic
         f"budget {config.budget_tokens:,} tokens; consumed {total['tokens']:,} in "
         f"{config.step_tokens.step_of(total['rows'] * config.data.sequence_length):,} steps of {sizes}"
     )
-    if last.get("stop_rate") is not None:
-        table.caption += (
-            f"; stop rate of held-out answers {first.get('stop_rate') or 0:.1%}, at end {last['stop_rate']:.1%}"
-        )
+    if first.get("stop_rate") is not None and last.get("stop_rate") is not None:
+        table.caption += f"; stop rate of held-out answers {first['stop_rate']:.1%}, at end {last['stop_rate']:.1%}"
     return table
 
 

@@ -74,7 +74,8 @@ def _training(metrics: list[dict], events: list[dict], bucket: Bucket, now: floa
     share = f" of {count(budget)}, {tokens / budget:.1%}" if budget else ""
     left = f", {span((budget - tokens) / rate)} left" if budget and rate and tokens < budget else ""
     loss = "not finite" if last.get("loss") is None else f"{last['loss']:.4f}"
-    saved = [x for x in events if x.get("event") == "saved"] or [x for x in metrics if x.get("kind") == "languages"]
+    # Only what is whole: metrics.jsonl has lines of a save that has only begun.
+    saved = [x for x in events if x.get("event") in ("saved", "restored")]
     checkpoint = f"of step {saved[-1]['step']}, {span(now - _seconds(saved[-1]['time']))} old" if saved else "none yet"
     return [
         ("step", f"{last['step']}, {span(now - _seconds(last['time']))} ago; loss {loss}"),
