@@ -262,6 +262,17 @@ def test_norms_rotary_and_embedding_scale_round_where_gemma_rounds():
     assert jnp.asarray(3072**0.5, jnp.bfloat16) == 55.5
 
 
+def test_the_gradient_of_rotary_is_rounded_once():
+    frequencies, positions = rotary_frequencies(10000.0, 16), jnp.arange(8191)[None]
+    x, grad = jax.random.normal(jax.random.key(0), (2, 1, 8191, 1, 16), jnp.bfloat16)
+    _, transpose = jax.vjp(lambda x: rotary(x, positions, frequencies, scale=0.3), x)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin, (a, b) = jnp.cos(angles), jnp.sin(angles), jnp.split(grad.astype(jnp.float32), 2, axis=-1)
+    exact = 0.3 * jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+    # Half a unit in the last place, and what float32 loses where two terms cancel.
+    np.testing.assert_allclose(transpose(grad)[0].astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_every_remat_policy_computes_the_same_gradient(params):
     assert REMAT_POLICIES.keys() == set(REMAT_NAMES)

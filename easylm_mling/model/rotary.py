@@ -4,6 +4,7 @@ Axis letters: B batch, T positions, H head_dim. Source: transformers `modeling_r
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,11 @@ def rotary(
 
     Angles are float32: in bfloat16 positions would be wrong from 257 on.
     """
+    return _rotate(scale, scale, x, positions, frequencies)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotate(of_cos, of_sin, x, positions, frequencies):
     angles = positions.astype(jnp.float32)[..., None, None] * jnp.concatenate([frequencies, frequencies])
     # The other half of each pair, signed. A product with ones and minus ones is exact, and one pass over x on a TPU; a
     # concatenation would be three.
@@ -74,4 +80,16 @@ def rotary(
     swap = np.roll(np.eye(x.shape[-1]), half, axis=1) * np.repeat([[1.0], [-1.0]], half, axis=0)
     other = jnp.einsum("btnh,hi->btni", x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST)
     wide, other = x.astype(jnp.float32), other.astype(jnp.float32)
-    return (wide * (jnp.cos(angles) * scale) + other * (jnp.sin(angles) * scale)).astype(x.dtype)
+    return (wide * (jnp.cos(angles) * of_cos) + other * (jnp.sin(angles) * of_sin)).astype(x.dtype)
+
+
+def _forward(of_cos, of_sin, x, positions, frequencies):
+    return _rotate(of_cos, of_sin, x, positions, frequencies), (positions, frequencies)
+
+
+def _backward(of_cos, of_sin, residuals, grad_out):
+    # The transpose of a rotation turns back. JAX's own would round each term before it rounds their sum.
+    return _rotate(of_cos, -of_sin, grad_out, *residuals), None, None
+
+
+_rotate.defvjp(_forward, _backward)
