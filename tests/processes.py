@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def xla_flags(devices: int = 0) -> str:
+    """This process's XLA flags, with which another compiles programs of the same bits; 0 devices: as mesh.cpu_devices says."""
+    count = f"--xla_force_host_platform_device_count={devices}" if devices else ""
+    return re.sub(r"--xla_force_host_platform_device_count=\d+", count, os.environ["XLA_FLAGS"])
+
+
 def start(
     run_dir: Path,
     processes: int,
@@ -61,8 +68,7 @@ def start(
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        # Of several processes only the first finds its programs in JAX's cache: the others compile, so this must be quick.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": xla_flags(),
         # The next start finds all of this one's programs, the small ones too.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **(environment or {}),
@@ -104,8 +110,14 @@ def printed(run_dir: Path) -> str:
     return "\n".join(f"== {f.name}\n{f.read_text(errors='replace')}" for f in files)
 
 
-def run(run_dir: Path, processes: int, *overrides: str, seconds: float = 120):
-    codes = ends(run_dir, start(run_dir, processes, *overrides), seconds)
+def run(
+    run_dir: Path,
+    processes: int,
+    *overrides: str,
+    seconds: float = 120,
+    environment: Mapping[str, str] | None = None,
+):
+    codes = ends(run_dir, start(run_dir, processes, *overrides, environment=environment), seconds)
     assert codes == [0] * processes, printed(run_dir)
 
 

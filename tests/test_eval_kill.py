@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
 from eval_models import save  # noqa: E402
-from processes import ROOT  # noqa: E402
+from processes import ROOT, xla_flags  # noqa: E402
 
 from easylm_mling.storage.jsonl import read_jsonl  # noqa: E402
 
@@ -41,7 +41,7 @@ sys.exit(main(sys.argv[2:]))
 def start(model, folder, output) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-c", COUNTING, str(folder) + "-calls", "eval", str(model), "--suite", "quick"]

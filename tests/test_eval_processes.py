@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
 from eval_models import save  # noqa: E402
-from processes import ROOT, ends, free_port, output_of, printed, train_here  # noqa: E402
+from processes import ROOT, ends, free_port, output_of, printed, train_here, xla_flags  # noqa: E402
 
 
 def evaluate(model, run_dir, processes: int, *flags: str, suite: str = "quick", everything: bool = False):
@@ -19,7 +19,7 @@ def evaluate(model, run_dir, processes: int, *flags: str, suite: str = "quick", 
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes}",
+        "XLA_FLAGS": xla_flags(2 // processes),
     }
     place, started = f"--coordinator=localhost:{free_port()}", []
     for i in range(processes):

@@ -142,11 +142,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_spare_the_checkpoints(tmp_p
 
 
 def start(run_dir, *overrides):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
         "-m",

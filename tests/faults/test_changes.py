@@ -9,7 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from processes import ROOT, assert_same_bits, outcome, train_here
+from processes import ROOT, assert_same_bits, outcome, run, train_here
 
 import easylm_mling.run.train
 from easylm_mling.errors import ConfigError
@@ -63,8 +63,18 @@ def test_what_changes_the_meaning_of_a_run_is_refused_by_name(halfway, capsys):
 
 def test_what_changes_no_bit_goes_on(undisturbed, halfway):
     free = ("checkpoint.every_steps=3", "checkpoint.keep_last=3", "train.log_every_steps=1", "train.stuck_minutes=9")
-    train_here(halfway, *free, "data.retries=2", "train.max_skipped_in_a_row=9", "train.spike_sigmas=6")
+    train_here(halfway, *free, "data.retries=2", "train.max_skipped_in_a_row=9")
     assert_same_bits(outcome(halfway), outcome(undisturbed))
+
+
+@pytest.mark.faults
+def test_a_spike_guard_that_skips_nothing_changes_no_bit(tmp_path):
+    """It is a part of the compiled step, so both are compiled as in training, and not as programs of tests are."""
+    as_in_training = {"XLA_FLAGS": ""}
+    run(tmp_path / "undisturbed", 1, environment=as_in_training)
+    run(tmp_path / "run", 1, "train.stop_at_step=5", environment=as_in_training)
+    run(tmp_path / "run", 1, "train.spike_sigmas=6", environment=as_in_training)
+    assert_same_bits(outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed"))
 
 
 @pytest.mark.faults

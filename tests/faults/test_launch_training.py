@@ -8,7 +8,7 @@ import pytest
 from fake_cloud import Cloud
 from gcs_server import bucket, environment
 from launched import RUN_URL, end, kill, nothing_is_left, run_directory, tpu, wait_for, write_run_file
-from processes import ROOT, TINY, assert_same_bits, outcome, run
+from processes import ROOT, TINY, assert_same_bits, outcome, run, xla_flags
 
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.monitoring.metrics import read_metrics
@@ -16,7 +16,7 @@ from easylm_mling.monitoring.metrics import read_metrics
 pytestmark = [pytest.mark.faults, pytest.mark.long]
 ON_CPU = {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": xla_flags(),
     "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
 }
 
