@@ -34,19 +34,42 @@ def attention(q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Windo
     B, T, _, _ = q.shape
     assert k.shape == v.shape and k.shape[:2] == (B, T) == segment_ids.shape, (q.shape, k.shape, segment_ids.shape)
     index = jnp.arange(T)
+    return _attend(q, k, v, (segment_ids, index), (segment_ids, index), window, soft_cap)
+
+
+def attend_from(
+    q: Queries,
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    query_segments: Segments,
+    segment_ids: Int32[Array, "B S"],
+    query_index: Int[Array, "T"],
+    window: Window,
+    soft_cap: float | None,
+) -> Queries:
+    """Compute `attention` of queries at the positions `query_index`, of the S positions of the keys."""
+    return _attend(q, k, v, (query_segments, query_index), (segment_ids, jnp.arange(k.shape[1])), window, soft_cap)
+
+
+def _attend(q, k, v, of_queries, of_keys, window, soft_cap):
+    """Attend from queries to keys by their (segment ids, positions)."""
+    T = q.shape[1]
+    segment_ids, index = of_keys
 
     def chunk(q, query_segments, query_index):
         mask = (query_segments[:, :, None] == segment_ids[:, None, :]) & sees(query_index[:, None], index, window)
         return masked_attention(q, k, v, mask, soft_cap)
 
     if T <= QUERY_CHUNK or T % QUERY_CHUNK:
-        return checkpoint_name(chunk(q, segment_ids, index), "attention")
+        return checkpoint_name(chunk(q, *of_queries), "attention")
 
     def split(x, axis):
         parts = jnp.reshape(x, (*x.shape[:axis], T // QUERY_CHUNK, QUERY_CHUNK, *x.shape[axis + 1 :]))
         return jnp.moveaxis(parts, axis, 0)
 
-    out = jax.lax.map(jax.checkpoint(lambda args: chunk(*args)), (split(q, 1), split(segment_ids, 1), split(index, 0)))
+    out = jax.lax.map(
+        jax.checkpoint(lambda args: chunk(*args)), (split(q, 1), split(of_queries[0], 1), split(of_queries[1], 0))
+    )
     return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(q.shape), "attention")
 
 

@@ -65,5 +65,7 @@ def _program(config: RunConfig, mesh: Mesh, batches: dict) -> str:
     device = mesh.devices.flat[0]
     # On the CPU a process that joined others, or itself, sums in another order than one on its own.
     where = {"mesh": dict(mesh.shape), "device": device.device_kind, "joined": jax.distributed.is_initialized()}
+    if config.mesh.sequence > 1:
+        where["sequence"] = config.mesh.sequence
     whole = {**parts, "train": step_settings(config.train), **where, "jax": jax.__version__, "batches": batches}
     return blake2b(orjson.dumps(whole, option=orjson.OPT_SORT_KEYS), digest_size=8).hexdigest()

@@ -20,6 +20,7 @@ from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
 from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, crash_file
+from easylm_mling.model.sequence_shares import divided
 from easylm_mling.model.sharding import BATCH_AXES
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
@@ -212,7 +213,8 @@ def run_steps(
         batch, consumed = item
         done += 1
         monitor.launching(done)
-        state, metrics = train_step(state, to_device(batch, loop.mesh, PartitionSpec(BATCH_AXES)))
+        shares = divided(batch, loop.mesh, config.mesh.sequence)
+        state, metrics = train_step(state, to_device(shares, loop.mesh, PartitionSpec(BATCH_AXES)))
         metrics |= monitor.norms(done, state.params)
         agreement = loop.sync.start(loop.stop.request(), consumed, (state, metrics))
         in_flight.append(InFlight(done, metrics, agreement))
