@@ -5,7 +5,7 @@ Source: jax.experimental.pallas.ops.tpu.splash_attention, which follows FlashAtt
 Axis letters as in model/attention.py.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
