@@ -67,6 +67,12 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def axis_sizes(mesh: Mesh, sequence: int) -> dict[str, int]:
+    """Return the size of each axis as a config names them, `sequence` only where it divides rows."""
+    sizes = {str(axis): size for axis, size in mesh.shape.items()}
+    return sizes if sequence == 1 else sizes | {"fsdp": sizes["fsdp"] // sequence, "sequence": sequence}
+
+
 def rules_for(model: ModelConfig, mesh: Mesh) -> dict:
     """Return RULES for this model. Key/value heads that are fewer than the tensor shards lie whole on each.
 
