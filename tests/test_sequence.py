@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from processes import ROOT, SMALL
 from rich.console import Console
@@ -215,7 +216,14 @@ def on_one_device(params):
     return gradients(make_config(), params)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1, 2), (1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (1, 2, 1, 4),
+        (2, 2, 1, 2),
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8))),
+    ],
+)
 def test_losses_and_every_gradient_are_those_of_one_device(on_one_device, params, mesh):
     (total, sums), gradient = gradients(make_config(mesh), params)
     (wanted, wanted_sums), wanted_gradient = on_one_device
@@ -311,6 +319,15 @@ def test_a_run_in_shares_is_a_run_and_resumes_to_the_bit(tmp_path, monkeypatch):
     run(tmp_path / "moved", *SHARED)
     moved, shares = (lines_of(tmp_path / name, "train") for name in ("moved", "shares"))
     np.testing.assert_allclose([x["loss"] for x in moved], [x["loss"] for x in shares], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_train_as_one_does(tmp_path):
+    """One row on four devices, of which two processes have two each."""
+    for count in (1, 2):
+        processes.run(tmp_path / f"of-{count}", count, "mesh.data=1", "mesh.fsdp=1", "mesh.sequence=4")
+    one, two = (lines_of(tmp_path / f"of-{count}", "train") for count in (1, 2))
+    assert one == two and len(one) == 10
 
 
 def test_a_replay_is_compared_with_steps_of_the_same_shares_only():

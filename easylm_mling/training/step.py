@@ -220,7 +220,7 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
             if splash
             else partial(share_attention, count=shares)
         )
-        tile = train.attention_block if splash else 1
+        tile = min(train.attention_block, unit) if splash else 1
         return partial(attention_over_shares, count=shares, attend=attend, tile=tile)
     return partial(splash_attention, block=train.attention_block) if splash else plain_attention
 
