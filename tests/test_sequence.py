@@ -286,11 +286,9 @@ def test_what_cannot_be_divided_is_refused_in_one_line(change, message):
 # Whole runs
 
 
-def run(run_dir, *overrides) -> RunConfig:
+def run(run_dir, *overrides):
     settings = [*SMALL, "mesh.cpu_devices=0", f"run_dir={run_dir}", "eval.every_steps=5", *overrides]
-    config = load(["configs/demo.yaml"], settings)
-    assert train(config, Console(file=io.StringIO())) == 0
-    return config
+    assert train(load(["configs/demo.yaml"], settings), Console(file=io.StringIO())) == 0
 
 
 def lines_of(run_dir, kind):
@@ -301,24 +299,30 @@ SHARED = ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=1", "mesh.sequence=4", "tra
 WHOLE = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "train.accumulation_steps=1")
 
 
-def test_a_run_in_shares_is_a_run_and_resumes_to_the_bit(tmp_path, monkeypatch):
+def test_a_run_in_shares_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run(tmp_path / "undisturbed", *SHARED)
+    # Between two checkpoints.
+    run(tmp_path / "stopped", *SHARED, "train.stop_at_step=3")
+    run(tmp_path / "stopped", *SHARED)
+    undisturbed, stopped = (lines_of(tmp_path / name, "train") for name in ("undisturbed", "stopped"))
+    assert undisturbed == stopped and len(stopped) == 10
+
+
+@pytest.mark.slow
+def test_a_run_in_shares_is_a_run_of_whole_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run(tmp_path / "whole", *WHOLE)
     run(tmp_path / "shares", *SHARED)
-    for kind in ("train", "eval"):
-        ours, theirs = lines_of(tmp_path / "shares", kind), lines_of(tmp_path / "whole", kind)
-        assert len(ours) == len(theirs) > 1
-        np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-4)
-    # The same data in the same order, whoever has it.
-    jax.tree.map(np.testing.assert_array_equal, *map(load_data_state, (tmp_path / "whole", tmp_path / "shares")))
-    # Stopped between two checkpoints, and begun on the other mesh.
-    run(tmp_path / "stopped", *SHARED, "train.stop_at_step=3")
-    run(tmp_path / "stopped", *SHARED)
-    assert lines_of(tmp_path / "stopped", "train") == lines_of(tmp_path / "shares", "train")
     run(tmp_path / "moved", *WHOLE, "train.stop_at_step=5")
     run(tmp_path / "moved", *SHARED)
-    moved, shares = (lines_of(tmp_path / name, "train") for name in ("moved", "shares"))
-    np.testing.assert_allclose([x["loss"] for x in moved], [x["loss"] for x in shares], rtol=1e-4)
+    for name in ("shares", "moved"):
+        for kind in ("train", "eval"):
+            ours, theirs = lines_of(tmp_path / name, kind), lines_of(tmp_path / "whole", kind)
+            assert len(ours) == len(theirs) > 1
+            np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-4)
+        # The same data in the same order, whoever has it.
+        jax.tree.map(np.testing.assert_array_equal, *(load_data_state(tmp_path / n) for n in ("whole", name)))
 
 
 @pytest.mark.slow
