@@ -145,7 +145,7 @@ def compare_attention(mesh, attend, tile, heads, kv_heads, window, cap, length, 
     )
     q = q / width**0.5
     begins = jax.random.bernoulli(wanted[4], 6 / length, (rows, length))
-    segments = np.asarray(jnp.cumsum(begins, axis=1).astype(jnp.int32) + 1)
+    segments = np.asarray(jnp.cumsum(begins, axis=1).astype(jnp.int32))  # the first is 0
 
     def results(attend, q, k, v, segments, factor):
         loss = lambda *x: jnp.sum(jnp.sin(attend(*x, segments, window, cap)) * factor)  # noqa: E731
@@ -268,6 +268,7 @@ def test_parameters_are_cut_over_all_devices_that_share_rows():
         ({"mesh": {"sequence": 3}}, "does not multiply to the 8 devices here; change mesh.data, mesh.fsdp, mesh.tensor or"),
         ({"mesh": {"sequence": 0}}, "mesh.sequence=0 must be positive"),
         ({"mesh": {"sequence": -1}}, "mesh.sequence=-1 must be positive"),
+        ({"train": {"attention": "cudnn"}}, "train.attention=cudnn takes whole rows, which mesh.sequence=4 divides"),
         ({"train": {"attention": "splash"}}, "multiple of 128; here are cpu devices, data.sequence_length=64, heads 16 wide, in chunks of 8 by mesh.sequence=4"),
     ],
 )  # fmt: skip

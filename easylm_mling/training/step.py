@@ -196,13 +196,13 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
     here = f"here are {platform} devices, data.sequence_length={T}, heads {' and '.join(map(str, sorted(widths)))} wide"
     if wanted == "cudnn":
         check(
+            shares == 1,
+            f"train.attention=cudnn takes whole rows, which mesh.sequence={shares} divides; use auto or xla",
+        )
+        check(
             platform == "gpu" and m.attn_logit_softcapping is None and train.compute_dtype == "bfloat16",
             f"train.attention=cudnn runs on GPUs, in bfloat16 and without a soft cap of scores; {here} and "
             f"train.compute_dtype={train.compute_dtype}; use auto or xla",
-        )
-        check(
-            shares == 1,
-            f"train.attention=cudnn takes whole rows, which mesh.sequence={shares} divides; use auto or xla",
         )
         return cudnn_attention
     unit = T // (2 * shares) if shares > 1 else T  # positions that follow one another on a device
@@ -215,12 +215,12 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
     )
     splash = possible and wanted != "xla"
     if shares > 1:
-        attend = (
-            partial(splash_from, count=shares, block=train.attention_block)
-            if splash
-            else partial(share_attention, count=shares)
-        )
-        tile = min(train.attention_block, unit) if splash else 1
+        attend, tile = partial(share_attention, count=shares), 1
+        if splash:
+            attend, tile = (
+                partial(splash_from, count=shares, block=train.attention_block),
+                min(train.attention_block, unit),
+            )
         return partial(attention_over_shares, count=shares, attend=attend, tile=tile)
     return partial(splash_attention, block=train.attention_block) if splash else plain_attention
 
