@@ -20,6 +20,9 @@ from easylm_mling.model.sharding import BATCH_AXES
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
 Segments = Int32[Array, "B T"]
+# Of more positions than the queries have.
+WideKeys = Float[Array, "B S K H"]
+WideSegments = Int32[Array, "B S"]
 Window = int | None  # positions; None: no limit
 QUERY_CHUNK = 512
 
@@ -39,10 +42,10 @@ def attention(q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Windo
 
 def attend_from(
     q: Queries,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: WideKeys,
+    v: WideKeys,
     query_segments: Segments,
-    segment_ids: Int32[Array, "B S"],
+    segment_ids: WideSegments,
     query_index: Int[Array, "T"],
     window: Window,
     soft_cap: float | None,
@@ -81,8 +84,8 @@ def sees(query: Int[Array, "..."], key: Int[Array, "..."], window: Window) -> Bo
 
 def masked_attention(
     q: Queries,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: WideKeys,
+    v: WideKeys,
     mask: Bool[Array, "B T S"],
     soft_cap: float | None,
 ) -> Queries:

@@ -18,12 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Int32
 
-from easylm_mling.model.attention import Keys, Queries, Segments, Window, attend_from, on_each_device
+from easylm_mling.model.attention import (
+    Keys,
+    Queries,
+    Segments,
+    WideKeys,
+    WideSegments,
+    Window,
+    attend_from,
+    on_each_device,
+)
 from easylm_mling.model.sharding import own_places
 
-# (q, k, v, segments of the queries, of the keys, number of the share, window, soft cap) -> context. The share is of so many.
-# Without a share the queries are the last ones of the keys' positions.
+# (q, k, v, segments of the queries, those of the keys, number of the share, window, soft cap) -> context, on one device.
+# The queries are those of the share, and the keys those of its whole row. Without a share the queries are at the last of
+# the keys' positions.
 ShareAttend = Callable[..., Queries]
 NOWHERE = -1  # a segment id that no document has
 
@@ -81,7 +92,10 @@ def attention_over_shares(
     return on_each_device(run, q, k, v, segment_ids)
 
 
-def share_attention(q, k, v, query_segments, segment_ids, share, window, soft_cap, count: int) -> Queries:
+def share_attention(
+    q: Queries, k: WideKeys, v: WideKeys, query_segments: Segments, segment_ids: WideSegments,
+    share: Int32[Array, ""] | None, window: Window, soft_cap: float | None, count: int,
+) -> Queries:  # fmt: skip
     """Attend on one device, as `attention_over_shares` asks for it, by plain products."""
     T, S = q.shape[1], k.shape[1]
     index = S - T + jnp.arange(T) if share is None else jnp.asarray(share_order(S, count))[share]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Int32
 
-from easylm_mling.model.attention import Keys, Queries, Segments, on_each_device
+from easylm_mling.model.attention import Keys, Queries, Segments, WideKeys, WideSegments, on_each_device
 from easylm_mling.model.sequence_shares import share_order
 
 _LANES = 128  # of the kernel's tiles
@@ -44,13 +45,13 @@ def splash_attention(
 
 
 def splash_from(
-    q: Queries, k: Any, v: Any, query_segments: Segments, segment_ids: Any, share: Any, window: int | None,
-    soft_cap: float | None, count: int, block: int, interpret: bool = False,
+    q: Queries, k: WideKeys, v: WideKeys, query_segments: Segments, segment_ids: WideSegments,
+    share: Int32[Array, ""] | None, window: int | None, soft_cap: float | None,
+    count: int, block: int, interpret: bool = False,
 ) -> Queries:  # fmt: skip
     """Compute the attention of one device, as model/sequence_shares.py asks for it: of `share`, one of `count`, or without.
 
-    Keys, values and their segments are [B, S, ...]. Queries of a share see all S positions of their row; without one they
-    are the last T of them.
+    The queries of a share see all S positions of their row. Without one they are at the last T of them.
     """
     T, S = q.shape[1], k.shape[1]
     block = min(block, T if share is None else T // 2)
