@@ -21,7 +21,7 @@ from easylm_mling.distributed.agreement import is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
 from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, crash_file
 from easylm_mling.model.sequence_shares import divided
-from easylm_mling.model.sharding import BATCH_AXES
+from easylm_mling.model.sharding import BATCH_AXES, axis_sizes
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
 from easylm_mling.run.changes import change_text, past_changes
@@ -108,7 +108,7 @@ def train(
             config, tokenizer, console, accept_data_change, override_names(override_model), change
         )
     run = data.run
-    size = f"{config.total_steps} steps of {config.tokens_per_step} tokens on mesh {dict(mesh.shape)}"
+    size = f"{config.total_steps} steps of {config.tokens_per_step} tokens on mesh {axis_sizes(mesh, config.mesh.sequence)}"
     say(console, f"run {run.name}: {size}")
 
     with (
