@@ -57,7 +57,7 @@ def test_config_explains_a_key_a_section_and_what_is_misspelt(capsys):
     )
     assert main(["config", "mesh"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "mesh", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.cpu_devices", "mesh.slice",
+        "mesh", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.cpu_devices", "mesh.slice",
     ]  # fmt: skip
     assert main(["config", "train.batchsize"]) == 2
     assert capsys.readouterr().err == "error: unknown key 'train.batchsize'; did you mean 'train.batch_size'?\n"

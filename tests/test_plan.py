@@ -308,6 +308,20 @@ def test_every_kernel_of_a_local_layer_visits_its_window_only(kind, table):
         assert times.kernel_flops == pytest.approx(2 * products * 16 * 8192**2 * 256 * share / 64)
 
 
+@pytest.mark.parametrize("kind, table", [("fwd", "fwd_mask_info"), ("dq", "dq_mask_info"), ("dkv", "dkv_mask_info")])
+def test_a_kernel_of_a_share_of_the_queries_does_its_share_of_the_work(kind, table):
+    """Of a row of 32,768 over four devices: 8192 queries of each, and all keys."""
+    suffix = "" if kind == "fwd" else f"_{kind}"
+    shapes = getattr(_kernel(32768, 1, None, None, 1024, False, shares=4), table).data_next.shape
+    of_share = (1, shapes[1] // 4, shapes[2])
+    lines = "  %q = bf16[16,8192,256]{2,1,0} parameter(1)\n  %k = bf16[32768,256]{1,0} parameter(3)\n"
+    lines += f"  %m = s8[{','.join(map(str, of_share))}]{{2,1,0}} parameter(2)\n"
+    call = KERNEL.format(kind=kind, block=1024, suffix=suffix).replace("%q, %q, %q", "%q, %k, %k")
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[kind]
+    flops = walk(parse(program(f"{X}\n{lines}{call}")), V4).kernel_flops
+    assert flops == pytest.approx(2 * products * 16 * 32768**2 * 256 * (33 / 64) / 4)
+
+
 def test_a_backward_kernel_mapped_over_heads_runs_on_both_cores_of_a_v4():
     lines = "  %q = bf16[16,1,8192,256]{3,2,1,0} parameter(1)\n  %m = s8[1,8,8]{2,1,0} parameter(2)\n"
     for name, factor in (("v4-64", 0.5), ("v6e-64", 1.0)):

@@ -20,6 +20,11 @@ class MeshConfig:
     data: int = setting(1, "copies of the parameters")
     fsdp: int = setting(-1, "devices that parameters are sharded over, each gathered when it is used")
     tensor: int = setting(1, "devices that heads, MLP and vocabulary are sharded over")
+    sequence: int = setting(
+        1,
+        "devices that the positions of each row are divided over, for long texts (docs/run.md); parameters are sharded over "
+        "fsdp x sequence",
+    )
     cpu_devices: int = setting(
         0, "run on the CPU and simulate so many devices; 0: use the accelerators of this machine"
     )
@@ -33,6 +38,7 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         check(all(s == -1 or s > 0 for s in sizes), "mesh: every axis must be positive, or -1 for all that are left")
         check(sizes.count(-1) <= 1, "mesh: only one axis may be -1")
+        check(self.sequence > 0, f"mesh.sequence={self.sequence} must be positive; 1: every device has whole rows")
         check(0 <= self.cpu_devices <= 1024, f"mesh.cpu_devices={self.cpu_devices} must be between 0 and 1024")
 
 

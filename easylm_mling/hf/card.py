@@ -179,6 +179,7 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
     o, t, mesh = config.optimizer, config.train, config.mesh
     rates = [e["tokens_per_second"] for e in training if e.get("tokens_per_second")]
     axes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "tensor"))
+    axes += f", sequence {mesh.sequence}" if mesh.sequence > 1 else ""
     hardware = f"{mesh.cpu_devices} simulated CPU devices" if mesh.cpu_devices else "accelerators"
     rest = " (-1: all other devices)" if -1 in (mesh.data, mesh.fsdp, mesh.tensor) else ""
     decay = f", decay over the last {o.decay}" if o.schedule == "wsd" else ""

@@ -20,6 +20,9 @@ from easylm_mling.model.sharding import BATCH_AXES
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
 Segments = Int32[Array, "B T"]
+# Of more positions than the queries have.
+WideKeys = Float[Array, "B S K H"]
+WideSegments = Int32[Array, "B S"]
 Window = int | None  # positions; None: no limit
 QUERY_CHUNK = 512
 
@@ -34,19 +37,42 @@ def attention(q: Queries, k: Keys, v: Keys, segment_ids: Segments, window: Windo
     B, T, _, _ = q.shape
     assert k.shape == v.shape and k.shape[:2] == (B, T) == segment_ids.shape, (q.shape, k.shape, segment_ids.shape)
     index = jnp.arange(T)
+    return _attend(q, k, v, (segment_ids, index), (segment_ids, index), window, soft_cap)
+
+
+def attend_from(
+    q: Queries,
+    k: WideKeys,
+    v: WideKeys,
+    query_segments: Segments,
+    segment_ids: WideSegments,
+    query_index: Int[Array, "T"],
+    window: Window,
+    soft_cap: float | None,
+) -> Queries:
+    """Compute `attention` of queries at the positions `query_index`, of the S positions of the keys."""
+    return _attend(q, k, v, (query_segments, query_index), (segment_ids, jnp.arange(k.shape[1])), window, soft_cap)
+
+
+def _attend(q, k, v, of_queries, of_keys, window, soft_cap):
+    """Attend from queries to keys by their (segment ids, positions)."""
+    T = q.shape[1]
+    segment_ids, index = of_keys
 
     def chunk(q, query_segments, query_index):
         mask = (query_segments[:, :, None] == segment_ids[:, None, :]) & sees(query_index[:, None], index, window)
         return masked_attention(q, k, v, mask, soft_cap)
 
     if T <= QUERY_CHUNK or T % QUERY_CHUNK:
-        return checkpoint_name(chunk(q, segment_ids, index), "attention")
+        return checkpoint_name(chunk(q, *of_queries), "attention")
 
     def split(x, axis):
         parts = jnp.reshape(x, (*x.shape[:axis], T // QUERY_CHUNK, QUERY_CHUNK, *x.shape[axis + 1 :]))
         return jnp.moveaxis(parts, axis, 0)
 
-    out = jax.lax.map(jax.checkpoint(lambda args: chunk(*args)), (split(q, 1), split(segment_ids, 1), split(index, 0)))
+    out = jax.lax.map(
+        jax.checkpoint(lambda args: chunk(*args)), (split(q, 1), split(of_queries[0], 1), split(of_queries[1], 0))
+    )
     return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(q.shape), "attention")
 
 
@@ -58,8 +84,8 @@ def sees(query: Int[Array, "..."], key: Int[Array, "..."], window: Window) -> Bo
 
 def masked_attention(
     q: Queries,
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: WideKeys,
+    v: WideKeys,
     mask: Bool[Array, "B T S"],
     soft_cap: float | None,
 ) -> Queries:

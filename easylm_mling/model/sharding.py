@@ -45,6 +45,9 @@ RULES = {
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Make a mesh of all `devices` (default: every device of every process) with the axes data, fsdp and tensor.
 
+    The devices that share the positions of a row (model/sequence_shares.py) are neighbours on the axis fsdp, which is
+    `config.sequence` times as long as `config.fsdp`: parameters are cut over all of them.
+
     Raises ConfigError when the sizes of the axes do not multiply to the number of devices.
     """
     if devices is None:
@@ -52,14 +55,22 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     sizes = [config.data, config.fsdp, config.tensor]
     written = dict(zip(MESH_AXES, sizes, strict=True))
-    known = math.prod(s for s in sizes if s != -1)
+    names = "mesh.data, mesh.fsdp or mesh.tensor"
+    if config.sequence > 1:
+        written, names = written | {"sequence": config.sequence}, "mesh.data, mesh.fsdp, mesh.tensor or mesh.sequence"
+    known = config.sequence * math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
+    sizes[1] *= config.sequence
     if math.prod(sizes) != len(devices):
-        raise ConfigError(
-            f"mesh {written} does not multiply to the {len(devices)} devices here; change mesh.data, mesh.fsdp or mesh.tensor"
-        )
+        raise ConfigError(f"mesh {written} does not multiply to the {len(devices)} devices here; change {names}")
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def axis_sizes(mesh: Mesh, sequence: int) -> dict[str, int]:
+    """Return the size of each axis as a config names them, `sequence` only where it divides rows."""
+    sizes = {str(axis): size for axis, size in mesh.shape.items()}
+    return sizes if sequence == 1 else sizes | {"fsdp": sizes["fsdp"] // sequence, "sequence": sequence}
 
 
 def rules_for(model: ModelConfig, mesh: Mesh) -> dict:
@@ -119,10 +130,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def own_rows(mesh: Mesh, rows: int) -> range:
-    """Return the range of a batch's `rows` that lies on this process's devices, under `batch_sharding`."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    held = [index[0].indices(rows) for index in indices if index]
+def own_rows(mesh: Mesh, rows: int, sequence: int = 1) -> range:
+    """Return the range of a batch's `rows` that this process needs.
+
+    They lie on its devices, under `batch_sharding`. Of rows in `sequence` shares it may have some shares only, and another
+    process the others.
+    """
+    places, count = own_places(mesh), mesh.shape["data"] * mesh.shape["fsdp"] // sequence
+    return range(places.start // sequence * rows // count, -(-places.stop // sequence) * rows // count)
+
+
+def own_places(mesh: Mesh) -> range:
+    """Return the range of this process's devices among those that a batch is cut over, data by fsdp."""
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    held = [index[0].indices(count) for index in indices if index]
     own = range(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
     assert len(own) == sum(stop - start for start, stop, _ in set(held)), f"rows of one process lie apart: {held}"
     return own
@@ -135,12 +157,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_run(config: RunConfig, mesh: Mesh):
     """Raise ConfigError if the batch or a parameter does not divide over the mesh, before any memory is allocated."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares, T = config.mesh.sequence, config.data.sequence_length
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] // shares
     rows = config.train.batch_size // config.train.accumulation_steps
     if rows % shards:
         raise ConfigError(
             f"train.batch_size / train.accumulation_steps = {rows} rows do not divide over the {shards} shards of mesh.data "
             f"x mesh.fsdp; use a multiple of {shards * config.train.accumulation_steps} for train.batch_size"
+        )
+    if shares > 1 and T % (2 * shares):
+        raise ConfigError(
+            f"data.sequence_length={T} does not divide into the {2 * shares} chunks of mesh.sequence={shares}; use a "
+            f"multiple of {2 * shares}, or another mesh.sequence"
+        )
+    if shares > 1 and config.lora and config.lora.dropout:
+        raise ConfigError(
+            f"lora.dropout={config.lora.dropout} is drawn for whole rows, which mesh.sequence={shares} divides; set one of "
+            "the two to 0 and 1"
         )
     parameter_shardings(config.model, mesh)
     if config.lora:

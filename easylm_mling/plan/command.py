@@ -123,14 +123,19 @@ def remedies(config: RunConfig) -> list[RunConfig]:
     """List configs that need less memory, from the smallest change to the largest."""
     target, rows = slice_of(config), config.train.batch_size
     full_remat = with_remat(config, "full")
-    shards = target.devices // max(1, config.mesh.tensor)
+    shards = target.devices // max(1, config.mesh.tensor * config.mesh.sequence)
     remedies = [full_remat]
     if rows % shards == 0:
         remedies.append(with_train(full_remat, accumulation_steps=rows // shards))
     for name, larger in SLICES.items():
-        if larger.chip == target.chip and larger.chips > target.chips and rows % larger.devices == 0:
-            mesh = dataclasses.replace(config.mesh, slice=name, data=1, fsdp=larger.devices, tensor=1)
-            accumulated = with_train(full_remat, accumulation_steps=rows // larger.devices)
+        if (
+            larger.chip == target.chip
+            and larger.chips > target.chips
+            and rows % (larger.devices // config.mesh.sequence) == 0
+        ):
+            fsdp = larger.devices // config.mesh.sequence
+            mesh = dataclasses.replace(config.mesh, slice=name, data=1, fsdp=fsdp, tensor=1)
+            accumulated = with_train(full_remat, accumulation_steps=rows // fsdp)
             remedies.append(dataclasses.replace(accumulated, mesh=mesh))
     return [c for i, c in enumerate(remedies) if c != config and c not in remedies[:i]]
 

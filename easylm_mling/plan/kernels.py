@@ -56,14 +56,15 @@ def _splash(c: Computation, i: Instruction, chip: Chip, kind: int) -> Kernel:
     blocks = {key: int(n) for key, n in re.findall(r'\\"(block_\w+?)(?:_dq|_dkv)?\\": (\d+)', i.attributes)}
     block_q, block_kv = blocks.get("block_q", 512), blocks.get("block_kv", 512)
     arrays = [a for o in c.operands(i) for a in o.arrays[:1]]
-    q = next(a for a in arrays if a.dtype in ("bf16", "f32") and len(a.dims) >= 3)
+    q, k = [a for a in arrays if a.dtype in ("bf16", "f32") and len(a.dims) >= 2][:2]
     *heads, T, head_dim = q.dims
-    seen = _share_of_blocks(arrays, kind, T // block_q, T // block_kv)
+    S = k.dims[-2]  # more than T where a device has a part of the queries (model/sequence_shares.py)
+    seen = _share_of_blocks(arrays, kind, T // block_q, S // block_kv)
     fused = kind == 2 and any(len(a.dims) > len(q.dims) for a in i.arrays)
     one_core = kind > 0 and chip.core_config == "megacore"
     halved = one_core and len(heads) > 1 and math.prod(heads) % 2 == 0
     products = _PRODUCTS[kind] + fused
-    work = math.prod(heads) * T**2 * seen * head_dim
+    work = math.prod(heads) * T * S * seen * head_dim
     reference = 16 * 8192**2 * _causal(8192 // block_kv) * 256
     ms = _milliseconds(chip, block_q * block_kv, kind) * products / _PRODUCTS[kind] / (2 if halved else 1)
     flops = 2.0 * products * work

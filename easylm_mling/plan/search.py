@@ -45,11 +45,16 @@ def search(config: RunConfig, folder: str | Path, console: Console) -> list[tupl
 def laid_out(config: RunConfig, data: int, tensor: int, sequences: int) -> RunConfig | None:
     """Return the config with full remat and `sequences` a chip at a time; None where something does not divide.
 
-    `data` and `tensor` are the shards in each slice, and fsdp takes the rest.
+    `data` and `tensor` are the shards in each slice, and fsdp takes the rest. Where `mesh.sequence`, which stays, divides
+    rows, `sequences` are those of the devices that share one.
     """
     target, m = slice_of(config), config.model
-    fsdp, remainder = divmod(target.devices // target.count, data * tensor)
-    if remainder or m.hidden_size % fsdp or any(n % tensor for n in (m.num_attention_heads, m.intermediate_size)):
+    fsdp, remainder = divmod(target.devices // target.count, data * tensor * config.mesh.sequence)
+    if (
+        remainder
+        or m.hidden_size % (fsdp * config.mesh.sequence)
+        or any(n % tensor for n in (m.num_attention_heads, m.intermediate_size))
+    ):
         return None
     mesh = dataclasses.replace(config.mesh, data=data * target.count, fsdp=fsdp, tensor=tensor)
     accumulation, remainder = divmod(config.train.batch_size, mesh.data * mesh.fsdp * sequences)

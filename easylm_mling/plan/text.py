@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import MeshConfig, RunConfig
 from easylm_mling.formatting import tokens_text
 from easylm_mling.hardware import GiB
 from easylm_mling.monitoring.console import say
@@ -107,9 +107,14 @@ def remat_text(config: RunConfig) -> str:
     return f"{t.remat}{first}{''.join(f', {name} to the host' for name in t.offload)}"
 
 
+def mesh_axes(*meshes: MeshConfig) -> tuple[str, ...]:
+    """Return the axes that are named: sequence only where one of the `meshes` has it."""
+    return ("data", "fsdp", "tensor") + (("sequence",) if any(m.sequence > 1 for m in meshes) else ())
+
+
 def mesh_text(config: RunConfig) -> str:
     """Return the size of each mesh axis, with -1 worked out."""
-    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    sizes = {axis: getattr(config.mesh, axis) for axis in mesh_axes(config.mesh)}
     rest = slice_of(config).devices // max(1, math.prod(n for n in sizes.values() if n > 0))
     return " x ".join(f"{axis} {rest if n == -1 else n}" for axis, n in sizes.items())
 
@@ -146,15 +151,16 @@ def ranking(fits: list[tuple[RunConfig, dict]]) -> Table:
         # On a narrow terminal the text of this column is broken, and no number is cut off.
         words = heading in ("mesh", "remat")
         table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "remat", overflow="fold")
+    axes = mesh_axes(*(c.mesh for c, _ in fits))
     for rank, (c, p) in enumerate(fits, 1):
         step = p["step"]
         table.add_row(
-            str(rank), f"{c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor}",
+            str(rank), " x ".join(str(getattr(c.mesh, axis)) for axis in axes),
             f"{p['sequences_a_chip'] / c.train.accumulation_steps:g}", str(c.train.accumulation_steps), remat_text(c),
             f"{p['memory']['peak'] / GiB:.1f}", f"{step['seconds']:.2f}", f"{step['factor'] * step['waiting']:.2f}",
             f"{p['mfu']:.1%}", f"{p['days']:.1f}",
         )  # fmt: skip
-    table.caption = "mesh: data x fsdp x tensor; a chip: sequences at a time"
+    table.caption = f"mesh: {' x '.join(axes)}; a chip: sequences at a time"
     return table
 
 
@@ -168,7 +174,7 @@ def comparison(configs: dict[str, RunConfig], plans: dict[str, dict]) -> Table:
     def row(label: str, text: Callable[[dict], str]):
         table.add_row(label, *("does not fit" if "does_not_fit" in p else text(p) for p in plans.values()))
 
-    for key in ("slice", "data", "fsdp", "tensor"):
+    for key in ("slice", *mesh_axes(*(c.mesh for c in configs.values()))):
         table.add_row(key, *(str(getattr(c.mesh, key)) for c in configs.values()))
     for key in ("batch_size", "accumulation_steps"):
         table.add_row(key.replace("_", " "), *(str(getattr(c.train, key)) for c in configs.values()))

@@ -23,7 +23,8 @@ def own_lanes(config: RunConfig, mesh: Mesh) -> range:
 
     Raises ConfigError if a process would hold a part of a lane.
     """
-    rows, per_lane = own_rows(mesh, config.train.batch_size), config.train.batch_size // config.lanes
+    rows = own_rows(mesh, config.train.batch_size, config.mesh.sequence)
+    per_lane = config.train.batch_size // config.lanes
     if rows.start % per_lane or rows.stop % per_lane:
         raise ConfigError(
             f"data.lanes={config.lanes}: {jax.process_count()} processes hold {len(rows)} rows of a batch each, which is no "

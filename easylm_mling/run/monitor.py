@@ -19,6 +19,7 @@ from rich.console import Console
 from easylm_mling.config import ProfileConfig, RunConfig
 from easylm_mling.distributed.agreement import is_primary
 from easylm_mling.errors import without_secrets
+from easylm_mling.model.sharding import axis_sizes
 from easylm_mling.monitoring.console import ProgressLine, say, sources_table, warn
 from easylm_mling.monitoring.events import EventLog
 from easylm_mling.monitoring.metrics import MetricsLog, step_metrics
@@ -79,7 +80,7 @@ class Monitor:
             profile = config.profile if primary else ProfileConfig()
             profiler = stack.enter_context(Profiler(profile, run.path / "profile", partial(say, console)))
             seconds = round(time.monotonic() - begun, 3)
-            events.write("start", events.step, seconds=seconds, **environment(mesh))
+            events.write("start", events.step, seconds=seconds, **environment(mesh, config.mesh.sequence))
             yield cls(config, run, mesh, console, log, events, progress, profiler)
 
     def begin(self, step: int):
@@ -210,7 +211,7 @@ class Monitor:
         return {"checkpoint_seconds": blocked_seconds, "checkpoint_age_seconds": round(time.monotonic() - saved, 1)}
 
 
-def environment(mesh: Mesh) -> dict:
+def environment(mesh: Mesh, sequence: int) -> dict:
     """Devices and versions of the software: no names, paths or variables of the machine."""
     versions = {"python": platform.python_version(), "system": sys.platform}
     for name in _PACKAGES:
@@ -221,7 +222,7 @@ def environment(mesh: Mesh) -> dict:
         "hosts": jax.process_count(),
         "devices": mesh.size,
         "device_kind": device.device_kind,
-        "mesh": {str(k): v for k, v in mesh.shape.items()},
+        "mesh": axis_sizes(mesh, sequence),
         "versions": versions,
     }
 

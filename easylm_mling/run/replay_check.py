@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from easylm_mling.config import RunConfig, step_settings
 from easylm_mling.distributed.agreement import all_agree, is_primary
 from easylm_mling.errors import TrainingStopped
+from easylm_mling.model.sharding import axis_sizes
 from easylm_mling.monitoring.metrics import MetricsLog, read_lines
 from easylm_mling.run.data import RunData
 from easylm_mling.run.rewind import batches_left_out
@@ -64,6 +65,10 @@ def _program(config: RunConfig, mesh: Mesh, batches: dict) -> str:
         parts["lora"] = asdict(config.lora)
     device = mesh.devices.flat[0]
     # On the CPU a process that joined others, or itself, sums in another order than one on its own.
-    where = {"mesh": dict(mesh.shape), "device": device.device_kind, "joined": jax.distributed.is_initialized()}
+    where = {
+        "mesh": axis_sizes(mesh, config.mesh.sequence),
+        "device": device.device_kind,
+        "joined": jax.distributed.is_initialized(),
+    }
     whole = {**parts, "train": step_settings(config.train), **where, "jax": jax.__version__, "batches": batches}
     return blake2b(orjson.dumps(whole, option=orjson.OPT_SORT_KEYS), digest_size=8).hexdigest()

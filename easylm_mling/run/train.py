@@ -20,7 +20,8 @@ from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
 from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, crash_file
-from easylm_mling.model.sharding import BATCH_AXES
+from easylm_mling.model.sequence_shares import divided
+from easylm_mling.model.sharding import BATCH_AXES, axis_sizes
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
 from easylm_mling.run.changes import change_text, past_changes
@@ -107,7 +108,7 @@ def train(
             config, tokenizer, console, accept_data_change, override_names(override_model), change
         )
     run = data.run
-    size = f"{config.total_steps} steps of {config.tokens_per_step} tokens on mesh {dict(mesh.shape)}"
+    size = f"{config.total_steps} steps of {config.tokens_per_step} tokens on mesh {axis_sizes(mesh, config.mesh.sequence)}"
     say(console, f"run {run.name}: {size}")
 
     with (
@@ -212,7 +213,8 @@ def run_steps(
         batch, consumed = item
         done += 1
         monitor.launching(done)
-        state, metrics = train_step(state, to_device(batch, loop.mesh, PartitionSpec(BATCH_AXES)))
+        shares = divided(batch, loop.mesh, config.mesh.sequence)
+        state, metrics = train_step(state, to_device(shares, loop.mesh, PartitionSpec(BATCH_AXES)))
         metrics |= monitor.norms(done, state.params)
         agreement = loop.sync.start(loop.stop.request(), consumed, (state, metrics))
         in_flight.append(InFlight(done, metrics, agreement))

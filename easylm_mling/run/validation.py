@@ -14,6 +14,7 @@ from easylm_mling.data.documents import has_conversations
 from easylm_mling.data.holdout import holdout_rows
 from easylm_mling.data.loader import Batch, to_device
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
+from easylm_mling.model.sequence_shares import divided
 from easylm_mling.model.sharding import BATCH_AXES, own_rows
 from easylm_mling.monitoring.metrics import finite, mean_loss
 from easylm_mling.training.step import jit_eval_step
@@ -35,7 +36,7 @@ class Validation:
     def __init__(self, config: RunConfig, catalog: Catalog, tokenizer: Tokenizer, mesh: Mesh):
         self.config, self.catalog, self.tokenizer, self.mesh = config, catalog, tokenizer, mesh
         self.rows_per_batch = config.train.batch_size // config.train.accumulation_steps
-        self.own = own_rows(mesh, self.rows_per_batch)
+        self.own = own_rows(mesh, self.rows_per_batch, config.mesh.sequence)
         # Losses are summed by groups: of each source its languages.
         self.groups = [(name, language) for name, s in catalog.sources.items() for language in s.languages]
         self.eval_step = jit_eval_step(config, mesh, len(self.groups))
@@ -91,9 +92,9 @@ class Validation:
         sums = np.zeros((4 if "ends" in self.rows else 2, len(self.groups)))
         for start in range(0, len(self.rows["source"]), self.rows_per_batch):
             batch = {key: v[start + self.own.start : start + self.own.stop] for key, v in self.rows.items()}
-            sums += np.asarray(
-                self.eval_step(params, to_device(batch, self.mesh, PartitionSpec(BATCH_AXES))), np.float64
-            )
+            shares = divided(batch, self.mesh, self.config.mesh.sequence)
+            placed = to_device(shares, self.mesh, PartitionSpec(BATCH_AXES))
+            sums += np.asarray(self.eval_step(params, placed), np.float64)
         entropy, targets, *stops = sums
         return {
             **self._means("{}", mean_loss, entropy, targets),

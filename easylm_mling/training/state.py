@@ -149,8 +149,9 @@ def _placed(shapes, shardings):
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> dict:
-    """Shapes, dtypes and shardings of a batch."""
-    B, T = config.train.batch_size, config.data.sequence_length
+    """Shapes, dtypes and shardings of a batch, whose rows are shares where `mesh.sequence` divides them."""
+    shares = config.mesh.sequence
+    B, T = config.train.batch_size * shares, config.data.sequence_length // shares
     place = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     batch = {name: place((B, T), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     return {**batch, "loss_mask": place((B, T), jnp.float32), "source": place((B,), jnp.int32)}

@@ -3,6 +3,7 @@
 Axis letters: A accumulation steps, B rows of a batch, T positions, S sources.
 
 A batch holds `tokens, targets, segment_ids, positions` [B, T] int32, `loss_mask` [B, T] float32 and `source` [B] int32.
+Its rows are shares of rows where `mesh.sequence` divides them (model/sequence_shares.py).
 Every sum travels with its count and is divided once, globally, so a step's result does not depend on how rows are
 spread over devices, microbatches or sources.
 """
@@ -28,8 +29,9 @@ from easylm_mling.model.lora import Adapters, dropout_key
 from easylm_mling.model.params import ADAPTERS, parameter_table, to_flat, to_nested
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.remat import Remat
+from easylm_mling.model.sequence_shares import attention_over_shares, share_attention
 from easylm_mling.model.sharding import batch_sharding, replicated
-from easylm_mling.model.splash_attention import runs_on, splash_attention
+from easylm_mling.model.splash_attention import runs_on, splash_attention, splash_from
 from easylm_mling.training.ema import averaged
 from easylm_mling.training.loss import cross_entropy, entropy_and_chance
 from easylm_mling.training.optimizer import clip_by_global_norm, make_optimizer, make_schedule
@@ -188,25 +190,39 @@ def eval_step(weights: dict, batch: dict, *, c: StepConfig) -> SourceSums:
 
 def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
     """The attention function that `train.attention` means on `mesh`. Raises ConfigError if it cannot run there."""
-    m, train, T = config.model, config.train, config.data.sequence_length
+    m, train, T, shares = config.model, config.train, config.data.sequence_length, config.mesh.sequence
     platform, wanted = mesh.devices.flat[0].platform, train.attention
     widths = {kind.head_dim for kind in layer_kinds(m)}
     here = f"here are {platform} devices, data.sequence_length={T}, heads {' and '.join(map(str, sorted(widths)))} wide"
     if wanted == "cudnn":
+        check(
+            shares == 1,
+            f"train.attention=cudnn takes whole rows, which mesh.sequence={shares} divides; use auto or xla",
+        )
         check(
             platform == "gpu" and m.attn_logit_softcapping is None and train.compute_dtype == "bfloat16",
             f"train.attention=cudnn runs on GPUs, in bfloat16 and without a soft cap of scores; {here} and "
             f"train.compute_dtype={train.compute_dtype}; use auto or xla",
         )
         return cudnn_attention
-    possible = platform == "tpu" and all(runs_on(T, width) for width in widths)
+    unit = T // (2 * shares) if shares > 1 else T  # positions that follow one another on a device
+    possible = platform == "tpu" and all(runs_on(unit, width) for width in widths)
+    in_chunks = f", in chunks of {unit} by mesh.sequence={shares}" if shares > 1 else ""
     check(
         possible or wanted != "splash",
-        f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; {here}; use auto or xla",
+        f"train.attention=splash runs on TPUs, with sequences and heads of a multiple of 128; {here}{in_chunks}; use auto or "
+        "xla",
     )
-    if possible and wanted != "xla":
-        return partial(splash_attention, block=train.attention_block)
-    return plain_attention
+    splash = possible and wanted != "xla"
+    if shares > 1:
+        attend, tile = partial(share_attention, count=shares), 1
+        if splash:
+            attend, tile = (
+                partial(splash_from, count=shares, block=train.attention_block),
+                min(train.attention_block, unit),
+            )
+        return partial(attention_over_shares, count=shares, attend=attend, tile=tile)
+    return partial(splash_attention, block=train.attention_block) if splash else plain_attention
 
 
 def jit_train_step(config: RunConfig, mesh: Mesh):
