@@ -87,9 +87,11 @@ def make(folder: Path, model_file: str, layers: int | None):
 
     from easylm_mling.config import ModelConfig, from_tree
     from easylm_mling.config.yaml12 import read_yaml
-    from easylm_mling.hf.config import hf_config, write_json
+    from easylm_mling.hf.config import hf_config
     from easylm_mling.hf.exporting import plan_shards, shard_header, shard_index
-    from easylm_mling.hf.importing import DTYPES, INDEX
+    from easylm_mling.hf.importing import INDEX
+    from easylm_mling.hf.json_files import write_json
+    from easylm_mling.hf.tensor_files import DTYPES
 
     model = from_tree(ModelConfig, read_yaml(Path(model_file).read_bytes())["model"])
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)

@@ -274,7 +274,7 @@ def _read_ahead(view: ts.TensorStore, pieces: list[tuple[slice, ...]]) -> Iterat
 
 def _pieces(view: ts.TensorStore) -> tuple[int, list[tuple[slice, ...]]]:
     """Return the axis with the most chunks, and cuts of whole chunks along it, of about _PIECE bytes each."""
-    chunk = view.chunk_layout.read_chunk_template.shape
+    chunk = view.chunk_layout.write_chunk_template.shape
     axis = max(range(view.rank), key=lambda a: view.shape[a] / chunk[a])
     length = view.shape[axis]
     step = chunk[axis] * max(1, _PIECE * length // (4 * view.size * chunk[axis]))
