@@ -40,24 +40,18 @@ def random_bits(table: list[Parameter]) -> dict[str, np.ndarray]:
 
 
 def reader(arrays: dict[str, np.ndarray], size: int = 37):
-    """Read `arrays` in pieces of a size that fits nothing, all in the same memory."""
+    """Read `arrays` in pieces of a size that fits nothing."""
 
     def read(p: Parameter, layer: int):
         flat = (arrays[p.path][layer] if p.stacked else arrays[p.path]).reshape(-1)
-        buffer = np.empty(size, np.float32)
         for start in range(0, flat.size, size):
-            piece = flat[start : start + size]
-            buffer[: piece.size] = piece
-            yield buffer[: piece.size]
-            buffer[:] = np.nan
+            yield flat[start : start + size].copy()
 
     return read
 
 
-def write(target, model: ModelConfig, arrays, **options):
-    write_checkpoint(
-        target, parameter_table(model), reader(arrays, **options), lambda folder: {"model": to_tree(model)}
-    )
+def write(target, model: ModelConfig, arrays):
+    write_checkpoint(target, parameter_table(model), reader(arrays), lambda folder: {"model": to_tree(model)})
 
 
 def stored(step: Path) -> dict:

@@ -183,7 +183,7 @@ def test_a_killed_export_leaves_nothing(imported, tmp_path, monkeypatch, calls):
 
 def test_a_damaged_checkpoint_is_not_exported(imported, tmp_path):
     shutil.copytree(imported, tmp_path / "copy")
-    for path in (tmp_path / "copy" / "checkpoints" / "0" / "params").glob("ocdbt.process_0/d/*"):
+    for path in (tmp_path / "copy" / "checkpoints" / "0" / "params").glob("d/*"):
         path.unlink()
     with pytest.raises(ConfigError, match="parameter embed_tokens cannot be read"):
         export_hf(tmp_path / "copy", tmp_path / "out")

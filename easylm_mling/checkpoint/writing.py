@@ -25,6 +25,7 @@ from easylm_mling.checkpoint.parameters import chunk_shapes
 from easylm_mling.checkpoint.reading import packed
 from easylm_mling.errors import ConfigError, one_line
 from easylm_mling.model.params import Parameter
+from easylm_mling.storage.ahead import ahead
 from easylm_mling.storage.atomic import atomic_directory
 from easylm_mling.storage.object_store import Bucket, is_bucket, store_spec
 from easylm_mling.training.digests import Pieces, leaf_name
@@ -33,8 +34,7 @@ _STEP = f"{FOLDER}/0"
 _IN_FLIGHT = 64_000_000  # bytes that are being written while the next are made
 _FULL = "No space|Disk quota|File too large|EXHAUSTED"
 
-# Yields one layer of a stack, or a whole parameter (layer 0), as flat float32 pieces in order. A piece may be overwritten
-# once the next is asked for.
+# Yields one layer of a stack, or a whole parameter (layer 0), as flat float32 pieces in order, each in memory of its own.
 Read = Callable[[Parameter, int], Iterable[np.ndarray]]
 
 
@@ -131,7 +131,7 @@ class _Arrays:
         for layer in range(p.shape[0]) if p.stacked else (0,):
             view = array[layer] if p.stacked else array
             rows = chunk_shapes(p)[0][1 if p.stacked else 0]
-            for start, values in _chunks(read(p, layer), view.shape, rows):
+            for start, values in _chunks(ahead(read(p, layer)), view.shape, rows):
                 first = layer * view.size + start * math.prod(view.shape[1:])
                 digest.add(values.reshape(1, -1), first, values.size)
                 self._begin(view[start : start + values.shape[0]], values)

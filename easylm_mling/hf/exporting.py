@@ -31,6 +31,7 @@ from easylm_mling.hf.tensor_files import DTYPES
 from easylm_mling.hf.tokenizer import bos_seen, complete_tokenizer, own_tokenizer
 from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.monitoring.metrics import MetricsLog
+from easylm_mling.storage.ahead import ahead
 from easylm_mling.storage.atomic import atomic_directory
 from easylm_mling.storage.object_store import Bucket, is_bucket, small_files
 from easylm_mling.training.digests import Pieces, leaf_name
@@ -128,9 +129,8 @@ def write_shards(
     for file_name, tensors in shards.items():
         with open(folder / file_name, "xb") as file:
             file.write(shard_header(tensors, tag))
-            for tensor in tensors:
-                for values in read(tensor):
-                    file.write(values.view(np.uint8).data)
+            for values in ahead(values for tensor in tensors for values in read(tensor)):
+                file.write(values.view(np.uint8).data)
     if len(shards) > 1:
         write_json(folder / INDEX, shard_index(shards))
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import safe_open
 
 from easylm_mling.checkpoint.writing import write_checkpoint
 from easylm_mling.config import MeshConfig, ModelConfig, to_tree
@@ -25,7 +24,7 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.generation_config import GENERATION
 from easylm_mling.hf.hub import local_directory
 from easylm_mling.hf.json_files import read_json
-from easylm_mling.hf.tensor_files import DTYPES, check_header, open_file
+from easylm_mling.hf.tensor_files import DTYPES, TensorFile, check_header
 from easylm_mling.hf.vocabulary import extend_vocabulary
 from easylm_mling.model.params import Parameter, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
@@ -227,11 +226,11 @@ def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
     return out
 
 
-def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
+def _open_files(hf_dir: Path) -> tuple[dict[str, TensorFile], dict[str, str]]:
     """Open the one file or those of the index; returns them by name, and for each tensor the name of its file."""
     single, index = "model.safetensors", hf_dir / INDEX
     if (hf_dir / single).is_file():
-        handle = open_file(hf_dir / single)
+        handle = TensorFile(hf_dir / single)
         return {single: handle}, dict.fromkeys(handle.keys(), single)
     if not index.is_file():
         raise ConfigError(f"{hf_dir}: neither {single} nor {INDEX} is here; convert the weights to safetensors first")
@@ -245,7 +244,7 @@ def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
             )
         if not (hf_dir / file).is_file():
             raise ConfigError(f"{hf_dir / file}: no such file, but {INDEX} places tensor {name} in it; download it")
-    return {file: open_file(hf_dir / file) for file in sorted(set(placed.values()))}, placed
+    return {file: TensorFile(hf_dir / file) for file in sorted(set(placed.values()))}, placed
 
 
 def _source_dtype(weights: dict[str, Any]) -> str:

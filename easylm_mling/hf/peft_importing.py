@@ -19,7 +19,7 @@ from easylm_mling.errors import ConfigError, check
 from easylm_mling.hf.importing import tensor_pieces
 from easylm_mling.hf.json_files import read_json
 from easylm_mling.hf.peft import CONFIG, MULTIMODAL_PREFIX, PREFIX, WEIGHTS
-from easylm_mling.hf.tensor_files import check_header, open_file
+from easylm_mling.hf.tensor_files import TensorFile, check_header
 from easylm_mling.hf.tokenizer import own_tokenizer
 from easylm_mling.model.params import Parameter, adapter_table
 from easylm_mling.storage.object_store import small_files
@@ -75,7 +75,7 @@ def _named_tensors(adapter_dir: Path) -> dict[str, Any]:
     """Return the slices of the adapter's file by our names, those of a model of text alone."""
     if not (adapter_dir / WEIGHTS).is_file():
         raise ConfigError(f"{adapter_dir}: no {WEIGHTS} here; save the adapter again with safe_serialization=True")
-    file = open_file(adapter_dir / WEIGHTS)
+    file = TensorFile(adapter_dir / WEIGHTS)
     names = {name: name.replace(MULTIMODAL_PREFIX, PREFIX, 1) for name in file.keys()}
     shape = rf"{re.escape(PREFIX)}\d+\.\w+\.({'|'.join(PROJECTIONS)})\.lora_[AB]\.weight"
     for stored, name in names.items():
