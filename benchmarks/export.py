@@ -10,8 +10,8 @@ the operating system:
 
     peak RSS   wait4's ru_maxrss, which counts pages of files that are mapped and can be dropped at any time
     anonymous  the highest RssAnon of /proc/PID/status, asked for every 10 ms: memory that is really taken
-    MB/s       bytes read and bytes written, until they are on disk: import-hf and export-hf read or write float32
-    of a copy  that beside a raw copy, of 16 MB at a time, just before
+    MB/s       bytes read and bytes written, the latter until they are on disk: bfloat16 on one side, float32 on the other
+    of a copy  those beside the bytes read and written by a raw copy, 16 MB at a time, just before
 """
 
 import argparse

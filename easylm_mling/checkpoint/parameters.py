@@ -23,13 +23,12 @@ _CHUNK = 64_000_000
 _READ = 8_000_000
 
 
-def storage_context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
+def storage_context(wait_seconds: float = 0.0) -> ocp.Context:
     """Return how Orbax reads and writes arrays here; `wait_seconds`: how long it waits for other processes (0: Orbax's own)."""
     context = ocp.Context()
     if wait_seconds:
         # For the other processes, one of which may have failed.
         context.async_options.timeout_secs = max(1, int(wait_seconds))
-    context.memory_options.write_concurrent_bytes = bytes_at_a_time
     saving: Any = context.array.saving
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
     saving.use_compression = False

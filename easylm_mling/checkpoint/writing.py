@@ -61,9 +61,10 @@ def write_checkpoint(
     with _removed_after_an_error(bucket), TemporaryDirectory() as name:
         beside = Path(name)
         step = _write_step(f"{bucket.url}/{_STEP}", table, read, lambda: describe(beside))
-        files = {f.relative_to(beside).as_posix(): f.read_bytes() for f in beside.rglob("*") if f.is_file()}
-        commit = {f"{_STEP}/{COMMITTED}": step.pop(COMMITTED).encode()}
-        bucket.write_all(files | {f"{_STEP}/{name}": content.encode() for name, content in step.items()})
+        contents: dict[str, bytes | None] = {f"{_STEP}/{n}": content.encode() for n, content in step.items()}
+        commit = {f"{_STEP}/{COMMITTED}": contents.pop(f"{_STEP}/{COMMITTED}")}
+        files = [f for f in beside.rglob("*") if f.is_file()]
+        bucket.write_all(contents | {f.relative_to(beside).as_posix(): f.read_bytes() for f in files})
         bucket.write_all(commit)
 
 
