@@ -87,7 +87,7 @@ def test_an_import_onto_a_full_disk_is_one_line_and_leaves_nothing(hf_source, tm
         import_hf(hf_source, tmp_path / "checkpoint")
     monkeypatch.undo()
 
-    def full(*_):
+    def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: ...\nNo space left on device")
 
     monkeypatch.setattr(writing.ts, "open", full)
