@@ -1,9 +1,9 @@
 """Hugging Face in and out: seconds and memory of import-hf and export-hf beside a raw copy of the same bytes.
 
-    python benchmarks/export.py [--model configs/model/gemma-2b.yaml] [--layers N] [--folder DIR]
+    python benchmarks/export.py [--model configs/model/gemma-2b.yaml] [--layers N] [--turns 2] [--folder DIR]
 
-Makes random bfloat16 weights in the model's shapes, imports them and exports them again, twice. At the end both are
-compared, byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B).
+Makes random bfloat16 weights in the model's shapes, imports them and exports them again, `--turns` times. Both are compared,
+byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B).
 
 Every part is a process of its own, with one device, and begins with nothing of its input in the page cache. Measured by
 the operating system:
@@ -30,6 +30,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/model/gemma-2b.yaml")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -44,7 +45,7 @@ def main():
         print(f"{size(source) / 1e9:.2f} GB in bfloat16, largest tensor {largest(source) / 1e6:.0f} MB")
         header()
         report("nothing", run([sys.executable, "-c", "import easylm_mling.hf.exporting, easylm_mling.hf.importing"]), 0)
-        for turn in (1, 2):
+        for turn in range(1, a.turns + 1):
             copied = report("raw copy", run([*this, "--part", "copy", source], source), 2 * size(source))
             imported = run([*verb, "import-hf", source, checkpoint], source)
             report(f"import-hf {turn}", imported, size(source) + size(checkpoint), copied)
@@ -58,7 +59,7 @@ def main():
 
 
 def run(command: list[str], source: str | None = None) -> dict:
-    """Seconds, peak RSS and peak anonymous memory (bytes) of a command; the files in `source` are read from disk."""
+    """Seconds, processor seconds, peak RSS and peak anonymous memory (bytes) of a command; the files in `source` are read from disk."""
     if source:
         forget(Path(source))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -75,11 +76,14 @@ def run(command: list[str], source: str | None = None) -> dict:
     seconds = time.monotonic() - began
     if status:
         sys.exit(f"failed: {' '.join(command)}")
-    return {"seconds": seconds, "rss": usage.ru_maxrss * 1024, "anonymous": anonymous}
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "rss": usage.ru_maxrss * 1024, "anonymous": anonymous}
 
 
 def header():
-    print(f"{'':18}{'seconds':>8}{'MB/s':>7}{'of a copy':>11}{'peak RSS MB':>13}{'anonymous MB':>14}{'load':>7}")
+    print(
+        f"{'':18}{'seconds':>8}{'CPU s':>7}{'MB/s':>7}{'of a copy':>11}{'peak RSS MB':>13}{'anonymous MB':>14}{'load':>7}"
+    )
 
 
 def report(name: str, m: dict, moved: int, copied: float = 0.0) -> float:
@@ -87,7 +91,7 @@ def report(name: str, m: dict, moved: int, copied: float = 0.0) -> float:
     rate = moved / m["seconds"] / 1e6
     beside = f"{rate / copied:.2f}" if copied else "-"
     print(
-        f"{name:18}{m['seconds']:>8.1f}{rate if moved else 0:>7.0f}{beside:>11}{m['rss'] / 1e6:>13.0f}"
+        f"{name:18}{m['seconds']:>8.1f}{m['cpu']:>7.1f}{rate if moved else 0:>7.0f}{beside:>11}{m['rss'] / 1e6:>13.0f}"
         f"{m['anonymous'] / 1e6:>14.0f}{os.getloadavg()[0]:>7.1f}",
         flush=True,
     )

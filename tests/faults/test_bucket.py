@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from gcs_server import BUCKET, WAYS_TO_FAIL, Proxy, bucket, environment
 from processes import ROOT, assert_same_bits, ends, outcome, printed, run, start, train_here, wait_for_step
@@ -147,6 +149,8 @@ def test_models_come_from_and_go_to_a_bucket(proxy, hf_source, tmp_path):
         import_hf(hf_source, imported)
     export_hf(imported, tmp_path / "exported")
     import_hf(hf_source, tmp_path / "imported")
+    there, here = (jax.tree.leaves(load_model(place)[1]) for place in (imported, tmp_path / "imported"))
+    assert there and all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
     export_hf(tmp_path / "imported", tmp_path / "beside")
     for file in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (tmp_path / "exported" / file).read_bytes() == (tmp_path / "beside" / file).read_bytes()
