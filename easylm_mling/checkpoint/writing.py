@@ -58,13 +58,14 @@ def write_checkpoint(
     bucket = Bucket(str(target))
     if bucket.names():
         raise ConfigError(f"{target}: already holds something; name another one or remove it")
-    with _removed_after_an_error(bucket), TemporaryDirectory() as name:
+    with _removed_after_an_error(bucket) as written, TemporaryDirectory() as name:
         beside = Path(name)
         step = _write_step(f"{bucket.url}/{_STEP}", table, read, lambda: describe(beside))
         contents: dict[str, bytes | None] = {f"{_STEP}/{n}": content.encode() for n, content in step.items()}
         commit = {f"{_STEP}/{COMMITTED}": contents.pop(f"{_STEP}/{COMMITTED}")}
-        files = [f for f in beside.rglob("*") if f.is_file()]
-        bucket.write_all(contents | {f.relative_to(beside).as_posix(): f.read_bytes() for f in files})
+        contents |= {f.relative_to(beside).as_posix(): f.read_bytes() for f in beside.rglob("*") if f.is_file()}
+        written += contents
+        bucket.write_all(contents)
         bucket.write_all(commit)
 
 
@@ -218,11 +219,13 @@ def _full_disk_told(target: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _removed_after_an_error(bucket: Bucket) -> Iterator[None]:
-    """Remove what the block wrote into an empty place of a bucket if it raises."""
+def _removed_after_an_error(bucket: Bucket) -> Iterator[list[str]]:
+    """If the block raises, remove the step and the objects whose names it put into the list."""
+    written: list[str] = []
     try:
-        yield
+        yield written
     except BaseException:
         with suppress(OSError):  # out of reach; without its commit it is no checkpoint
-            bucket.write_all(dict.fromkeys(bucket.names()))
+            step = [name for name in bucket.names() if name.startswith(f"{_STEP}/")]
+            bucket.write_all(dict.fromkeys([*step, *written]))
         raise
