@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -161,7 +162,7 @@ def test_a_target_with_content_and_a_small_disk_are_refused_before_anything_is_r
     (tmp_path / "full" / "x").mkdir(parents=True)
     with pytest.raises(ConfigError, match="already exists and is not an empty directory"):
         write_checkpoint(tmp_path / "full", parameter_table(SMALL), None, None)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     with pytest.raises(ConfigError, match="parameters need 5.1e-05 GB, and the disk has 1e-05 GB left; make room"):
         write_checkpoint(tmp_path / "new", parameter_table(SMALL), None, None)  # pyright: ignore[reportArgumentType]
 
@@ -190,6 +191,21 @@ def test_the_info_is_what_was_described_when_all_was_read(tmp_path):
     write_checkpoint(tmp_path / "checkpoint", parameter_table(SMALL), read, describe)
     assert len(load_info(tmp_path / "checkpoint")["names"]) == 9 * 3 + 2
     assert (tmp_path / "checkpoint" / "beside").read_text() == "x"
+
+
+def test_few_bytes_are_in_flight(tmp_path):
+    waited = []
+
+    class Commit(SimpleNamespace):
+        def result(self):
+            waited.append(self.size)
+
+    view = SimpleNamespace(write=lambda values, **_: SimpleNamespace(commit=Commit(size=values.nbytes)))
+    with writing._Arrays(tmp_path) as arrays:
+        for i in range(1, 9):
+            arrays._begin(view, np.empty(10_000_000, np.float32))
+            assert 0 < 40e6 * i - sum(waited) <= 64e6
+    assert len(waited) == 8
 
 
 # VmHWM and not getrusage: the latter starts at what the parent held.
