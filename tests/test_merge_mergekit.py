@@ -49,6 +49,8 @@ def mergekit(folder: Path, tree: dict) -> dict[str, np.ndarray]:
         folder / "recipe.yaml",
         folder / "out",
         "--no-copy-tokenizer",
+        f"--lora-merge-cache={folder / 'cache'}",
+        "--lora-merge-dtype=float32",
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr[-2000:]
