@@ -1,17 +1,17 @@
 """Hugging Face in and out: seconds and memory of import-hf and export-hf beside a raw copy of the same bytes.
 
-    python benchmarks/export.py [--model configs/model/gemma-2b.yaml] [--layers N] [--folder DIR]
+    python benchmarks/export.py [--model configs/model/gemma-2b.yaml] [--layers N] [--turns 2] [--folder DIR]
 
-Makes random bfloat16 weights in the model's shapes, imports them and exports them again. At the end both are compared,
-byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B) and 4 bytes of memory a parameter for
-the import: on a CPU the devices' memory, which holds the float32 parameters, is the host's.
+Makes random bfloat16 weights in the model's shapes, imports them and exports them again, `--turns` times. Both are compared,
+byte for byte. Needs about 10 bytes of disk a parameter (25 GB for Gemma 2B).
 
 Every part is a process of its own, with one device, and begins with nothing of its input in the page cache. Measured by
 the operating system:
 
     peak RSS   wait4's ru_maxrss, which counts pages of files that are mapped and can be dropped at any time
     anonymous  the highest RssAnon of /proc/PID/status, asked for every 10 ms: memory that is really taken
-    MB/s       bytes written, until they are on disk; the raw copy reads and writes the exported files 16 MB at a time
+    MB/s       bytes read and bytes written, the latter until they are on disk: bfloat16 on one side, float32 on the other
+    of a copy  those beside the bytes read and written by a raw copy, 16 MB at a time, just before
 """
 
 import argparse
@@ -30,6 +30,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/model/gemma-2b.yaml")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -42,19 +43,23 @@ def main():
         source, checkpoint, exported = (f"{folder}/{name}" for name in ("source", "checkpoint", "exported"))
         subprocess.run([*this, "--part", "make", source], check=True)
         print(f"{size(source) / 1e9:.2f} GB in bfloat16, largest tensor {largest(source) / 1e6:.0f} MB")
-        print(f"{'':12}{'seconds':>9}{'MB/s':>8}{'peak RSS MB':>13}{'anonymous MB':>14}")
+        header()
         report("nothing", run([sys.executable, "-c", "import easylm_mling.hf.exporting, easylm_mling.hf.importing"]), 0)
-        report("import-hf", run([*verb, "import-hf", source, checkpoint], source), size(checkpoint))
-        for turn in (1, 2):
-            report(f"export-hf {turn}", run([*verb, "export-hf", checkpoint, exported], checkpoint), size(exported))
-            report(f"raw copy {turn}", run([*this, "--part", "copy", exported], exported), size(exported))
+        for turn in range(1, a.turns + 1):
+            copied = report("raw copy", run([*this, "--part", "copy", source], source), 2 * size(source))
+            imported = run([*verb, "import-hf", source, checkpoint], source)
+            report(f"import-hf {turn}", imported, size(source) + size(checkpoint), copied)
+            copied = report("raw copy", run([*this, "--part", "copy", source], source), 2 * size(source))
+            done = run([*verb, "export-hf", checkpoint, exported], checkpoint)
+            report(f"export-hf {turn}", done, size(checkpoint) + size(exported), copied)
             same = [filecmp(file, Path(exported, file.name)) for file in weights(source)]
-            print(f"{'':12}the export is {'' if all(same) else 'NOT '}what was imported, byte for byte")
-            shutil.rmtree(exported)
+            print(f"{'':18}the export is {'' if all(same) else 'NOT '}what was imported, byte for byte")
+            for folder_name in (checkpoint, exported):
+                shutil.rmtree(folder_name)
 
 
 def run(command: list[str], source: str | None = None) -> dict:
-    """Seconds, peak RSS and peak anonymous memory (bytes) of a command; the files in `source` are read from disk."""
+    """Seconds, processor seconds, peak RSS and peak anonymous memory (bytes) of a command; the files in `source` are read from disk."""
     if source:
         forget(Path(source))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -71,12 +76,26 @@ def run(command: list[str], source: str | None = None) -> dict:
     seconds = time.monotonic() - began
     if status:
         sys.exit(f"failed: {' '.join(command)}")
-    return {"seconds": seconds, "rss": usage.ru_maxrss * 1024, "anonymous": anonymous}
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "rss": usage.ru_maxrss * 1024, "anonymous": anonymous}
 
 
-def report(name: str, m: dict, written: int):
-    rate = f"{written / m['seconds'] / 1e6:.0f}" if written else "-"
-    print(f"{name:12}{m['seconds']:>9.1f}{rate:>8}{m['rss'] / 1e6:>13.0f}{m['anonymous'] / 1e6:>14.0f}", flush=True)
+def header():
+    print(
+        f"{'':18}{'seconds':>8}{'CPU s':>7}{'MB/s':>7}{'of a copy':>11}{'peak RSS MB':>13}{'anonymous MB':>14}{'load':>7}"
+    )
+
+
+def report(name: str, m: dict, moved: int, copied: float = 0.0) -> float:
+    """Print one part that read and wrote `moved` bytes, beside a raw copy's MB/s; return its own."""
+    rate = moved / m["seconds"] / 1e6
+    beside = f"{rate / copied:.2f}" if copied else "-"
+    print(
+        f"{name:18}{m['seconds']:>8.1f}{m['cpu']:>7.1f}{rate if moved else 0:>7.0f}{beside:>11}{m['rss'] / 1e6:>13.0f}"
+        f"{m['anonymous'] / 1e6:>14.0f}{os.getloadavg()[0]:>7.1f}",
+        flush=True,
+    )
+    return rate
 
 
 def make(folder: Path, model_file: str, layers: int | None):
@@ -87,9 +106,11 @@ def make(folder: Path, model_file: str, layers: int | None):
 
     from easylm_mling.config import ModelConfig, from_tree
     from easylm_mling.config.yaml12 import read_yaml
-    from easylm_mling.hf.config import hf_config, write_json
+    from easylm_mling.hf.config import hf_config
     from easylm_mling.hf.exporting import plan_shards, shard_header, shard_index
-    from easylm_mling.hf.importing import DTYPES, INDEX
+    from easylm_mling.hf.importing import INDEX
+    from easylm_mling.hf.json_files import write_json
+    from easylm_mling.hf.tensor_files import DTYPES
 
     model = from_tree(ModelConfig, read_yaml(Path(model_file).read_bytes())["model"])
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)

@@ -2,9 +2,9 @@
 
     python benchmarks/merge.py [--model configs/model/gemma-2b.yaml] [--layers N] [--folder DIR]
 
-Makes random bfloat16 models and merges them into bfloat16: a linear mixture, a chat vector, and slerp. Each part is a
-process of its own that begins with nothing of its input in the page cache. benchmarks/export.py says how it is measured;
-MB/s here are bytes read and written, also for the raw copy. Needs about 10 bytes of disk a parameter.
+Makes random bfloat16 models and merges them: a linear mixture, a chat vector, and slerp into bfloat16, the first two also
+into a checkpoint, in float32. Each part is a process of its own that begins with nothing of its input in the page cache.
+benchmarks/export.py says how it is measured. Needs about 12 bytes of disk a parameter.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from export import forget, largest, report, run, size
+from export import forget, header, largest, report, run, size
 
 
 def main():
@@ -32,20 +32,22 @@ def main():
             subprocess.run([*export, "--part", "make", model], check=True)
         one, tensor = size(models[0]), 2 * largest(models[0])
         print(f"{one / 1e9:.2f} GB in bfloat16 each, largest tensor {tensor / 1e6:.0f} MB in float32")
-        print(f"{'':14}{'seconds':>7}{'MB/s':>8}{'peak RSS MB':>13}{'anonymous MB':>14}")
-        report("nothing     ", run([sys.executable, "-c", "import easylm_mling.merge.writing"]), 0)
+        header()
+        report("nothing", run([sys.executable, "-c", "import easylm_mling.merge.writing"]), 0)
         for name, flags, count in (
             ("linear", ["--linear", *models[:2]], 2),
-            ("chat vector", ["--chat-vector", *models], 3),
+            ("linear, float32", ["--checkpoint", "--linear", *models[:2]], 2),
+            ("vector", ["--chat-vector", *models], 3),
+            ("vector, float32", ["--checkpoint", "--chat-vector", *models], 3),
             ("slerp", ["--slerp", *models[:2]], 2),
         ):
+            copied = report("raw copy", run([*export, "--part", "copy", models[0]], models[0]), 2 * one)
             for model in models:
                 forget(Path(model))
             measured = run([*merge, f"{folder}/out", *flags])
-            report(f"{name:12}", measured, (count + 1) * one)
-            print(f"{'':14}bound: {(1.3 * tensor * count + 300e6) / 1e6:.0f} MB of anonymous memory")
+            report(name, measured, count * one + size(f"{folder}/out"), copied)
+            print(f"{'':18}bound: {(1.3 * tensor * count + 300e6) / 1e6:.0f} MB of memory")
             shutil.rmtree(f"{folder}/out")
-        report("raw copy    ", run([*export, "--part", "copy", models[0]], models[0]), 2 * one)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ from transformers import GemmaForCausalLM
 
 from easylm_mling.checkpoint import parameters
 from easylm_mling.checkpoint.checkpoint import Checkpoints
-from easylm_mling.config import ModelConfig, to_tree
+from easylm_mling.config import MeshConfig, ModelConfig, to_tree
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf import exporting, importing
+from easylm_mling.hf import exporting
+from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import export_hf, stored_model
-from easylm_mling.hf.importing import import_hf, widest_mesh
-from easylm_mling.model.sharding import parameter_shardings
+from easylm_mling.hf.importing import import_hf, open_weights, read_params, widest_mesh
+from easylm_mling.model.sharding import make_mesh, parameter_shardings
 from easylm_mling.training.spike_guard import nothing_recent
 from easylm_mling.training.state import TrainState, init_params
 
@@ -67,20 +68,25 @@ def test_a_round_trip_keeps_every_bit(tmp_path, family, dtype, shard):
         assert (exported / name).read_bytes() == (source / name).read_bytes()
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [0, 1, 8])
 def test_small_chunks_come_out_in_order(tmp_path, monkeypatch, devices):
-    """Rows in pieces where a parameter is stored by rows, whole tensors where devices held columns."""
+    """Rows in pieces where a parameter is stored by rows, whole tensors where devices held columns; 0 devices: an import."""
     monkeypatch.setattr(parameters, "_CHUNK", 4096)
+    monkeypatch.setattr(parameters, "_READ", 1000)
     monkeypatch.setattr(exporting, "_PIECE", 10_000)
     real, axes = exporting._pieces, []
     monkeypatch.setattr(exporting, "_pieces", lambda view: axes.append(real(view)[0]) or real(view))
-    mesh = importing.make_mesh(importing.MeshConfig(), jax.devices()[:devices])
-    monkeypatch.setattr(importing, "widest_mesh", lambda model: mesh)
     source = save(any_finite_bits(transformers_model(dtype=torch.bfloat16)), tmp_path / "source")
-    import_hf(source, tmp_path / "checkpoint")
+    if devices:
+        model = model_config_from_hf(source)
+        params = read_params(open_weights(source, model), model, make_mesh(MeshConfig(), jax.devices()[:devices]))
+        with Checkpoints(tmp_path / "checkpoint") as checkpoints:
+            checkpoints.save_params(params, {"model": to_tree(model)})
+    else:
+        import_hf(source, tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "exported")
     assert raw_tensors(tmp_path / "exported") == raw_tensors(source)
-    assert axes[0] == {1: 0, 8: 1}[devices] and 0 in axes and max(axes) > 0
+    assert axes[0] == {0: 0, 1: 0, 8: 1}[devices] and 0 in axes and (max(axes) > 0) == (devices > 0)
     stored = exporting.open_stores(tmp_path / "checkpoint" / "checkpoints" / "0", stored_model(tmp_path / "checkpoint"))
     for path, store in stored.items():
         chunk = store.chunk_layout.read_chunk_template.shape
@@ -177,7 +183,7 @@ def test_a_killed_export_leaves_nothing(imported, tmp_path, monkeypatch, calls):
 
 def test_a_damaged_checkpoint_is_not_exported(imported, tmp_path):
     shutil.copytree(imported, tmp_path / "copy")
-    for path in (tmp_path / "copy" / "checkpoints" / "0" / "params").glob("ocdbt.process_0/d/*"):
+    for path in (tmp_path / "copy" / "checkpoints" / "0" / "params").glob("d/*"):
         path.unlink()
     with pytest.raises(ConfigError, match="parameter embed_tokens cannot be read"):
         export_hf(tmp_path / "copy", tmp_path / "out")

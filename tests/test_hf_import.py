@@ -20,10 +20,10 @@ from hf_models import (
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
-from easylm_mling.checkpoint.checkpoint import Checkpoints
 from easylm_mling.checkpoint.parameters import load_params
 from easylm_mling.config import MeshConfig, ModelConfig
 from easylm_mling.errors import ConfigError
+from easylm_mling.hf import importing
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params, widest_mesh
@@ -62,11 +62,12 @@ def test_an_imported_checkpoint_restores_on_another_mesh(hf_source, imported):
 
 
 def test_a_killed_import_leaves_nothing(hf_source, tmp_path, monkeypatch):
-    def dies(self, params, info):
+    def dies(*_):
+        assert list((tmp_path).glob(".checkpoint.*.partial/checkpoints/0/params/*"))
         assert not (tmp_path / "checkpoint").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoints, "save_params", dies)
+    monkeypatch.setattr(importing, "copy_tokenizer", dies)
     with pytest.raises(KeyboardInterrupt):
         import_hf(hf_source, tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment of an export or a merge: the directory is whole or not there, and the next one ends well."""
+"""`kill -9` at any moment of an export, an import or a merge: the directory is whole or not there, and the next one ends well."""
 
 import fcntl
 import os
@@ -11,10 +11,14 @@ import jax
 import pytest
 
 from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.checkpoint.layout import step_directory
+from easylm_mling.checkpoint.reading import load_info, open_store, stored_model
 from easylm_mling.config import ModelConfig, to_tree
 from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf.importing import import_hf
 from easylm_mling.merge.recipe import MergeRecipe, ModelRef
-from easylm_mling.merge.writing import merge_to_hf
+from easylm_mling.merge.writing import merge_to_checkpoint, merge_to_hf
+from easylm_mling.model.params import parameter_table
 from easylm_mling.storage.atomic import atomic_directory, atomic_file
 from easylm_mling.training.state import init_params
 
@@ -23,15 +27,20 @@ from easylm_mling.training.state import init_params
 EXPORT_AND_KILL = """
 import os, signal, sys, time
 from easylm_mling.hf.exporting import export_hf
+from easylm_mling.hf.importing import import_hf
 from easylm_mling.merge.recipe import MergeRecipe, ModelRef
-from easylm_mling.merge.writing import merge_to_hf
+from easylm_mling.merge.writing import merge_to_checkpoint, merge_to_hf
 
-checkpoint, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+checkpoint, folder, kills, what = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 
 def write(out):
-    if sys.argv[4] == "merge":
-        recipe = MergeRecipe("linear", (ModelRef(checkpoint), ModelRef(checkpoint + "2")))
+    recipe = MergeRecipe("linear", (ModelRef(checkpoint), ModelRef(checkpoint + "2")))
+    if what == "merge":
         merge_to_hf(recipe, out, dtype="float32", max_shard_bytes=4e6)
+    elif what == "merge --checkpoint":
+        merge_to_checkpoint(recipe, out)
+    elif what == "import":
+        import_hf(f"{folder}/hf", out)
     else:
         export_hf(checkpoint, out, dtype="float32", max_shard_bytes=4e6)
 
@@ -77,7 +86,9 @@ for i in range(kills):
     [
         ("export", 5),
         ("merge", 5),
-        pytest.param("merge", 50, marks=pytest.mark.slow),
+        ("import", 5),
+        ("merge --checkpoint", 5),
+        *(pytest.param(what, 50, marks=pytest.mark.slow) for what in ("merge", "import", "merge --checkpoint")),
         pytest.param("export", 100, marks=pytest.mark.slow),
     ],
 )
@@ -86,14 +97,20 @@ def test_a_kill_leaves_all_or_nothing(tmp_path, what, kills):
     params = jax.jit(lambda: init_params(model, 0))()
     with Checkpoints(tmp_path / "checkpoint") as checkpoints:
         checkpoints.save_params(params, {"model": to_tree(model)})
-    if what == "merge":
+    if what.startswith("merge"):
         shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint2")
         recipe = MergeRecipe("linear", tuple(ModelRef(f"{tmp_path}/checkpoint{n}") for n in ("", "2")))
+    if what == "merge":
         merge_to_hf(recipe, tmp_path / "right" / "out", "float32", max_shard_bytes=4e6)
+    elif what == "merge --checkpoint":
+        merge_to_checkpoint(recipe, tmp_path / "right" / "out")
     else:
         export_hf(tmp_path / "checkpoint", tmp_path / "right" / "out", dtype="float32", max_shard_bytes=4e6)
+    if what == "import":
+        (tmp_path / "right" / "out").rename(tmp_path / "hf")
+        import_hf(tmp_path / "hf", tmp_path / "right" / "out")
     right = contents(tmp_path / "right" / "out")
-    assert sum(name.endswith(".safetensors") for name in right) > 4
+    assert sum(name.endswith(".safetensors") or name.startswith("layers.") for name in right) > 4
     for i in range(kills):
         (tmp_path / f"killed{i}").mkdir()
     command = [sys.executable, "-c", EXPORT_AND_KILL, tmp_path / "checkpoint", tmp_path, str(kills), what]
@@ -134,5 +151,10 @@ def test_a_file_that_could_not_be_written_leaves_no_draft(tmp_path):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder: Path) -> dict:
+    """Of a checkpoint what can be read of it: the names of its data files are random."""
+    if not (folder / "checkpoints").is_dir():
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+    step, model = step_directory(folder), stored_model(folder)
+    arrays = {p.path: open_store(step, p.path, p.shape).read().result().tobytes() for p in parameter_table(model)}
+    return {path.name: path.is_dir() for path in folder.iterdir()} | arrays | {"info": load_info(folder)}

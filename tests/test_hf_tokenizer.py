@@ -11,10 +11,10 @@ from hf_models import save, transformers_model
 from test_data_tokenizer_json import qwen
 from transformers import AutoTokenizer
 
+from easylm_mling.checkpoint import writing
 from easylm_mling.cli.main import main
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.errors import ConfigError
-from easylm_mling.hf import importing
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf
 
@@ -82,15 +82,15 @@ def test_a_damaged_tokenizer_is_not_exported(lone, tmp_path):
 
 
 def test_an_import_onto_a_full_disk_is_one_line_and_leaves_nothing(hf_source, tmp_path, monkeypatch):
-    monkeypatch.setattr(importing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(ConfigError, match="and the disk has .* left; make room"):
         import_hf(hf_source, tmp_path / "checkpoint")
     monkeypatch.undo()
 
-    def full(*_):
+    def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: ...\nNo space left on device")
 
-    monkeypatch.setattr(importing.Checkpoints, "save_params", full)
+    monkeypatch.setattr(writing.ts, "open", full)
     with pytest.raises(ConfigError, match="the disk is full; make room") as caught:
         import_hf(hf_source, tmp_path / "checkpoint")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@
    /set-aside/checkpoint-STEP-...   what a resume took out of the way: damaged, or newer than a rewind. Never deleted
 
 An imported checkpoint (`import-hf`) is a directory of the same form with step 0 and only `params` and `info`.
-Nothing but this file and checkpoint/parameters.py knows Orbax; checkpoint/layout.py and checkpoint/reading.py do without.
+Nothing but this file and checkpoint/parameters.py knows Orbax; checkpoint/layout.py, reading.py and writing.py do without.
 Orbax does not check what it restores: every leaf's digest (training/digests.py) is saved with the step and compared after
 a restore.
 """
@@ -80,10 +80,9 @@ class _Best(_policies.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of the run in `directory`. A context manager: leaving it waits for the save under way.
 
-    With `bytes_at_a_time` (more than those of the largest array) a save holds no more than that besides the arrays;
-    without, it holds all of them a second time until everything is written. A save that has not ended after
-    `stuck_seconds` (0: never) ends the process with exit code 85, because Orbax itself waits for storage that is gone;
-    `record_stuck` is then called, see Watchdog.
+    A save holds all arrays a second time until everything is written. One that has not ended after `stuck_seconds` (0: never)
+    ends the process with exit code 85, because Orbax itself waits for storage that is gone; `record_stuck` is then called,
+    see Watchdog.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ class Checkpoints:
         keep_last: int = 2,
         keep_every_steps: int = 0,
         keep_best: bool = False,
-        bytes_at_a_time: int | None = None,
         stuck_seconds: float = 0.0,
         record_stuck: Callable[[str, int], None] = lambda what, code: None,
     ):
@@ -107,7 +105,7 @@ class Checkpoints:
         self._directory, self.path = directory, checkpoints_folder(directory)
         stuck = f"a save to {self.path} has not ended in {stuck_seconds / 60:g} minutes (checkpoint.stuck_minutes)"
         self._watchdog = Watchdog(stuck_seconds, stuck, lambda: self._orbax.is_saving_in_progress(), record_stuck)
-        self._keep, self._bytes_at_a_time = _policies.AnyPreservationPolicy(keep), bytes_at_a_time
+        self._keep = _policies.AnyPreservationPolicy(keep)
         self._stuck_seconds = stuck_seconds
         self._orbax = self._open()
         self._saving: int | None = None  # the step under way
@@ -117,7 +115,7 @@ class Checkpoints:
     def _open(self):
         return ocp.training.Checkpointer(
             str(self.path),
-            context=storage_context(self._bytes_at_a_time, self._stuck_seconds / 2),
+            context=storage_context(self._stuck_seconds / 2),
             save_decision_policy=_save_policies.FixedIntervalPolicy(1),
             preservation_policy=self._keep,
             cleanup_tmp_directories=True,

@@ -1,5 +1,6 @@
 """The parameters of a checkpoint without the rest of its state, and how arrays are laid out in storage."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,23 @@ from easylm_mling.checkpoint.layout import step_directory
 from easylm_mling.checkpoint.reading import check_stored, load_info, stored_model
 from easylm_mling.errors import ConfigError
 from easylm_mling.model.lora import merged
+from easylm_mling.model.params import Parameter
 from easylm_mling.training.digests import differing, leaf_name
 from easylm_mling.training.state import abstract_adapters
 
-# Bytes. Over 32 MiB, up to which malloc may keep what is freed.
+# Bytes that are written as one. Over 32 MiB, up to which malloc may keep what is freed.
 _CHUNK = 64_000_000
+# Bytes that are read at least, where a parameter is written layer by layer: a host that holds a part of its columns passes
+# over the others.
+_READ = 8_000_000
 
 
-def storage_context(bytes_at_a_time: int | None = None, wait_seconds: float = 0.0) -> ocp.Context:
+def storage_context(wait_seconds: float = 0.0) -> ocp.Context:
     """Return how Orbax reads and writes arrays here; `wait_seconds`: how long it waits for other processes (0: Orbax's own)."""
     context = ocp.Context()
     if wait_seconds:
         # For the other processes, one of which may have failed.
         context.async_options.timeout_secs = max(1, int(wait_seconds))
-    context.memory_options.write_concurrent_bytes = bytes_at_a_time
     saving: Any = context.array.saving
     # Float noise does not compress: 7.5 % smaller files would cost more than half of the write speed.
     saving.use_compression = False
@@ -42,6 +46,29 @@ def _chunks(path, value):
     """
     stacked = "layers" in jax.tree_util.keystr(path) and getattr(value, "ndim", 0) > 1
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK, shard_axes=(0,) if stacked else None)
+
+
+def chunk_shapes(p: Parameter) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return in which shape a parameter of float32 is written piece by piece, and into which its pieces are cut for readers.
+
+    A piece is rows of one layer, so that it comes and goes in the order of Hugging Face's files. It is cut along the axis
+    that training cuts over hosts.
+    """
+    first = 1 if p.stacked and len(p.shape) > 1 else 0
+    row = 4 * math.prod(p.shape[first + 1 :])
+    written = (*(1,) * first, _rows(p.shape[first], max(1, _CHUNK // row)), *p.shape[first + 1 :])
+    if "embed" not in p.axes:
+        return written, written
+    axis = p.axes.index("embed")
+    most = max(1, _READ * written[axis] // (4 * math.prod(written)))
+    cut = max(d for d in range(1, min(most, written[axis]) + 1) if written[axis] % d == 0)
+    return written, (*written[:axis], cut, *written[axis + 1 :])
+
+
+def _rows(count: int, most: int) -> int:
+    """Return the largest divisor of `count` up to `most`; where that is small, parts that differ by their last."""
+    divisor = max(d for d in range(1, min(count, most) + 1) if count % d == 0)
+    return divisor if 4 * divisor > min(count, most) else -(-count // -(-count // most))
 
 
 def load_params(directory: str | Path, abstract: dict, step: int | None = None) -> dict:

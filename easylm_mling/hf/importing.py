@@ -1,24 +1,21 @@
-"""Import Hugging Face weights as sharded arrays into a checkpoint that training starts from.
+"""Import Hugging Face weights: into a checkpoint that training starts from, or as sharded arrays.
 
 Every name, shape and dtype is checked from the files' headers before the first byte of a weight is read.
 """
 
 import logging
-import re
+import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import safe_open
 
-from easylm_mling.checkpoint.checkpoint import Checkpoints
+from easylm_mling.checkpoint.writing import write_checkpoint
 from easylm_mling.config import MeshConfig, ModelConfig, to_tree
 from easylm_mling.data.tokenization.files import JSON, MODEL, TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import fingerprints
@@ -27,12 +24,10 @@ from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.generation_config import GENERATION
 from easylm_mling.hf.hub import local_directory
 from easylm_mling.hf.json_files import read_json
-from easylm_mling.hf.tensor_files import DTYPES, check_header, open_file
+from easylm_mling.hf.tensor_files import DTYPES, TensorFile, check_header
 from easylm_mling.hf.vocabulary import extend_vocabulary
-from easylm_mling.model.params import Parameter, parameter_count, parameter_table, to_flat, to_nested
+from easylm_mling.model.params import Parameter, parameter_table, to_flat, to_nested
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
-from easylm_mling.storage.atomic import atomic_directory
-from easylm_mling.storage.object_store import Bucket, is_bucket
 
 # Where a multimodal Gemma keeps its text model (transformers 4 and 5), and its other tensors.
 _TEXT_PREFIXES = {
@@ -43,7 +38,8 @@ _TEXT_PREFIXES = {
 _TOWERS = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio", "vision_embedder")
 _NOT_TEXT = tuple(f"{prefix}{tower}." for prefix in ("", "model.") for tower in _TOWERS)
 _MULTIMODAL = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
-_PIECE = 64_000_000  # bytes compared at a time
+_PIECE = 4_000_000  # bytes of float32 that are made at a time: they stay in a core's cache
+_COMPARED = 64_000_000  # bytes compared at a time
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
@@ -72,15 +68,18 @@ def import_hf(
     if tokenizer is not None:
         source["vocab_size"] = model.vocab_size
         weights, model = extend_vocabulary(weights, model, directory, Path(tokenizer))
-    check_room(checkpoint_dir, model)
-    with new_directory(checkpoint_dir) as (folder, checkpoints_dir):
-        params = read_params(weights, model, widest_mesh(model))
-        info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
-        copied = copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
-        info["tokenizer"] = sorted(fingerprints(folder / TOKENIZER_FOLDER).values())
-        save_checkpoint(checkpoint_dir, checkpoints_dir, params, info)
+    copied: list[str] = []
+
+    def describe(folder: Path) -> dict:
+        copied.extend(
+            copy_tokenizer(Path(tokenizer) if tokenizer is not None else directory, folder / TOKENIZER_FOLDER)
+        )
         if tokenizer is not None and (directory / GENERATION).is_file():
             shutil.copyfile(directory / GENERATION, folder / TOKENIZER_FOLDER / GENERATION)
+        info = {"source": source, "model": to_tree(model), "source_dtype": _source_dtype(weights)}
+        return info | {"tokenizer": sorted(fingerprints(folder / TOKENIZER_FOLDER).values())}
+
+    write_checkpoint(checkpoint_dir, parameter_table(model), partial(read_finite, weights), describe)
     if not {JSON, MODEL} & {*copied}:
         _log.warning(
             "%s: no tokenizer.json or tokenizer.model here; name one with data.tokenizer when you train", hf_dir
@@ -88,51 +87,26 @@ def import_hf(
     return model
 
 
-def save_checkpoint(target: str | Path, checkpoints_dir: str | Path, params: dict, info: dict):
-    """Save parameters as step 0; beside them no more than the largest is in memory. Raises ConfigError on a full disk."""
-    largest = max(array.nbytes for array in to_flat(params).values())
-    with _full_disk_told(target), Checkpoints(checkpoints_dir, bytes_at_a_time=1 + largest) as checkpoints:
-        checkpoints.save_params(params, info)
+def read_finite(weights: dict[str, Any], p: Parameter, layer: int) -> Iterator[np.ndarray]:
+    """Yield one layer of a parameter (a whole one: layer 0) as flat float32 pieces. Raises ConfigError for NaN or infinity."""
+    name = p.hf_names[layer]
+    for values in tensor_pieces(weights[name], p.hf_shape):
+        _check_finite(values, name)
+        yield values
 
 
-def check_room(target: str | Path, model: ModelConfig, copies: int = 1):
-    """Raise ConfigError where the disk has no room for so many copies of the float32 parameters."""
-    if is_bucket(target):
-        return
-    folder = next(p for p in Path(target).absolute().parents if p.exists())
-    needed, free = 4 * copies * parameter_count(model), shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError(
-            f"{target}: the float32 parameters need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room, "
-            "or name a place on another disk"
-        )
+def tensor_pieces(stored: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yield a stored tensor, or what is sliced as one, as flat float32 pieces of whole rows, in order."""
+    rows, *rest = shape
+    step = max(1, _PIECE // (4 * math.prod(rest)))
+    for start in range(0, rows, step):
+        index = (slice(start, min(start + step, rows)), *(slice(0, n) for n in rest))
+        yield np.ascontiguousarray(stored[index], np.float32).reshape(-1)
 
 
-@contextmanager
-def _full_disk_told(target: str | Path) -> Iterator[None]:
-    """Turn what Orbax raises on a full disk, whatever its class, into an error of one line."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ConfigError) or not re.search("No space|Disk quota|File too large|EXHAUSTED", str(error)):
-            raise
-        raise ConfigError(f"{target}: the disk is full; make room, or name a place on another disk") from None
-
-
-@contextmanager
-def new_directory(target: str | Path) -> Iterator[tuple[Path, str | Path]]:
-    """Yield a folder for files and a directory for checkpoints; both become `target` when the block ends without an error."""
-    if not is_bucket(target):
-        with atomic_directory(target) as partial:
-            yield partial, partial
-        return
-    bucket = Bucket(str(target))
-    if bucket.names():
-        raise ConfigError(f"{target}: already holds something; name another one or remove it")
-    with TemporaryDirectory() as folder:
-        yield Path(folder), target
-        files = (f for f in Path(folder).rglob("*") if f.is_file())
-        bucket.write_all({f.relative_to(folder).as_posix(): f.read_bytes() for f in files})
+def _check_finite(values: np.ndarray, name: str):
+    if not np.isfinite(values).all():
+        raise ConfigError(f"tensor {name} holds NaN or infinity; such a model cannot be trained, so use whole weights")
 
 
 def widest_mesh(model: ModelConfig) -> Mesh:
@@ -199,7 +173,7 @@ def open_weights(hf_dir: str | Path, model: ModelConfig) -> dict[str, Any]:
 def _check_tied_head(hf_dir: Path, slices: dict[str, Any], model: ModelConfig):
     """Raise ConfigError if a stored head differs from the embedding, which config.json says is the head."""
     head, embedding = slices["lm_head.weight"], slices["model.embed_tokens.weight"]
-    rows = max(1, _PIECE // (4 * model.hidden_size))
+    rows = max(1, _COMPARED // (4 * model.hidden_size))
     for start in range(0, model.vocab_size, rows):
         a, b = (part[start : min(start + rows, model.vocab_size)].astype(np.float32) for part in (head, embedding))
         if not np.array_equal(a, b, equal_nan=True):
@@ -248,18 +222,15 @@ def _read_shard(weights: dict[str, Any], p: Parameter, index) -> np.ndarray:
     names = p.hf_names[slice(*bounds[0])] if p.stacked else p.hf_names
     for part, name in zip(out if p.stacked else out[None], names, strict=True):
         part[...] = weights[name][tuple(rows)].reshape(part.shape)
-        if not np.isfinite(part).all():
-            raise ConfigError(
-                f"tensor {name} holds NaN or infinity; such a model cannot be trained, so use whole weights"
-            )
+        _check_finite(part, name)
     return out
 
 
-def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
+def _open_files(hf_dir: Path) -> tuple[dict[str, TensorFile], dict[str, str]]:
     """Open the one file or those of the index; returns them by name, and for each tensor the name of its file."""
     single, index = "model.safetensors", hf_dir / INDEX
     if (hf_dir / single).is_file():
-        handle = open_file(hf_dir / single)
+        handle = TensorFile(hf_dir / single)
         return {single: handle}, dict.fromkeys(handle.keys(), single)
     if not index.is_file():
         raise ConfigError(f"{hf_dir}: neither {single} nor {INDEX} is here; convert the weights to safetensors first")
@@ -273,7 +244,7 @@ def _open_files(hf_dir: Path) -> tuple[dict[str, safe_open], dict[str, str]]:
             )
         if not (hf_dir / file).is_file():
             raise ConfigError(f"{hf_dir / file}: no such file, but {INDEX} places tensor {name} in it; download it")
-    return {file: open_file(hf_dir / file) for file in sorted(set(placed.values()))}, placed
+    return {file: TensorFile(hf_dir / file) for file in sorted(set(placed.values()))}, placed
 
 
 def _source_dtype(weights: dict[str, Any]) -> str:

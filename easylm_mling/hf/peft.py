@@ -21,7 +21,7 @@ from easylm_mling.errors import VerificationError
 from easylm_mling.hf.adapters import stored_adapters
 from easylm_mling.hf.exporting import Tensor, write_shards
 from easylm_mling.hf.json_files import read_json, write_json
-from easylm_mling.hf.tensor_files import open_file
+from easylm_mling.hf.tensor_files import TensorFile
 from easylm_mling.hf.tokenizer import own_tokenizer
 from easylm_mling.model.params import Parameter
 from easylm_mling.storage.atomic import atomic_directory
@@ -117,7 +117,7 @@ def verify_adapter(
     Raises VerificationError that names the first difference.
     """
     lora, arrays = stored_adapters(step_directory(checkpoint_dir, step), "average" if ema else "params")
-    stored, file = read_json(Path(adapter_dir) / CONFIG), open_file(Path(adapter_dir) / WEIGHTS)
+    stored, file = read_json(Path(adapter_dir) / CONFIG), TensorFile(Path(adapter_dir) / WEIGHTS)
     for key, value in adapter_config(lora, "", None).items():
         if key not in ("base_model_name_or_path", "revision", "target_modules") and stored.get(key) != value:
             raise VerificationError(f"{adapter_dir}/{CONFIG}: {key}={stored.get(key)}, and the run has {value}")

@@ -2,25 +2,26 @@
 
 import json
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from easylm_mling.checkpoint.base import find_base, stored_base
 from easylm_mling.checkpoint.reading import load_info, stored_model
+from easylm_mling.checkpoint.writing import write_checkpoint
 from easylm_mling.config import PROJECTIONS, LoraConfig, ModelConfig, to_tree
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, check_inside, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import fingerprints, shipped_fingerprints
 from easylm_mling.errors import ConfigError, check
-from easylm_mling.hf.importing import new_directory, save_checkpoint, widest_mesh
+from easylm_mling.hf.importing import tensor_pieces
 from easylm_mling.hf.json_files import read_json
 from easylm_mling.hf.peft import CONFIG, MULTIMODAL_PREFIX, PREFIX, WEIGHTS
-from easylm_mling.hf.tensor_files import DTYPES, check_header, open_file
+from easylm_mling.hf.tensor_files import TensorFile, check_header
 from easylm_mling.hf.tokenizer import own_tokenizer
-from easylm_mling.model.params import Parameter, adapter_table, to_flat, to_nested
-from easylm_mling.model.sharding import adapter_shardings
+from easylm_mling.model.params import Parameter, adapter_table
 from easylm_mling.storage.object_store import small_files
 
 # Settings that change nothing of a stored adapter, and those that are read -> what makes it a plain LoRA. Whatever else is set
@@ -52,21 +53,21 @@ def import_adapter(adapter_dir: str | Path, checkpoint_dir: str | Path, base_dir
     lora = _read_config(adapter_dir / CONFIG, settings, {name.split(".")[-3] for name in weights})
     lora.check_model(model)
     table = _check_tensors(adapter_dir, weights, model, lora)
-    shardings = to_flat(adapter_shardings(model, lora, widest_mesh(model)))
-    arrays = {p.path: jax.device_put(_stacked(p, weights), shardings[p.path]) for p in table}
     files = small_files(base_dir)
     tokenizer = own_tokenizer(files, shipped_fingerprints(load_info(base_dir, base.step)))
     check_inside(tokenizer)
-    with new_directory(checkpoint_dir) as (folder, checkpoints_dir):
+
+    def describe(folder: Path) -> dict:
         copy_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
-        info = {
+        return {
             "source": {"name": str(adapter_dir), "revision": None, "hub": False},
             "model": to_tree(model),
             "lora": to_tree(lora),
             "base": base._asdict(),
             "tokenizer": sorted(fingerprints(folder / TOKENIZER_FOLDER).values()),
         }
-        save_checkpoint(checkpoint_dir, checkpoints_dir, to_nested(arrays), info)
+
+    write_checkpoint(checkpoint_dir, table, partial(_read, weights), describe)
     return lora
 
 
@@ -74,7 +75,7 @@ def _named_tensors(adapter_dir: Path) -> dict[str, Any]:
     """Return the slices of the adapter's file by our names, those of a model of text alone."""
     if not (adapter_dir / WEIGHTS).is_file():
         raise ConfigError(f"{adapter_dir}: no {WEIGHTS} here; save the adapter again with safe_serialization=True")
-    file = open_file(adapter_dir / WEIGHTS)
+    file = TensorFile(adapter_dir / WEIGHTS)
     names = {name: name.replace(MULTIMODAL_PREFIX, PREFIX, 1) for name in file.keys()}
     shape = rf"{re.escape(PREFIX)}\d+\.\w+\.({'|'.join(PROJECTIONS)})\.lora_[AB]\.weight"
     for stored, name in names.items():
@@ -129,11 +130,9 @@ def _check_tensors(adapter_dir: Path, weights: dict, model: ModelConfig, lora: L
     return table
 
 
-def _stacked(p: Parameter, weights: dict[str, Any]) -> np.ndarray:
-    array = np.empty(p.shape, np.float32)
-    for layer, name in zip(array, p.hf_names, strict=True):
-        layer[...] = (
-            np.asarray(weights[name][:], DTYPES[weights[name].get_dtype()]).astype(np.float32).reshape(layer.shape)
-        )
-        check(bool(np.isfinite(layer).all()), f"tensor {name} holds NaN or infinity; use a whole adapter")
-    return array
+def _read(weights: dict[str, Any], p: Parameter, layer: int) -> Iterator[np.ndarray]:
+    """Yield one layer of a factor as flat float32 pieces; raises ConfigError for NaN or infinity."""
+    name = p.hf_names[layer]
+    for values in tensor_pieces(weights[name], p.hf_shape):
+        check(bool(np.isfinite(values).all()), f"tensor {name} holds NaN or infinity; use a whole adapter")
+        yield values

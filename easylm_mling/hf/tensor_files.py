@@ -1,9 +1,12 @@
 """Files of safetensors: opened, and the headers of their tensors checked."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import orjson
 from safetensors import SafetensorError, safe_open
 
 from easylm_mling.errors import ConfigError
@@ -12,13 +15,61 @@ from easylm_mling.errors import ConfigError
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def open_file(path: Path) -> safe_open:
-    """Open a .safetensors file; raises ConfigError for a damaged one."""
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ConfigError(f"{path}: damaged or cut short at {size} bytes ({error}); download it again") from None
+class TensorFile:
+    """An opened .safetensors file, as the library's `safe_open`; but whole rows are read, and not mapped.
+
+    Mapped pages count as the process's memory, up to the whole file.
+    """
+
+    def __init__(self, path: Path):
+        """Raises ConfigError for a damaged file."""
+        self._path = path
+        try:
+            self._mapped = safe_open(path, framework="np")
+        except SafetensorError as error:
+            size = path.stat().st_size
+            raise ConfigError(f"{path}: damaged or cut short at {size} bytes ({error}); download it again") from None
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header, self._data = orjson.loads(file.read(length)), 8 + length
+
+    def keys(self) -> list[str]:
+        return self._mapped.keys()
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        return self._mapped.get_tensor(name)
+
+    def get_slice(self, name: str) -> "StoredTensor":
+        first = self._data + self._header[name]["data_offsets"][0]
+        return StoredTensor(self._path, name, first, self._mapped.get_slice(name))
+
+
+class StoredTensor:
+    """A tensor of a .safetensors file, of which a part is read by its slices."""
+
+    def __init__(self, path: Path, name: str, first: int, mapped: Any):
+        self._path, self._name, self._first, self._mapped = path, name, first, mapped
+
+    def get_shape(self) -> list[int]:
+        return self._mapped.get_shape()
+
+    def get_dtype(self) -> str:
+        return self._mapped.get_dtype()
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        """Read a part in the stored dtype; raises ConfigError where the file has become shorter."""
+        (rows, *others), shape = index if isinstance(index, tuple) else (index,), self.get_shape()
+        if any(part.indices(size) != (0, size, 1) for part, size in zip(others, shape[1:], strict=False)):
+            return self._mapped[index]
+        start, stop, _ = rows.indices(shape[0])
+        dtype, width = DTYPES[self.get_dtype()], math.prod(shape[1:])
+        count = (stop - start) * width
+        data = np.fromfile(
+            self._path, np.uint8, count * dtype.itemsize, offset=self._first + start * width * dtype.itemsize
+        )
+        if data.size != count * dtype.itemsize:
+            raise ConfigError(f"{self._path}: tensor {self._name} is cut short; download it again")
+        return data.view(dtype).reshape(stop - start, *shape[1:])
 
 
 def check_header(path: Path, name: str, header, shape: tuple[int, ...]):

@@ -18,12 +18,10 @@ from easylm_mling.errors import ConfigError
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import Tensor, open_parameters, plan_shards
 from easylm_mling.hf.hub import local_directory
-from easylm_mling.hf.importing import open_weights
+from easylm_mling.hf.importing import open_weights, tensor_pieces
 from easylm_mling.hf.tokenizer import own_tokenizer
 from easylm_mling.merge.recipe import ModelRef
 from easylm_mling.storage.object_store import is_bucket, small_files
-
-_PIECE = 16_000_000  # values of a Hugging Face tensor read at a time
 
 
 @dataclass
@@ -106,11 +104,4 @@ def _open_checkpoint(ref: ModelRef) -> Source:
 
 
 def _hf_pieces(weights: dict[str, Any]) -> Callable[[Tensor], Iterator[np.ndarray]]:
-    def pieces(tensor: Tensor) -> Iterator[np.ndarray]:
-        rows, *rest = tensor.parameter.hf_shape
-        step = max(1, _PIECE // math.prod(rest))
-        for start in range(0, rows, step):
-            index = (slice(start, min(start + step, rows)), *(slice(0, n) for n in rest))
-            yield np.ascontiguousarray(weights[tensor.name][index], np.float32).reshape(-1)
-
-    return pieces
+    return lambda tensor: tensor_pieces(weights[tensor.name], tensor.parameter.hf_shape)

@@ -11,10 +11,11 @@ from easylm_mling.hf.exporting import Tensor
 from easylm_mling.merge.arithmetic import slerp_factors, weighted_sum, with_deltas
 from easylm_mling.merge.recipe import MergeRecipe, parameter_kind
 from easylm_mling.merge.sources import Source
+from easylm_mling.storage.ahead import ahead
 
 # Values of a block: its float64 copies stay in a core's cache.
 _BLOCK = 1 << 16
-_WRITTEN = 1 << 22  # values that are yielded at a time
+_WRITTEN = 1 << 20  # values that are yielded at a time
 
 
 class Merging:
@@ -29,14 +30,14 @@ class Merging:
 
         Raises ConfigError for NaN or infinity, in a source or in the result.
         """
-        out = np.empty(min(_WRITTEN, math.prod(tensor.parameter.hf_shape)), np.float32)
-        filled = 0
+        size = min(_WRITTEN, math.prod(tensor.parameter.hf_shape))
+        out, filled = np.empty(size, np.float32), 0
         for block in self._blocks(tensor):
             if not np.isfinite(block).all():
                 raise ConfigError(f"the merged tensor {tensor.name} is not finite in float32; use smaller weights")
             if filled + block.size > out.size:
                 yield out[:filled]
-                filled = 0
+                out, filled = np.empty(size, np.float32), 0
             out[filled : filled + block.size] = block
             filled += block.size
         yield out[:filled]
@@ -56,7 +57,7 @@ class Merging:
 
     def _blocks(self, tensor: Tensor) -> Iterator[np.ndarray]:
         name, kind = tensor.name, parameter_kind(tensor.parameter)
-        streams = {key: _Stream(source.read(name)) for key, source in self.sources.items()}
+        streams = {key: _Stream(ahead(source.read(name))) for key, source in self.sources.items()}
         first = streams[self.first.ref.key]
         whole = math.prod(tensor.parameter.hf_shape)
         # Flat, the first rows are the first values.

@@ -1,25 +1,20 @@
 """Write a merge: into a Hugging Face directory, or into a checkpoint that training starts from."""
 
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+from easylm_mling.checkpoint.writing import check_room, write_checkpoint
 from easylm_mling.config import to_tree
 from easylm_mling.data.tokenization.files import TOKENIZER_FOLDER, copy_tokenizer
 from easylm_mling.data.tokenization.tokenizer import fingerprints
-from easylm_mling.errors import ConfigError
 from easylm_mling.hf.exporting import dtype_tag, plan_shards, write_settings, write_shards
-from easylm_mling.hf.importing import (
-    check_room,
-    new_directory,
-    open_weights,
-    read_params,
-    save_checkpoint,
-    widest_mesh,
-)
 from easylm_mling.hf.tensor_files import DTYPES
 from easylm_mling.merge.card import record, title, write_merge_card
 from easylm_mling.merge.opening import Opened, open_merge
 from easylm_mling.merge.recipe import MergeRecipe
+from easylm_mling.model.params import Parameter, parameter_table
 from easylm_mling.storage.atomic import atomic_directory
 
 
@@ -42,7 +37,7 @@ def merge_to_hf(
     opened = open_merge(recipe)
     opened.notes.extend(notes)
     shards = plan_shards(opened.model, DTYPES[tag].itemsize, max_shard_bytes)
-    _check_room(hf_dir, sum(t.nbytes for group in shards.values() for t in group))
+    check_room(hf_dir, sum(t.nbytes for group in shards.values() for t in group), "weights")
     with atomic_directory(hf_dir) as partial:
         tokenizer_files, bos, warnings = write_settings(partial, opened.tokenizer, opened.model, dtype, hf_dir)
         write_shards(partial, shards, tag, opened.merging.rounded(DTYPES[tag]))
@@ -56,36 +51,24 @@ def merge_to_hf(
 def merge_to_checkpoint(recipe: MergeRecipe, checkpoint_dir: str | Path) -> Opened:
     """Write a merged model as a float32 checkpoint, step 0 of `checkpoint_dir`, for `init_from` and `export-hf`.
 
-    The merged weights lie on the disk of `checkpoint_dir` for a while (4 bytes a parameter, besides the checkpoint's), and
-    then on the devices, as in import-hf. Raises ConfigError as `merge_to_hf`.
+    In memory are what `merge_to_hf` has and a few pieces that are being written. Raises ConfigError as `merge_to_hf`.
     """
     opened = open_merge(recipe)
-    model = opened.model
-    check_room(checkpoint_dir, model, copies=2)
-    with new_directory(checkpoint_dir) as (folder, checkpoints_dir):
-        scratch = folder / "merged"
-        scratch.mkdir()
-        write_shards(scratch, plan_shards(model, 4, float("inf")), "F32", opened.merging.read)
-        params = read_params(open_weights(scratch, model), model, widest_mesh(model))
-        shutil.rmtree(scratch)
+    (group,) = plan_shards(opened.model, 4, float("inf")).values()
+    tensors = {t.name: t for t in group}
+
+    def read(p: Parameter, layer: int) -> Iterator[np.ndarray]:
+        return opened.merging.read(tensors[p.hf_names[layer]])
+
+    def describe(folder: Path) -> dict:
         copy_tokenizer(opened.tokenizer, folder / TOKENIZER_FOLDER)
-        info = {
+        return {
             "source": {"name": title(opened), "revision": None, "hub": False},
-            "model": to_tree(model),
+            "model": to_tree(opened.model),
             "source_dtype": "float32",
             "merge": record(opened),
             "tokenizer": sorted(fingerprints(folder / TOKENIZER_FOLDER).values()),
         }
-        save_checkpoint(checkpoint_dir, checkpoints_dir, params, info)
+
+    write_checkpoint(checkpoint_dir, parameter_table(opened.model), read, describe)
     return opened
-
-
-def _check_room(target: str | Path, needed: int):
-    """Raise ConfigError where the disk has no room for the weights."""
-    folder = next(p for p in Path(target).absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError(
-            f"{target}: the weights need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room, or name "
-            "a place on another disk"
-        )

@@ -11,6 +11,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+# The hash of a place: odd numbers, so that nothing is lost.
+_SPREAD, _MIX = 0x9E3779B1, 0x85EBCA6B
+
 
 def digests(tree: Any) -> dict[str, str]:
     """A digest of each leaf, by its path: the same on any mesh and any number of processes. Collective.
@@ -53,11 +56,15 @@ class Pieces:
         for r, c in product(range(0, bits.shape[0], height), range(0, bits.shape[1], width)):
             part = bits[r : r + height, c : c + width]
             row, column = (np.arange(n, dtype=np.uint32) for n in part.shape)
-            place = (
-                row[:, None] * np.uint32(stride % (1 << 32)) + np.uint32((first + r * stride + c) % (1 << 32)) + column
-            )
+            place = row * np.uint32(stride % (1 << 32)) + np.uint32((first + r * stride + c) % (1 << 32))
+            # As `_factor`, in place: the time goes into memory that the cache must bring.
+            weights = place[:, None] * np.uint32(_SPREAD) + column * np.uint32(_SPREAD)
+            weights ^= weights >> np.uint32(16)
+            weights *= np.uint32(_MIX)
+            weights |= np.uint32(1)
+            weights *= part
             self._plain += int(part.sum(dtype=np.uint32))
-            self._placed += int((part * _factor(place)).sum(dtype=np.uint32))
+            self._placed += int(weights.sum(dtype=np.uint32))
         self.size += bits.size
 
     def __str__(self) -> str:
@@ -87,5 +94,5 @@ def _sums(x: jax.Array) -> jax.Array:
 
 def _factor(place):
     """The weight of each place in an array, an odd uint32."""
-    place = place * np.uint32(0x9E3779B1)
-    return (place ^ (place >> np.uint32(16))) * np.uint32(0x85EBCA6B) | np.uint32(1)
+    place = place * np.uint32(_SPREAD)
+    return (place ^ (place >> np.uint32(16))) * np.uint32(_MIX) | np.uint32(1)

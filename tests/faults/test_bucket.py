@@ -5,14 +5,19 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from gcs_server import BUCKET, WAYS_TO_FAIL, Proxy, bucket, environment
 from processes import ROOT, assert_same_bits, ends, outcome, printed, run, start, train_here, wait_for_step
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
-from easylm_mling.checkpoint.layout import newest_step
+from easylm_mling.checkpoint.layout import committed_steps, newest_step
 from easylm_mling.data.tokenization.files import copy_tokenizer
 from easylm_mling.data.tools.audit import audit
 from easylm_mling.errors import ConfigError
@@ -144,9 +149,39 @@ def test_models_come_from_and_go_to_a_bucket(proxy, hf_source, tmp_path):
         import_hf(hf_source, imported)
     export_hf(imported, tmp_path / "exported")
     import_hf(hf_source, tmp_path / "imported")
+    there, here = (jax.tree.leaves(load_model(place)[1]) for place in (imported, tmp_path / "imported"))
+    assert there and all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
     export_hf(tmp_path / "imported", tmp_path / "beside")
     for file in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (tmp_path / "exported" / file).read_bytes() == (tmp_path / "beside" / file).read_bytes()
+
+
+@pytest.mark.faults
+def test_an_import_into_a_bucket_is_committed_last(proxy, hf_source, tmp_path):
+    """Killed before, whatever was written is no checkpoint; an error of the weights leaves nothing."""
+    copy_tokenizer(ROOT / "data/sample/tokenizer", hf_source)
+    proxy.seconds, target = 0.05, f"gs://{BUCKET}/imported"
+    for wanted in ("/params/manifest.ocdbt", "/params/_METADATA", "/info/_strings.json"):
+        command = [sys.executable, "-m", "easylm_mling", "import-hf", str(hf_source), target]
+        with subprocess.Popen(command, cwd=ROOT) as child:
+            while not any(name.endswith(wanted) for name in Bucket(target).names()):
+                assert child.poll() is None
+            child.kill()
+        assert Bucket(target).names() and committed_steps(target) == []
+        with pytest.raises(ConfigError, match="no checkpoint here"):
+            export_hf(target, tmp_path / "exported")
+        with pytest.raises(ConfigError, match="already holds something"):
+            import_hf(hf_source, target)
+        # The server's listings are of the whole bucket.
+        Bucket(target).write_all(dict.fromkeys(Bucket(target).names()))
+    proxy.seconds = 0.0
+    tensors = load_file(hf_source / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    shutil.copytree(hf_source, tmp_path / "nan")
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="model.norm.weight holds NaN"):
+        import_hf(tmp_path / "nan", target)
+    assert Bucket(target).names() == []
 
 
 @pytest.mark.faults
