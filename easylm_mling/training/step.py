@@ -64,7 +64,7 @@ class StepConfig:
     def forward(self) -> ForwardOptions:
         t = self.train
         remat = Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
-        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention, t.float32_reduction)
+        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention, t.float32_reduction, t.products)
 
 
 def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
@@ -224,7 +224,8 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
 
 def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
     """`eval_step` compiled for `mesh`; with `groups`, `source` in its batches says which of so many a row belongs to."""
-    c = step_config(config, mesh)
+    # As what is exported will be used: without products of 8 bits.
+    c = step_config(replace(config, train=replace(config.train, products=None)), mesh)
     step = partial(eval_step, c=replace(c, sources=groups) if groups else c)
     where = (weights_shardings(config, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))
