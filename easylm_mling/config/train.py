@@ -58,6 +58,17 @@ class ProductsConfig:
                 + (", or null" if name == "backward" else "; leave train.products out for neither"),
             )
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of operands, each once."""
+        return tuple(dict.fromkeys(kind for kind in (self.forward, self.backward) if kind))
+
+    @property
+    def text(self) -> str:
+        """What a person reads of them: `int8 products forward`."""
+        backward = f", {self.backward} backward" if self.backward else ""
+        return f"{self.forward} products forward{backward}"
+
 
 @dataclass(frozen=True)
 class TrainConfig:

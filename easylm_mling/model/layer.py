@@ -105,8 +105,8 @@ class MLP(nnx.Module):
         gate = checkpoint_name(adapters.project("gate_proj", "btd,fd->btf", x, self.gate_proj[...]), "gate")
         up = checkpoint_name(adapters.project("up_proj", "btd,fd->btf", x, self.up_proj[...]), "up")
         gate, up = (constrain(part, "batch", "position", "mlp") for part in (gate, up))
-        if "down_proj" not in adapters and not adapters.products:
-            return gated_down(gate, up, self.down_proj[...], self.activation)
+        if "down_proj" not in adapters:
+            return gated_down(gate, up, self.down_proj[...], self.activation, adapters.products)
         return adapters.project("down_proj", "btf,df->btd", gated(gate, up, self.activation), self.down_proj[...])
 
 

@@ -53,7 +53,11 @@ _project.defvjp(_forward, _backward)
 
 
 def weight_gradient(
-    spec: str, fits: tuple[bool, bool], x: Float[Array, "..."], grad_out: Float[Array, "..."], weight: Float[Array, "..."]
+    spec: str,
+    fits: tuple[bool, bool],
+    x: Float[Array, "..."],
+    grad_out: Float[Array, "..."],
+    weight: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     """Compute the weight's gradient, summed over devices in its dtype; `fits` is `weight_fits_tiles`."""
     of_x, of_weight, out = letters(spec)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from easylm_mling.config import ProductsConfig
-from easylm_mling.errors import ConfigError, check
+from easylm_mling.errors import check
 from easylm_mling.hardware import chip_of
 from easylm_mling.model.projection import letters, weight_fits_tiles, weight_gradient
 
@@ -37,7 +37,7 @@ def check_products(products: ProductsConfig | None, device: jax.Device):
         find_spec("qwix") is not None,
         "train.products needs Qwix; install it with pip install 'easylm-mling[quantized]', or leave train.products out",
     )
-    for kind in sorted({products.forward, products.backward} - {None}):
+    for kind in products.kinds:
         wrong = _refusal(kind, device)
         check(not wrong, f"train.products={kind}: {wrong}")
 
@@ -72,7 +72,7 @@ def project_in(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _project(products, spec, fits, x, weight):
-    return _einsum(spec, x, weight, products.forward)
+    return multiply(spec, x, weight, products.forward)
 
 
 def _forward(products, spec, fits, x, weight):
@@ -82,26 +82,24 @@ def _forward(products, spec, fits, x, weight):
 def _backward(products, spec, fits, residuals, grad_out):
     x, weight = residuals
     of_x, of_weight, out = letters(spec)
-    back = f"{out},{of_weight}->{of_x}"
-    if products.backward is None:
-        grad_x = jnp.einsum(back, grad_out, weight.astype(x.dtype))
-    else:
-        grad_x = _einsum(back, grad_out, weight, products.backward)
+    grad_x = multiply(f"{out},{of_weight}->{of_x}", grad_out, weight, products.backward)
     return grad_x, weight_gradient(spec, fits, x, grad_out, weight)
 
 
 _project.defvjp(_forward, _backward)
 
 
-def _einsum(spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
-    """Compute `einsum(spec, x, weight)` in x's dtype, with both operands rounded to `kind`."""
+def multiply(spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], kind: str | None) -> Float[Array, "..."]:
+    """Compute `einsum(spec, x, weight)` in x's dtype, with both operands rounded to `kind`; None: to x's dtype."""
+    if kind is None:
+        return jnp.einsum(spec, x, weight.astype(x.dtype))
     import qwix
 
-    out = letters(spec)[2]
+    of_x, of_weight, out = letters(spec)
 
     def rounded(operand, of_operand):
         kept = [axis for axis, letter in enumerate(of_operand) if letter in out]
         return qwix.quantize(operand.astype(jnp.float32), DTYPES[kind], channelwise_axes=kept)
 
-    operands = [rounded(a, of_a) for a, of_a in zip((x, weight), letters(spec), strict=False)]
-    return qwix.einsum(spec, *operands, preferred_element_type=jnp.float32).astype(x.dtype)
+    product = qwix.einsum(spec, rounded(x, of_x), rounded(weight, of_weight), preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
