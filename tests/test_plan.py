@@ -18,6 +18,7 @@ from easylm_mling.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    ProductsConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -27,7 +28,7 @@ from easylm_mling.config import (
     to_yaml,
 )
 from easylm_mling.errors import ConfigError, UnknownFormat
-from easylm_mling.hardware import GiB
+from easylm_mling.hardware import CHIPS, GiB
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.splash_attention import _kernel
 from easylm_mling.monitoring.plan_comparison import compare_with_plan
@@ -419,6 +420,27 @@ def test_a_chip_of_two_devices_is_planned_by_devices_and_paid_by_chips():
     line = "  %r = f32[1024,1024] all-reduce(%s), replica_groups={}, to_apply=%elementwise"
     (every,) = walk(parse(program(f"{X}\n{SHARD}\n{line}", ELEMENTWISE)), find_slice("tpu7x-64")).collectives
     assert every.group == 64 and every.link == "chips"
+
+
+def test_a_plan_with_products_of_8_bits_says_what_its_peaks_are():
+    def planned(**products):
+        config = make_config("v6e-64", products=ProductsConfig(**products) if products else None)
+        one = predict(config, measured())
+        return one, heading(config, one)
+
+    (plain, without), (both, text) = planned(), planned(forward="int8", backward="int8")
+    # Of the bf16 peak in either case, so that it compares step times.
+    assert both["mfu"] == plain["mfu"] == pytest.approx(465.82e12 * 128 / 64 / 12 / 918e12, rel=1e-4)
+    assert "918 TFLOP/s in bf16, 1836 in int8" in both["assumptions"][0] and "int8" not in plain["assumptions"][0]
+    assert any("MFU is of the bf16 peak" in line for line in both["assumptions"])
+    assert not any("MFU" in line for line in plain["assumptions"])
+    assert "; int8 products forward, int8 backward; 128 sequences" in text and "products" not in without
+
+
+def test_chips_with_faster_products_of_8_bits():
+    fast = {(name, kind) for name, c in CHIPS.items() for kind in ("int8", "fp8") if c.peak_in(kind)}
+    assert fast == {("v5p", "int8"), ("v5e", "int8"), ("v6e", "int8"), ("tpu7x", "fp8")}
+    assert all(CHIPS[n].peak_in(k) == pytest.approx(2 * CHIPS[n].peak_flops, rel=1e-3) for n, k in fast)
 
 
 def test_a_plan_that_leaves_memory_idle_says_who_would_use_it():

@@ -210,7 +210,7 @@ def loss_and_gradient(remat):
     return jax.jit(jax.value_and_grad(lambda p: batch_loss(p, jax.tree.map(jnp.asarray, make_batch()), c)[0]))(params)
 
 
-@pytest.mark.parametrize("remat", ["full", "save_dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("save_dots", marks=pytest.mark.slow)])
 def test_what_is_computed_again_is_what_it_was(remat):
     """But for values that lie as near to one level as to another."""
     (loss, gradient), (kept, by_kept) = loss_and_gradient(remat), loss_and_gradient("none")
@@ -219,6 +219,7 @@ def test_what_is_computed_again_is_what_it_was(remat):
         assert error(a, b) < 0.01
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_is_that_of_one_device():
     """Nearly: what is summed in another order before it is rounded may fall on the other side of a level."""
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float32
 from easylm_mling.config import LoraConfig, RunConfig, TrainConfig
 from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
-from easylm_mling.model.attention import cudnn_attention
+from easylm_mling.model.attention import cudnn_attention, cudnn_widest_head
 from easylm_mling.model.decoder import ForwardOptions
 from easylm_mling.model.layer_kinds import layer_kinds
 from easylm_mling.model.lora import Adapters, dropout_key
@@ -197,6 +197,13 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
             platform == "gpu" and m.attn_logit_softcapping is None and train.compute_dtype == "bfloat16",
             f"train.attention=cudnn runs on GPUs, in bfloat16 and without a soft cap of scores; {here} and "
             f"train.compute_dtype={train.compute_dtype}; use auto or xla",
+        )
+        capability = mesh.devices.flat[0].compute_capability
+        widest = cudnn_widest_head(capability)
+        check(
+            max(widths) <= widest and not any(width % 8 for width in widths),
+            f"train.attention=cudnn takes heads of a multiple of 8, at most {widest} wide at compute capability {capability}; "
+            f"{here}; use auto or xla",
         )
         return cudnn_attention
     possible = platform == "tpu" and all(runs_on(T, width) for width in widths)
