@@ -630,6 +630,7 @@ def test_plan_without_the_compiler_says_how_to_get_it(monkeypatch, tmp_path, cap
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="train.products needs qwix")
 
 
 @needs_libtpu
@@ -749,3 +750,48 @@ def test_the_compiler_scatters_the_gradients_of_every_width(width):
     run = [sys.executable, "-c", _GRADIENTS, str(width)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["2", "2"]
+
+
+_EIGHT_BITS = """
+import os
+from easylm_mling.plan import compilation
+os.environ.update(compilation.ENVIRONMENT)
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from easylm_mling.config import MeshConfig, ProductsConfig
+from easylm_mling.model.quantized import project_in
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.plan.hlo import parse
+from easylm_mling.plan.slices import find_slice
+from easylm_mling.training.xla_flags import compiler_flags
+
+mesh = make_mesh(MeshConfig(1, 8, 1), compilation.slice_devices(find_slice("v5e-8")))
+products = ProductsConfig("int8", "int8")
+
+def step(w, x, by_out):
+    out, back = jax.vjp(lambda x, w: project_in(products, "btd,fd->btf", x, w), x, w)
+    return out, back(by_out)
+
+def array(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+arrays = array((2048, 1024), None, "fsdp"), array((8, 512, 1024), "fsdp"), array((8, 512, 2048), "fsdp")
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(step).lower(*arrays).compile(compiler_flags("TPU v5 lite", {}))
+module = parse(compiled.as_text())
+for c in module.computations.values():
+    for i in c.instructions:
+        if i.opcode == "convolution":
+            print(*(o.arrays[0].dtype for o in c.operands(i)))
+        elif i.opcode.removesuffix("-start") == "all-gather" and any(a.bytes > 2**16 for a in i.arrays):
+            print("gather", c.operands(i)[0].arrays[0].dtype)
+"""
+
+
+@needs_libtpu
+@needs_qwix
+@pytest.mark.tpu_compiler
+def test_the_compiler_multiplies_and_gathers_in_8_bits():
+    printed = subprocess.run([sys.executable, "-c", _EIGHT_BITS], capture_output=True, text=True, check=True).stdout
+    assert sorted(set(printed.splitlines())) == ["bf16 bf16", "gather s8", "s8 s8"]
+    assert printed.count("s8 s8") == 2 and printed.count("bf16 bf16") == 1

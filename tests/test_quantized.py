@@ -268,12 +268,12 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, one_device)
 @pytest.mark.parametrize(
     "device, products, message",
     [
-        (("tpu", "TPU v4"), FORWARD, "not faster than bfloat16 on v4; leave train.products out"),
-        (("tpu", "TPU v6 lite"), FP8, "not faster than bfloat16 on v6e; use int8"),
-        (("tpu", "TPU7x"), BOTH, "not faster than bfloat16 on tpu7x; use fp8"),
-        (("tpu", "TPU v3"), FORWARD, "not faster than bfloat16 on TPU v3; leave"),
-        (("gpu", "NVIDIA A100", "8.0"), FP8, r"on NVIDIA A100 \(compute capability 8.0\); leave"),
-        (("gpu", "NVIDIA H100", "9.0"), FORWARD, r"compute capability 9.0\); use fp8"),
+        (("tpu", "TPU v4"), FORWARD, "no faster than bfloat16 on v4; leave train.products out"),
+        (("tpu", "TPU v6 lite"), FP8, "no faster than bfloat16 on v6e; use int8"),
+        (("tpu", "TPU7x"), BOTH, "no faster than bfloat16 on tpu7x; use fp8"),
+        (("tpu", "TPU v3"), FORWARD, "no faster than bfloat16 on TPU v3; leave"),
+        (("gpu", "NVIDIA A100", "8.0"), FP8, "NVIDIA A100 has compute capability 8.0, and fp8 needs 8.9; leave"),
+        (("gpu", "NVIDIA H100", "9.0"), FORWARD, "int8 is for TPUs; on this GPU use fp8"),
         (("tpu", "TPU v5 lite"), FORWARD, None),
         (("tpu", "TPU v5"), BOTH, None),
         (("tpu", "TPU v6 lite"), BOTH, None),

@@ -103,7 +103,7 @@ class TrainConfig:
     )
     products: ProductsConfig | None = setting(
         None,
-        "multiply in 8 bits what the layers' attention and MLP project, by Qwix (docs/products.md): {forward: int8}, and "
+        "multiply in 8 bits what the layers' attention and MLP project, by Qwix (docs/plan.md): {forward: int8}, and "
         "{forward: int8, backward: int8} for gradients, too. Embedding, head, norms, scores of attention and adapters are "
         "left out, and so are validation and all that is not training; null: all products are in train.compute_dtype",
     )

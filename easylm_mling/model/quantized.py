@@ -48,16 +48,17 @@ def _refusal(kind: str, device: jax.Device) -> str:
         return ""
     if device.platform == "gpu":
         capability = str(getattr(device, "compute_capability", "0.0"))
-        has_fp8 = tuple(map(int, capability.split("."))) >= _FIRST_FP8_GPU
-        fast = ["fp8"] if has_fp8 else []
-        name = f"{device.device_kind} (compute capability {capability})"
-    else:
-        chip = chip_of(device.device_kind)
-        fast = [k for k in DTYPES if chip and chip.peak_in(k)]
-        name = chip.name if chip else device.device_kind
-    if kind in fast:
-        return ""
-    return f"not faster than bfloat16 on {name}; " + (f"use {fast[0]}" if fast else "leave train.products out")
+        if tuple(map(int, capability.split("."))) < _FIRST_FP8_GPU:
+            return (
+                f"{device.device_kind} has compute capability {capability}, and fp8 needs 8.9; leave train.products out"
+            )
+        return "" if kind == "fp8" else "int8 is for TPUs; on this GPU use fp8"
+    chip = chip_of(device.device_kind)
+    faster = [k for k in DTYPES if chip and chip.peak_in(k)]
+    way_out = f"use {faster[0]}" if faster else "leave train.products out"
+    return (
+        "" if kind in faster else f"no faster than bfloat16 on {chip.name if chip else device.device_kind}; {way_out}"
+    )
 
 
 def project_in(
