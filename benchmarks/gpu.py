@@ -48,21 +48,22 @@ def main() -> int:
     out, shape = Path(a.out), [*(TINY if a.tiny else BILLION), *a.overrides]
     if a.part == "device":
         return device(a.tiny)
+    if a.part == "model":
+        write_model(out / "model", shape)
+    elif a.part:
+        {"parity": parity, "generation": generation}[a.part](out / "model", "cpu" if a.tiny else "cuda")
     if a.part:
-        {"model": write_model, "parity": parity, "generation": generation}[a.part](out / "model", shape, a.tiny)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     if code := run("device", [__file__, "--part", "device", *["--tiny"] * a.tiny], out):
         return NO_GPU if code == NO_GPU else 1
     card = (out / "device.txt").read_text(encoding="utf-8")
-    failed = [name for name, command in parts(out, shape, a.tiny, card).items() if wanted(name, a.only, command, out)]
+    commands = parts(out, shape, a.tiny, card)
+    if unknown := set(a.only) - set(commands):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(commands)}")
+    failed = [name for name, command in commands.items() if (not a.only or name in a.only) and run(name, command, out)]
     print(f"\nfailed: {', '.join(failed)}" if failed else "\nevery part ended well")
     return int(bool(failed))
-
-
-def wanted(name: str, only: list[str], command: list[str], out: Path) -> bool:
-    """Run the part if it is asked for; returns True if it failed."""
-    return (not only or name in only) and run(name, command, out) != 0
 
 
 def parts(out: Path, shape: list[str], tiny: bool, card: str) -> dict[str, list[str]]:
@@ -124,7 +125,7 @@ def device(tiny: bool) -> int:
     return 0
 
 
-def write_model(folder: Path, shape: list[str], tiny: bool):
+def write_model(folder: Path, shape: list[str]):
     """Write a Gemma of random weights as transformers does."""
     import torch
     from step import transformers_model
@@ -136,8 +137,8 @@ def write_model(folder: Path, shape: list[str], tiny: bool):
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M parameters in {folder}")
 
 
-def parity(folder: Path, shape: list[str], tiny: bool):
-    """Compare float32 logits of both packages on the card; raises SystemExit if they are not those of one model."""
+def parity(folder: Path, place: str):
+    """Compare float32 logits of both packages on torch's `place`; raises SystemExit if they are not those of one model."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -161,7 +162,6 @@ def parity(folder: Path, shape: list[str], tiny: bool):
 
     with products_in(jnp.float32):
         ours = np.asarray(scores(params))
-    place = "cpu" if tiny else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(place)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def parity(folder: Path, shape: list[str], tiny: bool):
         raise SystemExit("these are not the logits of one model")
 
 
-def generation(folder: Path, shape: list[str], tiny: bool):
+def generation(folder: Path, place: str):
     """Measure greedy generation of both packages in bfloat16: new tokens a second, with the prompts' own pass."""
     import numpy as np
     import torch
@@ -180,10 +180,9 @@ def generation(folder: Path, shape: list[str], tiny: bool):
 
     from easylm_mling.inference.generate import generate, load_model
 
-    rows, length, new = (2, 16, 8) if tiny else (8, 512, 256)
+    rows, length, new = (2, 16, 8) if place == "cpu" else (8, 512, 256)
     graph, params, config = load_model(folder)
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, (rows, length))
-    place = "cpu" if tiny else "cuda"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(place)
     prompts = torch.from_numpy(tokens).to(place)
 

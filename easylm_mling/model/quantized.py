@@ -10,6 +10,7 @@ products of the backward pass stay wide.
 
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 _FIRST_FP8_GPU = (8, 9)
 
 
-def check_products(products: ProductsConfig | None, device: jax.Device):
-    """Raise ConfigError if devices like `device` do not compute these products faster than bfloat16's, or Qwix is missing.
+def check_products(products: ProductsConfig | None, device: Any):
+    """Raise ConfigError if devices like `device`, one of JAX's, do not compute these products faster than bfloat16's, or Qwix is missing.
 
     On CPUs all are allowed, for tests: they are slower there.
     """
@@ -42,7 +43,7 @@ def check_products(products: ProductsConfig | None, device: jax.Device):
         check(not wrong, f"train.products={kind}: {wrong}")
 
 
-def _refusal(kind: str, device: jax.Device) -> str:
+def _refusal(kind: str, device: Any) -> str:
     """Return why `device` has no use for products of `kind`, and what to do; an empty string where it has."""
     if device.platform == "cpu":
         return ""
