@@ -42,7 +42,6 @@ def main():
         f"{a.kind} forward": forward,
         f"{a.kind} forward and backward": [*forward, f"train.products.backward={a.kind}"],
     }
-    budget = f"train.budget_tokens={a.steps * ROWS * LENGTH}"
     with tempfile.TemporaryDirectory(prefix="benchmark_products_") as temporary:
         folder = Path(a.folder or temporary)
         losses: dict[str, list[float]] = {name: [] for name in forms}
@@ -50,7 +49,7 @@ def main():
             for name, settings in forms.items():
                 seeded = [f"train.seed={seed}", f"data.seed={seed}"]
                 run = folder / f"{name.replace(' ', '-')}-{seed}"
-                losses[name].append(train(run, [budget, *seeded, *settings, *a.overrides]))
+                losses[name].append(train(run, a.steps, [*seeded, *settings, *a.overrides]))
                 print(f"seed {seed}, {name}: {losses[name][-1]:.4f}", flush=True)
     print(f"\n| products | held-out loss | difference to bfloat16 |\n|{'---|' * 3}")
     for name, of_seeds in losses.items():
@@ -58,12 +57,12 @@ def main():
         print(f"| {name} | {statistics.mean(of_seeds):.4f} | {mean_text(pairs) if any(pairs) else ''} |")
 
 
-def train(run: Path, settings: list[str]) -> float:
-    """Train the demo with `settings`, unless `run` has, and return its last held-out loss."""
-    metrics = run / "metrics.jsonl"
-    if not metrics.is_file() or not read_metrics(metrics, "eval"):
+def train(run: Path, steps: int, settings: list[str]) -> float:
+    """Train the demo for `steps` with `settings`, unless `run` has, and return its last held-out loss."""
+    metrics, budget = run / "metrics.jsonl", f"train.budget_tokens={steps * ROWS * LENGTH}"
+    if not metrics.is_file() or all(line["step"] < steps for line in read_metrics(metrics, "eval")):
         command = [sys.executable, "-m", "easylm_mling", "train", "configs/demo.yaml", f"run_dir={run}", *SETTINGS]
-        subprocess.run([*command, *settings], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, budget, *settings], check=True, stdout=subprocess.DEVNULL)
     return read_metrics(metrics, "eval")[-1]["loss"]
 
 
