@@ -71,7 +71,7 @@ def parts(out: Path, shape: list[str], tiny: bool, card: str) -> dict[str, list[
     demo, exported = str(out / "demo"), str(out / "demo-hf")
     ours = ["-m", "easylm_mling"]
     few = ["train.budget_tokens=20_000", "eval.every_steps=0"] if tiny else []
-    step = ["benchmarks/step.py", *shape, "train.compute_dtype=bfloat16", *(["--rounds", "1"] if tiny else [])]
+    step = ["benchmarks/step.py", *(["--rounds", "1"] if tiny else []), *shape, "train.compute_dtype=bfloat16"]
     itself = [__file__, *["--tiny"] * tiny, "--out", str(out), *shape]
     commands = {
         "demo": [*ours, "train", "configs/demo.yaml", f"run_dir={demo}", *ONE_DEVICE, *few],
