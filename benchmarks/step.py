@@ -69,7 +69,10 @@ def main():
     print(f"limit         {limit:8.3f} s: {flops / 1e12:.3f} TFLOP at the {rate / 1e9:.0f} GFLOP/s of a product")
     for name in steps:
         least, middle = min(seconds[name]), statistics.median(seconds[name])
-        print(f"{name:13} {least:8.3f} s at best, {middle:.3f} in the middle; {limit / least:.2f} of the limit's speed")
+        print(
+            f"{name:13} {least:8.3f} s at best, {middle:.3f} in the middle; {B * T / least:,.0f} tokens a second; "
+            f"{limit / least:.2f} of the limit's speed"
+        )
     pairs = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)]
     print(f"transformers / ours, round by round: {' '.join(f'{p:.2f}' for p in pairs)}")
 

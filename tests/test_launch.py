@@ -317,7 +317,7 @@ def test_logs_are_cut_and_every_line_has_its_time(worker):
 
 
 def test_the_scripts_have_no_warnings():
-    scripts = sorted(str(p) for p in (ROOT / "tpu_scripts").rglob("*.sh"))
+    scripts = sorted(str(p) for folder in ("tpu_scripts", "benchmarks") for p in (ROOT / folder).rglob("*.sh"))
     assert len(scripts) >= 2
     checked = subprocess.run([Path(sys.executable).parent / "shellcheck", *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout

@@ -18,6 +18,7 @@ from easylm_mling.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    ProductsConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -27,7 +28,7 @@ from easylm_mling.config import (
     to_yaml,
 )
 from easylm_mling.errors import ConfigError, UnknownFormat
-from easylm_mling.hardware import GiB
+from easylm_mling.hardware import CHIPS, GiB
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.splash_attention import _kernel
 from easylm_mling.monitoring.plan_comparison import compare_with_plan
@@ -435,6 +436,27 @@ def test_a_chip_of_two_devices_is_planned_by_devices_and_paid_by_chips():
     assert every.group == 64 and every.link == "chips"
 
 
+def test_a_plan_with_products_of_8_bits_says_what_its_peaks_are():
+    def planned(**products):
+        config = make_config("v6e-64", products=ProductsConfig(**products) if products else None)
+        one = predict(config, measured())
+        return one, heading(config, one)
+
+    (plain, without), (both, text) = planned(), planned(forward="int8", backward="int8")
+    # Of the bf16 peak in either case, so that it compares step times.
+    assert both["mfu"] == plain["mfu"] == pytest.approx(465.82e12 * 128 / 64 / 12 / 918e12, rel=1e-4)
+    assert "918 TFLOP/s in bf16, 1836 in int8" in both["assumptions"][0] and "int8" not in plain["assumptions"][0]
+    assert any("MFU is of the bf16 peak" in line for line in both["assumptions"])
+    assert not any("MFU" in line for line in plain["assumptions"])
+    assert "; int8 products forward, int8 backward; 128 sequences" in text and "products" not in without
+
+
+def test_chips_with_faster_products_of_8_bits():
+    fast = {(name, kind) for name, c in CHIPS.items() for kind in ("int8", "fp8") if c.peak_in(kind)}
+    assert fast == {("v5p", "int8"), ("v5e", "int8"), ("v6e", "int8"), ("tpu7x", "fp8")}
+    assert all(CHIPS[n].peak_in(k) == pytest.approx(2 * CHIPS[n].peak_flops, rel=1e-3) for n, k in fast)
+
+
 def test_a_plan_that_leaves_memory_idle_says_who_would_use_it():
     def fits(peak, **train):
         config = make_config(**train)
@@ -622,6 +644,7 @@ def test_plan_without_the_compiler_says_how_to_get_it(monkeypatch, tmp_path, cap
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="train.products needs qwix")
 
 
 @needs_libtpu
@@ -741,3 +764,48 @@ def test_the_compiler_scatters_the_gradients_of_every_width(width):
     run = [sys.executable, "-c", _GRADIENTS, str(width)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["2", "2"]
+
+
+_EIGHT_BITS = """
+import os
+from easylm_mling.plan import compilation
+os.environ.update(compilation.ENVIRONMENT)
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from easylm_mling.config import MeshConfig, ProductsConfig
+from easylm_mling.model.quantized import project_in
+from easylm_mling.model.sharding import make_mesh
+from easylm_mling.plan.hlo import parse
+from easylm_mling.plan.slices import find_slice
+from easylm_mling.training.xla_flags import compiler_flags
+
+mesh = make_mesh(MeshConfig(1, 8, 1), compilation.slice_devices(find_slice("v5e-8")))
+products = ProductsConfig("int8", "int8")
+
+def step(w, x, by_out):
+    out, back = jax.vjp(lambda x, w: project_in(products, "btd,fd->btf", x, w), x, w)
+    return out, back(by_out)
+
+def array(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+arrays = array((2048, 1024), None, "fsdp"), array((8, 512, 1024), "fsdp"), array((8, 512, 2048), "fsdp")
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(step).lower(*arrays).compile(compiler_flags("TPU v5 lite", {}))
+module = parse(compiled.as_text())
+for c in module.computations.values():
+    for i in c.instructions:
+        if i.opcode == "convolution":
+            print(*(o.arrays[0].dtype for o in c.operands(i)))
+        elif i.opcode.removesuffix("-start") == "all-gather" and any(a.bytes > 2**16 for a in i.arrays):
+            print("gather", c.operands(i)[0].arrays[0].dtype)
+"""
+
+
+@needs_libtpu
+@needs_qwix
+@pytest.mark.tpu_compiler
+def test_the_compiler_multiplies_and_gathers_in_8_bits():
+    printed = subprocess.run([sys.executable, "-c", _EIGHT_BITS], capture_output=True, text=True, check=True).stdout
+    assert sorted(set(printed.splitlines())) == ["bf16 bf16", "gather s8", "s8 s8"]
+    assert printed.count("s8 s8") == 2 and printed.count("bf16 bf16") == 1

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from easylm_mling.config import (
     TrainConfig,
 )
 from easylm_mling.errors import ConfigError
+from easylm_mling.model.attention import cudnn_attention
 from easylm_mling.model.decoder import ForwardOptions
 from easylm_mling.model.params import to_flat
 from easylm_mling.model.sharding import batch_sharding, check_run, make_mesh
@@ -35,7 +37,7 @@ from easylm_mling.training.state import (
     model_graph,
     state_shardings,
 )
-from easylm_mling.training.step import eval_step, jit_eval_step, jit_train_step, step_config, train_step
+from easylm_mling.training.step import attention_on, eval_step, jit_eval_step, jit_train_step, step_config, train_step
 
 T = 16
 
@@ -356,3 +358,30 @@ def test_products_of_float32_are_exact_on_a_tpu(attention):
         lowered = program.lower(lowering_platforms=("tpu",)).as_text()  # kernels are bytes here
         lines = [line for line in lowered.splitlines() if "dot_general" in line]
         assert len(lines) >= 8 and all("precision = [HIGHEST, HIGHEST]" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "width, capability, message",
+    [
+        (128, "8.0", None),
+        (256, "9.0", None),
+        (256, "10.0", None),
+        (
+            256,
+            "8.9",
+            "at most 128 wide at compute capability 8.9; here are gpu devices, .* heads 256 wide; use auto or xla",
+        ),
+        (20, "9.0", "a multiple of 8"),
+    ],
+)
+def test_heads_that_cudnn_cannot_take_are_refused(width, capability, message):
+    config = make_config()
+    train = replace(config.train, compute_dtype="bfloat16", attention="cudnn")
+    config = replace(config, model=replace(config.model, head_dim=width), train=train)
+    device = Mock(platform="gpu", compute_capability=capability)
+    mesh = Mock(spec=jax.sharding.Mesh, devices=np.array([device]))
+    if message is None:
+        assert attention_on(config, mesh) is cudnn_attention
+        return
+    with pytest.raises(ConfigError, match=message):
+        attention_on(config, mesh)

@@ -21,7 +21,14 @@ from easylm_mling.config.run import (
     RunConfig,
 )
 from easylm_mling.config.step_tokens import StepTokens
-from easylm_mling.config.train import REMAT_NAMES, EarlierBatchSize, EmaConfig, OptimizerConfig, TrainConfig
+from easylm_mling.config.train import (
+    REMAT_NAMES,
+    EarlierBatchSize,
+    EmaConfig,
+    OptimizerConfig,
+    ProductsConfig,
+    TrainConfig,
+)
 from easylm_mling.config.trees import Change, Leaf, differences, leaves, step_settings, to_tree
 from easylm_mling.errors import ConfigError, check
 
@@ -46,6 +53,7 @@ __all__ = [
     "MixerConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProductsConfig",
     "ProfileConfig",
     "RopeScaling",
     "RunConfig",

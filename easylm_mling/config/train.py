@@ -10,6 +10,7 @@ from easylm_mling.errors import check
 # What a layer keeps for its backward pass; model/decoder.py says what each name means.
 REMAT_NAMES = ("full", "save_attention", "save_out", "save_qkv", "save_dots", "none")
 OFFLOAD_NAMES = ("attention", "o", "q", "k", "v", "gate", "up")
+EIGHT_BITS = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,35 @@ class EmaConfig:
         )
         check(self.decay is None or 0 < self.decay < 1, f"train.ema.decay={self.decay} must be above 0 and below 1")
         check(self.from_step >= 0, f"train.ema.from_step={self.from_step} must be zero or more")
+
+
+@dataclass(frozen=True)
+class ProductsConfig:
+    """Products of 8 bits, of the layers' projections with their inputs."""
+
+    forward: str = setting("int8", "operands of the forward pass: int8 or fp8, whichever the chip multiplies faster")
+    backward: str | None = setting(
+        None, "operands of the gradients of the projections' inputs: int8 or fp8; null: train.compute_dtype"
+    )
+
+    def __post_init__(self):
+        for name, kind in (("forward", self.forward), ("backward", self.backward)):
+            check(
+                kind in EIGHT_BITS or (name == "backward" and kind is None),
+                f"train.products.{name}={kind!r} must be {' or '.join(map(repr, EIGHT_BITS))}"
+                + (", or null" if name == "backward" else "; leave train.products out for neither"),
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of operands, each once."""
+        return tuple(dict.fromkeys(kind for kind in (self.forward, self.backward) if kind))
+
+    @property
+    def text(self) -> str:
+        """What a person reads of them: `int8 products forward`."""
+        backward = f", {self.backward} backward" if self.backward else ""
+        return f"{self.forward} products forward{backward}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +100,12 @@ class TrainConfig:
         "bfloat16",
         "dtype of activations and matrix products: bfloat16 or float32. Products in float32 keep every bit on TPUs and "
         "GPUs, too, and take about six times as long on a TPU",
+    )
+    products: ProductsConfig | None = setting(
+        None,
+        "multiply in 8 bits what the layers' attention and MLP project, by Qwix (docs/plan.md): {forward: int8}, and "
+        "{forward: int8, backward: int8} for gradients, too. Embedding, head, norms, scores of attention and adapters are "
+        "left out, and so are validation and all that is not training; null: all products are in train.compute_dtype",
     )
     float32_reduction: bool = setting(
         False,

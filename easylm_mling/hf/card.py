@@ -196,7 +196,11 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
             f"{o.learning_rate}, {o.schedule}, warm-up {o.warmup}{decay}, down to {o.final_fraction} of it",
         ),
         ("gradient clipping", f"global norm {o.clip_norm}"),
-        ("precision", f"parameters and moments float32, computed in {t.compute_dtype}"),
+        (
+            "precision",
+            f"parameters and moments float32, computed in {t.compute_dtype}"
+            + (f"; of the layers' projections {t.products.text}" if t.products else ""),
+        ),
         ("seeds", f"parameters {t.seed}, data {config.data.seed}"),
         ("hardware", f"{hardware}, mesh {axes}{rest}"),
     ]

@@ -121,6 +121,11 @@ def cudnn_attention(
     return checkpoint_name(on_each_device(run, q, k, v, segment_ids), "attention")
 
 
+def cudnn_widest_head(compute_capability: str) -> int:
+    """Return the widest head_dim of cuDNN's flash attention on a GPU: twice as wide from Hopper (9.0) on."""
+    return 256 if float(compute_capability) >= 9.0 else 128
+
+
 def on_each_device(run: Callable, q: Queries, k: Keys, v: Keys, segment_ids: Segments) -> Queries:
     """Call `run(q, k, v, segment_ids)` on each device of the mesh with its own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from easylm_mling.config import ModelConfig
+from easylm_mling.config import ModelConfig, ProductsConfig
 from easylm_mling.model.attention import attention, capped
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.layer import Hidden, Ids, KeysValues, Layer, kernel, norm, norm_weight
@@ -42,6 +42,7 @@ class ForwardOptions:
     remat: Remat = Remat()
     attention: Callable = attention  # one with the signature of model/attention.py's
     float32_reduction: bool = False  # of the kernels' gradients over devices; else they are summed in `dtype`
+    products: ProductsConfig | None = None  # of the layers' projections; None: in `dtype`
 
 
 # (q, k, v, window, cache) of one layer -> (context [B, T, N, H], the cache with k and v, the keys and values that layers
@@ -120,7 +121,7 @@ class Gemma(nnx.Module):
         def one_layer(given: dict, kind: LayerKind, carry, part: tuple[Layer, Any], cache, own_input):
             (x, shown), (layer, beside) = carry, part
             reach = lambda q, k, v: attend(q, k, v, kind.window, cache)  # noqa: E731
-            own = of_layer(adapters, beside)
+            own = of_layer(adapters, beside, options.products)
             x, cache, new = layer(x, positions, frequencies[kind.local], reach, given.get(kind.local), own_input, own)
             return (x, {of: new if of == kind.local else old for of, old in shown.items()}), cache
 

@@ -14,28 +14,35 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from easylm_mling.config import ProductsConfig
+from easylm_mling.model.quantized import multiply
+
 _barrier = jax.lax.optimization_barrier
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def gated_down(
-    gate: Float[Array, "B T F"], up: Float[Array, "B T F"], down: Float[Array, "D F"], activation: str
+    gate: Float[Array, "B T F"],
+    up: Float[Array, "B T F"],
+    down: Float[Array, "D F"],
+    activation: str,
+    products: ProductsConfig | None = None,
 ) -> Float[Array, "B T D"]:
     """Compute activation(gate) * up, projected by `down`, in gate's dtype; `activation` is Hugging Face's name.
 
-    The gradient of `down` is summed over devices in the dtype of `down` (model/projection.py).
+    With `products`, the projection is one of 8 bits (model/quantized.py). The gradient of `down` is summed over devices in the dtype of `down` (model/projection.py).
     """
     hidden = _barrier(activated(gate, activation) * up)
-    return jnp.einsum("btf,df->btd", hidden, down.astype(hidden.dtype))
+    return multiply("btf,df->btd", hidden, down, products and products.forward)
 
 
-def _forward(gate, up, down, activation):
-    return gated_down(gate, up, down, activation), (gate, up, down)
+def _forward(gate, up, down, activation, products):
+    return gated_down(gate, up, down, activation, products), (gate, up, down)
 
 
-def _backward(activation, residuals, grad_out):
+def _backward(activation, products, residuals, grad_out):
     gate, up, down = residuals
-    grad_hidden = jnp.einsum("btd,df->btf", grad_out, down.astype(gate.dtype))
+    grad_hidden = multiply("btd,df->btf", grad_out, down, products and products.backward)
     grad_gate, grad_up, hidden = _gradients(gate, up, grad_hidden, activation)
     grad_down = jnp.einsum("btd,btf->df", grad_out, hidden, preferred_element_type=down.dtype)
     return grad_gate, grad_up, grad_down

@@ -106,7 +106,7 @@ class MLP(nnx.Module):
         up = checkpoint_name(adapters.project("up_proj", "btd,fd->btf", x, self.up_proj[...]), "up")
         gate, up = (constrain(part, "batch", "position", "mlp") for part in (gate, up))
         if "down_proj" not in adapters:
-            return gated_down(gate, up, self.down_proj[...], self.activation)
+            return gated_down(gate, up, self.down_proj[...], self.activation, adapters.products)
         return adapters.project("down_proj", "btf,df->btd", gated(gate, up, self.activation), self.down_proj[...])
 
 

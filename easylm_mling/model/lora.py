@@ -9,7 +9,7 @@ Sources: Hu et al. 2021, arXiv:2106.09685; peft `tuners/lora/layer.py` (`kaiming
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from easylm_mling.config import PROJECTIONS, LoraConfig, ModelConfig
+from easylm_mling.config import PROJECTIONS, LoraConfig, ModelConfig, ProductsConfig
 from easylm_mling.model.layer_kinds import stacks
 from easylm_mling.model.params import ADAPTERS, adapter_table, parameter_table, to_flat, to_nested
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.projection import project
+from easylm_mling.model.quantized import project_in
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,19 @@ class Adapters:
 
 @dataclass(frozen=True)
 class LayerAdapters:
-    """The adapters of one layer."""
+    """The adapters of one layer, and what its own products are computed in."""
 
     config: LoraConfig
     factors: dict[str, dict[str, Array]]  # projection -> {"a", "b"}
     key: Any = None  # this layer's
+    products: ProductsConfig | None = None  # of kernels; adapters' are never of 8 bits
 
     def __contains__(self, name: str) -> bool:
         return name in self.factors
 
     def project(self, name: str, spec: str, x: Float[Array, "..."], weight: Array) -> Float[Array, "..."]:
         """Compute `einsum(spec, x, weight)` in x's dtype, with the adapter of the projection `name` if there is one."""
-        out = project(spec, x, weight)
+        out = project_in(self.products, spec, x, weight) if self.products else project(spec, x, weight)
         if name not in self.factors:
             return out
         a, b = self.factors[name]["a"], self.factors[name]["b"]
@@ -72,13 +74,13 @@ def stacked_adapters(m: ModelConfig, adapters: Adapters | None) -> dict[str, Any
     return {stack: (adapters.factors.get(stack, {}), jnp.asarray(n, jnp.int32)) for stack, n in stacks(m).items()}
 
 
-def of_layer(adapters: Adapters | None, beside: Any) -> LayerAdapters:
+def of_layer(adapters: Adapters | None, beside: Any, products: ProductsConfig | None) -> LayerAdapters:
     """Return the adapters of one layer, by its part of what `stacked_adapters` returned."""
     if adapters is None:
-        return NONE
+        return replace(NONE, products=products)
     factors, number = beside
     key = None if adapters.key is None else jax.random.fold_in(adapters.key, number)
-    return LayerAdapters(adapters.config, factors, key)
+    return LayerAdapters(adapters.config, factors, key, products)
 
 
 def factor_specs(spec: str) -> tuple[str, str]:

@@ -92,6 +92,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
     os.environ.update(ENVIRONMENT)
     import jax
 
+    from easylm_mling.model.quantized import check_products
     from easylm_mling.model.sharding import check_run, make_mesh
     from easylm_mling.training.state import abstract_batch, abstract_state
     from easylm_mling.training.step import jit_train_step
@@ -99,6 +100,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
     target = slice_of(config)
     mesh = make_mesh(config.mesh, slice_devices(target))
     check_run(config, mesh)
+    check_products(config.train.products, mesh.devices.flat[0])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jit_train_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh))
     if target.chip.name != "v4":

@@ -1,6 +1,6 @@
 """Predict from a measurement what a person decides by: whether it fits, its speed, days and cost."""
 
-from easylm_mling.config import RunConfig
+from easylm_mling.config import RunConfig, TrainConfig
 from easylm_mling.model.flops import model_flops
 from easylm_mling.model.params import trained_count
 from easylm_mling.plan.kernels import LIKE
@@ -53,22 +53,28 @@ def predict(config: RunConfig, measured: dict, factor: float = 1.0, price: float
         },
         "collectives": measured["collectives"],
         "kernels": measured["kernels"],
-        "assumptions": assumptions(target, factor, bool(config.train.offload)),
+        "assumptions": assumptions(target, config.train, factor),
     }
 
 
-def assumptions(target: Slice, factor: float, offload: bool = False) -> list[str]:
+def assumptions(target: Slice, train: TrainConfig, factor: float) -> list[str]:
     """List what the plan takes for granted."""
     c = target.chip
+    kinds = train.products.kinds if train.products else ()
+    eight_bits = "".join(f", {c.peak_in(kind) / 1e12:g} in {kind}" for kind in kinds)
     like = f" for a {LIKE[c.name]}" if c.name in LIKE else ""
     lines = [
-        f"compute: the compiler's cycles at {c.clock_hz / 1e9:g} GHz; peak {c.peak_flops / 1e12:g} TFLOP/s in bf16"
+        f"compute: the compiler's cycles at {c.clock_hz / 1e9:g} GHz; peak {c.peak_flops / 1e12:g} TFLOP/s in bf16{eight_bits}"
         + ("" if c.devices == 1 else f" a device, of which a chip is {c.devices}"),
         f"collectives: one ring on one axis of the torus, {c.link_bytes / 1e9:g} GB/s, one after another"
         + (f"; between slices {c.dcn_bytes / 1e9:g} GB/s a {c.unit}" if target.count > 1 else "")
-        + (f"; to and from the host {HOST_BYTES / 1e9:g} GB/s a {c.unit}" if offload else ""),
+        + (f"; to and from the host {HOST_BYTES / 1e9:g} GB/s a {c.unit}" if train.offload else ""),
         f"attention kernels: the compiler's instruction bundles{like}, at most the peak, without waiting for memory",
         f"checkpoints: {CHECKPOINT_BYTES_A_HOST / 1e9:g} GB/s a host; text: {TEXT_BYTES_A_TOKEN:g} bytes a token",
         "not counted: the host's work, evaluation, checkpoints, restarts",
     ]
+    if kinds:
+        lines.append(
+            "MFU is of the bf16 peak, which products of 8 bits can pass: it compares step times with those without"
+        )
     return lines + ([f"step time times {factor:.3f}, as measured in an earlier run"] if factor != 1.0 else [])

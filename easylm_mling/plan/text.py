@@ -97,7 +97,8 @@ def heading(config: RunConfig, plan: dict) -> str:
 def settings_text(config: RunConfig) -> str:
     """Return the settings that a search varies."""
     lora = f"; LoRA rank {config.lora.rank}" if config.lora else ""
-    return f"{mesh_text(config)}; remat {remat_text(config)}; accumulation {config.train.accumulation_steps}{lora}"
+    products = f"; {config.train.products.text}" if config.train.products else ""
+    return f"{mesh_text(config)}; remat {remat_text(config)}; accumulation {config.train.accumulation_steps}{lora}{products}"
 
 
 def remat_text(config: RunConfig) -> str:

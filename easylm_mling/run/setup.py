@@ -19,6 +19,7 @@ from easylm_mling.data.state_archive import kept_steps
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import broadcast, is_primary, process_index
 from easylm_mling.errors import NoUsableCheckpoint
+from easylm_mling.model.quantized import check_products
 from easylm_mling.model.sharding import check_run, make_mesh
 from easylm_mling.monitoring.console import say, warn
 from easylm_mling.monitoring.events import read_event_log
@@ -71,6 +72,7 @@ def open_run(
     config = with_counted_epochs(config, run, catalog, tokenizer, accept_data_change)
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
+    check_products(config.train.products, mesh.devices.flat[0])
     own_lanes(config, mesh)
     config = with_chosen_remat(config, run, console)
     check_base(config, run.name)

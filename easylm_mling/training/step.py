@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32
 from easylm_mling.config import LoraConfig, RunConfig, TrainConfig
 from easylm_mling.errors import check
 from easylm_mling.model.attention import attention as plain_attention
-from easylm_mling.model.attention import cudnn_attention
+from easylm_mling.model.attention import cudnn_attention, cudnn_widest_head
 from easylm_mling.model.decoder import ForwardOptions
 from easylm_mling.model.layer_kinds import layer_kinds
 from easylm_mling.model.lora import Adapters, dropout_key
@@ -66,7 +66,7 @@ class StepConfig:
     def forward(self) -> ForwardOptions:
         t = self.train
         remat = Remat(t.remat, t.remat_first, t.remat_first_layers, t.offload)
-        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention, t.float32_reduction)
+        return ForwardOptions(jnp.dtype(t.compute_dtype), remat, self.attention, t.float32_reduction, t.products)
 
 
 def step_config(config: RunConfig, mesh: Mesh) -> StepConfig:
@@ -204,6 +204,13 @@ def attention_on(config: RunConfig, mesh: Mesh) -> Callable:
             f"train.attention=cudnn runs on GPUs, in bfloat16 and without a soft cap of scores; {here} and "
             f"train.compute_dtype={train.compute_dtype}; use auto or xla",
         )
+        capability = mesh.devices.flat[0].compute_capability
+        widest = cudnn_widest_head(capability)
+        check(
+            max(widths) <= widest and not any(width % 8 for width in widths),
+            f"train.attention=cudnn takes heads of a multiple of 8, at most {widest} wide at compute capability {capability}; "
+            f"{here}; use auto or xla",
+        )
         return cudnn_attention
     unit = T // (2 * shares) if shares > 1 else T  # positions that follow one another on a device
     possible = platform == "tpu" and all(runs_on(unit, width) for width in widths)
@@ -240,7 +247,8 @@ def jit_train_step(config: RunConfig, mesh: Mesh):
 
 def jit_eval_step(config: RunConfig, mesh: Mesh, groups: int = 0):
     """`eval_step` compiled for `mesh`; with `groups`, `source` in its batches says which of so many a row belongs to."""
-    c = step_config(config, mesh)
+    # As what is exported will be used: without products of 8 bits.
+    c = step_config(replace(config, train=replace(config.train, products=None)), mesh)
     step = partial(eval_step, c=replace(c, sources=groups) if groups else c)
     where = (weights_shardings(config, mesh), batch_sharding(mesh))
     return jax.jit(step, in_shardings=where, out_shardings=replicated(mesh))
