@@ -55,13 +55,13 @@ test-kills: .venv/test.stamp
 soak: .venv/test.stamp
 	PYTHONPATH=. $(BIN)/python tests/faults/soak.py runs/soak
 
-# Compiles real steps for real slices with the TPU's compiler, which needs no TPU.
+# Compiles real steps for real slices with the TPU's compiler, which needs no TPU; as training has them compiled.
 test-tpu: .venv/tpu.stamp
-	$(BIN)/python -m pytest -m tpu_compiler tests/test_plan.py
+	XLA_FLAGS= $(BIN)/python -m pytest -m tpu_compiler tests/test_plan.py
 
 # Without the comparison of two compilations, which takes most of the time: part of each check of a change.
 test-tpu-short: .venv/tpu.stamp
-	$(BIN)/python -m pytest -m "tpu_compiler and not long" tests/test_plan.py
+	XLA_FLAGS= $(BIN)/python -m pytest -m "tpu_compiler and not long" tests/test_plan.py
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check --fix .

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 from data_corpus import assert_same, data_config, documents, run_config, tokenizer, tokenizer_path, write
-from jax.sharding import PartitionSpec as P
 
 from easylm_mling.config import SourceConfig
 from easylm_mling.data import pool
 from easylm_mling.data.catalog import Catalog, build_catalog
 from easylm_mling.data.holdout import holdout_rows
-from easylm_mling.data.loader import Loader, to_device
+from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import BAD, COUNTERS, DOCUMENTS, ROWS, TOKENS, whole_state
 from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.errors import ConfigError, DataError
+from easylm_mling.run.host_sync import place_batch
 
 BATCH, LANES, T = 8, 4, 32
 
@@ -269,7 +269,7 @@ def test_a_weight_of_zero_draws_nothing(corpora):
 def test_batches_are_sharded_over_the_batch_axes(corpora, undisturbed):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     batch = undisturbed[0][0]
-    placed = to_device(batch, mesh, P(("data", "fsdp"), None))
+    placed = place_batch(batch, mesh, sequence=1)
     for key, value in placed.items():
         np.testing.assert_array_equal(value, batch[key])
         assert value.addressable_shards[0].data.shape[0] == BATCH // 4

@@ -253,6 +253,24 @@ def test_of_launchers_that_start_at_once_one_drives(cloud, tmp_path):
     nothing_is_left(cloud)
 
 
+def test_what_a_killed_launcher_was_writing_arrives_whole(tmp_path, monkeypatch):
+    """gcloud outlives it, and reads what it was given only then."""
+    gcloud, text = tmp_path / "gcloud", "whole " * 100_000  # more than a pipe holds
+    gcloud.write_text(
+        f"#!/bin/sh\ncd '{tmp_path}'; touch began; while [ ! -e killed ]; do sleep 0.01; done; cat > new; mv new object\n"
+    )
+    gcloud.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code = "import sys; from launcher.gcloud import Gcloud; Gcloud()('storage', 'cp', '-', 'gs://b/x', stdin='whole ' * 100_000)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=TPU.parent)
+    wait_for((tmp_path / "began").exists)
+    launcher.kill()
+    launcher.wait()
+    (tmp_path / "killed").touch()
+    wait_for((tmp_path / "object").exists)
+    assert (tmp_path / "object").read_text() == text
+
+
 def test_a_launcher_whose_place_was_taken_ends_and_writes_no_more(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000)
     first = tpu(cloud, "run", run_file, "--keep-alive")

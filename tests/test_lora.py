@@ -190,7 +190,7 @@ def test_dropout_is_drawn_anew_for_each_step_microbatch_layer_and_projection():
 
     def mask(name="q_proj", seed=0, step=0, microbatch=0, layer=0):
         adapters = Adapters(lora, {}, dropout_key(seed, step, microbatch))
-        return np.asarray(of_layer(adapters, ({}, jnp.int32(layer)))._dropout(name, x))
+        return np.asarray(of_layer(adapters, ({}, jnp.int32(layer)), None)._dropout(name, x))
 
     first = mask()
     assert {*np.unique(first)} == {0.0, 2.0} and abs(first.mean() - 1) < 0.15

@@ -7,9 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import MixerConfig
 from easylm_mling.data.catalog import Catalog
@@ -295,9 +293,3 @@ class Loader:
         """Write the bad records of a window to the quarantine."""
         if window.bad and self._quarantine:
             self._quarantine.write(lane, source, window)
-
-
-def to_device(batch: Batch, mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:
-    """Return every host's rows as global arrays. `spec` is that of a [rows, T] array, as P(("data", "fsdp"), None)."""
-    shardings = {k: NamedSharding(mesh, PartitionSpec(*tuple(spec)[: v.ndim])) for k, v in batch.items()}
-    return {k: jax.make_array_from_process_local_data(shardings[k], v) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Host synchronisation: which lanes a process owns, and what the processes of a run exchange at every step."""
+"""Host synchronisation: which lanes a process owns, where its rows go, and what the processes of a run exchange at every step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easylm_mling.config import RunConfig
-from easylm_mling.data.loader import Loader
+from easylm_mling.data.loader import Batch, Loader
 from easylm_mling.data.mixture import DataState, whole_state
 from easylm_mling.data.quarantine import Quarantine
 from easylm_mling.distributed.agreement import is_multiprocess, is_primary
 from easylm_mling.errors import ConfigError
-from easylm_mling.model.sharding import own_rows
+from easylm_mling.model.sequence_shares import divided
+from easylm_mling.model.sharding import batch_sharding, own_rows
 
 
 def own_lanes(config: RunConfig, mesh: Mesh) -> range:
@@ -31,6 +32,12 @@ def own_lanes(config: RunConfig, mesh: Mesh) -> range:
             f"whole number of lanes of {per_lane} rows; use fewer processes for this run (its lanes are fixed)"
         )
     return range(rows.start // per_lane, rows.stop // per_lane)
+
+
+def place_batch(batch: Batch, mesh: Mesh, sequence: int) -> dict[str, jax.Array]:
+    """Put this process's rows onto its devices, as global arrays: in shares where `mesh.sequence` divides rows."""
+    place = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(place, v) for k, v in divided(batch, mesh, sequence).items()}
 
 
 class Agreement(NamedTuple):

@@ -9,25 +9,24 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 
 from easylm_mling.config import RunConfig, to_yaml
-from easylm_mling.data.loader import Loader, to_device
+from easylm_mling.data.loader import Loader
 from easylm_mling.data.mixture import DataState
 from easylm_mling.data.quarantine import check_bad_records
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
 from easylm_mling.distributed.agreement import is_primary, primary_first
 from easylm_mling.distributed.watchdog import Watchdog
 from easylm_mling.errors import DONE, PREEMPTED, ConfigError, TrainingStopped, crash_file
-from easylm_mling.model.sequence_shares import divided
-from easylm_mling.model.sharding import BATCH_AXES, axis_sizes
+from easylm_mling.model.sharding import axis_sizes
 from easylm_mling.monitoring.console import make_console, say
 from easylm_mling.monitoring.trackers import check_trackers
 from easylm_mling.run.changes import change_text, past_changes
 from easylm_mling.run.data import RunData
 from easylm_mling.run.evaluations import Evaluations
-from easylm_mling.run.host_sync import Agreement, HostSync, next_on_all_hosts, own_lanes, own_quarantine
+from easylm_mling.run.host_sync import Agreement, HostSync, next_on_all_hosts, own_lanes, own_quarantine, place_batch
 from easylm_mling.run.monitor import Monitor, skip_news
 from easylm_mling.run.preemption import CONTINUE, OUT_OF_TIME, SIGNALLED, StopSignal
 from easylm_mling.run.replay_check import ReplayCheck
@@ -213,8 +212,7 @@ def run_steps(
         batch, consumed = item
         done += 1
         monitor.launching(done)
-        shares = divided(batch, loop.mesh, config.mesh.sequence)
-        state, metrics = train_step(state, to_device(shares, loop.mesh, PartitionSpec(BATCH_AXES)))
+        state, metrics = train_step(state, place_batch(batch, loop.mesh, config.mesh.sequence))
         metrics |= monitor.norms(done, state.params)
         agreement = loop.sync.start(loop.stop.request(), consumed, (state, metrics))
         in_flight.append(InFlight(done, metrics, agreement))

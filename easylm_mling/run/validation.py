@@ -6,17 +6,17 @@ from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from easylm_mling.config import RunConfig
 from easylm_mling.data.catalog import Catalog
 from easylm_mling.data.documents import has_conversations
 from easylm_mling.data.holdout import holdout_rows
-from easylm_mling.data.loader import Batch, to_device
+from easylm_mling.data.loader import Batch
 from easylm_mling.data.tokenization.tokenizer import Tokenizer
-from easylm_mling.model.sequence_shares import divided
-from easylm_mling.model.sharding import BATCH_AXES, own_rows
+from easylm_mling.model.sharding import own_rows
 from easylm_mling.monitoring.metrics import finite, mean_loss
+from easylm_mling.run.host_sync import place_batch
 from easylm_mling.training.step import jit_eval_step
 
 
@@ -92,9 +92,9 @@ class Validation:
         sums = np.zeros((4 if "ends" in self.rows else 2, len(self.groups)))
         for start in range(0, len(self.rows["source"]), self.rows_per_batch):
             batch = {key: v[start + self.own.start : start + self.own.stop] for key, v in self.rows.items()}
-            shares = divided(batch, self.mesh, self.config.mesh.sequence)
-            placed = to_device(shares, self.mesh, PartitionSpec(BATCH_AXES))
-            sums += np.asarray(self.eval_step(params, placed), np.float64)
+            sums += np.asarray(
+                self.eval_step(params, place_batch(batch, self.mesh, self.config.mesh.sequence)), np.float64
+            )
         entropy, targets, *stops = sums
         return {
             **self._means("{}", mean_loss, entropy, targets),

@@ -36,10 +36,10 @@ def hard(batch):
 
 def train_with(monkeypatch, changes, run_dir, *overrides, first=1):
     """A run, from step `first` on, some of whose batches are changed on their way to the device."""
-    to_device, steps = easylm_mling.run.train.to_device, itertools.count(first)
+    place_batch, steps = easylm_mling.run.train.place_batch, itertools.count(first)
     change = lambda batch: changes.get(next(steps), lambda b: b)(batch)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(easylm_mling.run.train, "to_device", lambda batch, *where: to_device(change(batch), *where))
+        patch.setattr(easylm_mling.run.train, "place_batch", lambda batch, *where: place_batch(change(batch), *where))
         return train_here(run_dir, *overrides)
 
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import Callable, NamedTuple
 
 _MISSING = "gcloud is not on the PATH: install the Google Cloud CLI, then `gcloud auth login`"
@@ -63,15 +64,19 @@ class Gcloud:
 
     def __call__(self, *arguments: str, timeout: float = 120, stdin: str = "") -> Answer:
         command = ["gcloud", *arguments, "--quiet"]
+        # A file, and no pipe: of a launcher that is killed while it fills a pipe, gcloud would upload the part, or nothing.
+        with tempfile.TemporaryFile() as given:
+            given.write(stdin.encode())
+            given.seek(0)
+            try:
+                # A session of its own: Ctrl-C is for the launcher, and a time-out ends gcloud's children too.
+                process = subprocess.Popen(
+                    command, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+                )
+            except FileNotFoundError:
+                return Answer(-1, "", _MISSING)
         try:
-            # A session of its own: Ctrl-C is for the launcher, and a time-out ends gcloud's children too.
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-            )
-        except FileNotFoundError:
-            return Answer(-1, "", _MISSING)
-        try:
-            out, err = process.communicate(stdin.encode(), timeout)
+            out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             # What some workers said is worth having although another one did not.
             out, err = _killed(process)
