@@ -96,6 +96,7 @@ def test_by_hand_up_run_stop_run_down(cloud, tmp_path):
     assert f"from step {reached}" in logs and "w0 " in logs and "w1 " in logs
 
 
+@pytest.mark.slow
 def test_a_watching_launcher_sleeps_and_ends_when_another_says_down(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000)
     watching = tpu(cloud, "run", run_file, "--keep-alive")

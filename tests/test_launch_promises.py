@@ -191,7 +191,7 @@ def test_workers_that_never_answer_have_an_end(cloud, tmp_path):
     "why, looks",
     [
         ("PERMISSION_DENIED: Permission denied on 'locations/us-central2-b' (or it may not exist)", 1),
-        ("NOT_FOUND: Location us-central2-b was not found", 6),
+        pytest.param("NOT_FOUND: Location us-central2-b was not found", 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_zone_that_is_not_there_is_told_and_ends(cloud, tmp_path, why, looks):
@@ -212,6 +212,7 @@ def test_a_zone_that_is_not_there_is_told_and_ends(cloud, tmp_path, why, looks):
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_machines_that_fail_each_time_end_with_googles_reason(cloud, tmp_path):
     why = "the accelerator v4-16 was not found in zone us-central2-b"
     with cloud.changing() as state:
