@@ -46,12 +46,13 @@ def bucket() -> Iterator[str]:
 class Proxy(threading.Thread):
     """Before the server at `url`: `seconds` late; every `fail_every`-th request fails, each time in another of `ways`; or `gone`.
 
+    A request that begins with something that holds `lost` (bytes; none: no request) waits, and is never answered.
     The server answers one request a connection, and so does this.
     """
 
     def __init__(self, url: str):
         super().__init__(daemon=True)
-        self.seconds, self.fail_every, self.gone = 0.0, 0, False
+        self.seconds, self.fail_every, self.gone, self.lost = 0.0, 0, False, b""
         self.ways, self.failed, self.asked = WAYS_TO_FAIL[:2], 0, 0
         self._server = ("localhost", urlsplit(url).port)
         self._count = itertools.count(1)
@@ -74,6 +75,10 @@ class Proxy(threading.Thread):
             while self.gone:  # as if packets were dropped
                 time.sleep(0.05)
             time.sleep(self.seconds)
+            if self.lost and self.lost in client.recv(4096, socket.MSG_PEEK):
+                while self.lost:
+                    time.sleep(0.05)
+                return
             failure = None
             if self.fail_every and number % self.fail_every == 0:
                 failure = self.ways[self.failed % len(self.ways)]
