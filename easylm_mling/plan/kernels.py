@@ -75,12 +75,16 @@ def _splash(c: Computation, i: Instruction, chip: Chip, kind: int) -> Kernel:
 def _share_of_blocks(arrays: list[Array], kind: int, queries: int, keys: int) -> float:
     """Return the share of the blocks of `queries` by `keys` that the kernel visits.
 
-    Half of them under a causal mask, or the width of a windowed grid, which the kernel's int8 table of blocks has: along its
-    last axis where each block of queries visits keys, and along the one before in dkv, where each block of keys visits queries.
+    A block of queries visits those at and before its own, at most as many as a windowed grid is wide. The kernel's int8
+    table of blocks has that width along its last axis, and in dkv, where each block of keys visits queries, along the one
+    before.
     """
     axis, n = (-2, queries) if kind == _KINDS["dkv"] else (-1, keys)
     width = next((a.dims[axis] for a in arrays if a.dtype == "s8" and len(a.dims) == 3), n)
-    return min(_causal(keys), width / max(1, n))
+    if queries != keys:
+        return min(_causal(keys), width / max(1, n))
+    # The first blocks have fewer before them than the window is wide.
+    return (width * (width + 1) / 2 + (n - width) * width) / max(1, n) ** 2
 
 
 def _causal(n: int) -> float:
