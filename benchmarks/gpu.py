@@ -30,7 +30,6 @@ TINY = [
 ]  # fmt: skip
 ONE_DEVICE = ["mesh.cpu_devices=0", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"]
 NO_GPU = 3
-FIRST_FP8_GPU = (8, 9)
 TOLERANCE = 1e-3  # of float32 logits, as a share of the largest
 
 
@@ -108,6 +107,8 @@ def device(tiny: bool) -> int:
     """Print what JAX and torch run on; returns NO_GPU if it is no GPU."""
     import jax
     import torch
+
+    from easylm_mling.model.quantized import FIRST_FP8_GPU
 
     try:
         (first, *_) = jax.devices("cpu" if tiny else "gpu")

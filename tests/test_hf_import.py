@@ -1,6 +1,7 @@
 """Import: sharded, exact, and nothing written for weights that do not fit."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from hf_models import (
     their_logits,
     transformers_model,
 )
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
@@ -27,6 +29,7 @@ from easylm_mling.hf import importing
 from easylm_mling.hf.config import model_config_from_hf
 from easylm_mling.hf.exporting import export_hf
 from easylm_mling.hf.importing import import_hf, open_weights, read_params, widest_mesh
+from easylm_mling.hf.tensor_files import TensorFile
 from easylm_mling.model.params import parameter_table, to_flat
 from easylm_mling.model.sharding import make_mesh, parameter_shardings
 from easylm_mling.training.state import abstract_params
@@ -253,3 +256,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(ConfigError, match=f"tensor {GATE} holds NaN or infinity"):
         import_hf(source, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_stored_tensor_is_that_of_the_opened_file_whatever_part_is_read(tmp_path):
+    values = np.arange(40, dtype=np.float32).reshape(8, 5)
+    save_arrays({"a": values, "b": values + 100}, tmp_path / "x")
+    stored = TensorFile(tmp_path / "x").get_slice("b")
+    save_arrays({"a": values - 1, "b": values - 1}, tmp_path / "y")
+    (tmp_path / "y").replace(tmp_path / "x")
+    for index in (np.s_[2:5], np.s_[2:5, 0:5], np.s_[:], np.s_[1:8:3], np.s_[0:8, 1:3], np.s_[3:3]):
+        np.testing.assert_array_equal(stored[index], (values + 100)[index])
+    os.truncate(tmp_path / "x", 200)  # that of the new file
+    np.testing.assert_array_equal(stored[:], values + 100)

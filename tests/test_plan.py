@@ -775,7 +775,7 @@ os.environ.update(compilation.ENVIRONMENT)
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from easylm_mling.config import MeshConfig, ProductsConfig
-from easylm_mling.model.quantized import project_in
+from easylm_mling.model.projection import project
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.plan.hlo import parse
 from easylm_mling.plan.slices import find_slice
@@ -785,7 +785,7 @@ mesh = make_mesh(MeshConfig(1, 8, 1), compilation.slice_devices(find_slice("v5e-
 products = ProductsConfig("int8", "int8")
 
 def step(w, x, by_out):
-    out, back = jax.vjp(lambda x, w: project_in(products, "btd,fd->btf", x, w), x, w)
+    out, back = jax.vjp(lambda x, w: project("btd,fd->btf", x, w, products), x, w)
     return out, back(by_out)
 
 def array(shape, *spec):

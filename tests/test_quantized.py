@@ -19,7 +19,8 @@ from easylm_mling.config import LoraConfig, MeshConfig, ProductsConfig, RunConfi
 from easylm_mling.errors import ConfigError
 from easylm_mling.hf.card import _recipe
 from easylm_mling.model.params import parameter_table
-from easylm_mling.model.quantized import check_products, project_in
+from easylm_mling.model.projection import project
+from easylm_mling.model.quantized import check_products
 from easylm_mling.model.sharding import make_mesh
 from easylm_mling.monitoring.metrics import TIMINGS, read_metrics
 from easylm_mling.run.train import train
@@ -76,7 +77,7 @@ def test_the_product_is_that_of_the_nearest_levels(spec):
     letters = inputs.split(",")
     x, w = (largest_positive(a, of_a, out) for a, of_a in zip(operands(spec), letters, strict=False))
     by_hand = np.einsum(spec, *(int8_by_hand(a, of_a, out) for a, of_a in zip((x, w), letters, strict=True)))
-    np.testing.assert_allclose(project_in(FORWARD, spec, x, w), by_hand, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(project(spec, x, w, FORWARD), by_hand, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("products, least, most", [(FORWARD, 0.002, 0.02), (FP8, 0.01, 0.06)])
@@ -84,7 +85,7 @@ def test_the_product_is_that_of_the_nearest_levels(spec):
 def test_the_error_is_that_of_8_bits(products, least, most, dtype):
     spec = "btd,fd->btf"
     x, w, _ = operands(spec, dtype)
-    found = project_in(products, spec, x, w)
+    found = project(spec, x, w, products)
     assert found.dtype == dtype
     assert least < error(found, np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))) < most
 
@@ -93,10 +94,10 @@ def test_the_error_is_that_of_8_bits(products, least, most, dtype):
 def test_rounding_has_the_gradient_of_the_identity(spec):
     x, w, grad_out = operands(spec)
     plain_x, plain_w = gradients(partial(jnp.einsum, spec), x, w, grad_out)
-    by_x, by_w = gradients(partial(project_in, FORWARD, spec), x, w, grad_out)
+    by_x, by_w = gradients(partial(project, spec, products=FORWARD), x, w, grad_out)
     for found, plain in ((by_x, plain_x), (by_w, plain_w)):
         np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
-    by_x, by_w = gradients(partial(project_in, BOTH, spec), x, w, grad_out)
+    by_x, by_w = gradients(partial(project, spec, products=BOTH), x, w, grad_out)
     assert 0.002 < error(by_x, plain_x) < 0.02
     np.testing.assert_allclose(by_w, plain_w, rtol=1e-5, atol=1e-5)
 
@@ -107,18 +108,18 @@ def test_what_is_not_finite_stays_so(products, bad):
     # Few: XLA's maximum of many values on a CPU leaves out a NaN.
     x, w, grad_out = operands("btd,fd->btf")
     x, w, grad_out = x[:1, :8], w[:8], grad_out[:1, :8, :8]
-    found = project_in(products, "btd,fd->btf", x.at[0, 3, 4].set(bad), w)
+    found = project("btd,fd->btf", x.at[0, 3, 4].set(bad), w, products)
     assert not np.isfinite(found[0, 3]).any() and np.isfinite(found[0, 4]).all()
-    by_x = gradients(partial(project_in, products, "btd,fd->btf"), x, w, grad_out.at[0, 3, 1].set(bad))[0]
+    by_x = gradients(partial(project, "btd,fd->btf", products=products), x, w, grad_out.at[0, 3, 1].set(bad))[0]
     assert not np.isfinite(by_x[0, 3]).any() and np.isfinite(by_x[0, 4]).all()
 
 
 def test_vectors_of_zeros_are_zeros():
     x, w, grad_out = operands("btd,fd->btf")
     zeros = jnp.zeros_like
-    assert not project_in(BOTH, "btd,fd->btf", zeros(x), w).any()
-    assert not project_in(FP8, "btd,fd->btf", x, zeros(w)).any()
-    by_x, by_w = gradients(partial(project_in, BOTH, "btd,fd->btf"), x, w, zeros(grad_out))
+    assert not project("btd,fd->btf", zeros(x), w, BOTH).any()
+    assert not project("btd,fd->btf", x, zeros(w), FP8).any()
+    by_x, by_w = gradients(partial(project, "btd,fd->btf", products=BOTH), x, w, zeros(grad_out))
     assert not by_x.any() and not by_w.any()
 
 
@@ -131,7 +132,9 @@ def test_sharded_is_one_device(spec):
     x, w, grad_out = (
         largest_positive(a, own, other) for a, own, other in ((x, of_x, out), (w, of_w, out), (grad_out, out, of_x))
     )
-    run = jax.jit(lambda x, w, g: (project_in(BOTH, spec, x, w), gradients(partial(project_in, BOTH, spec), x, w, g)))
+    run = jax.jit(
+        lambda x, w, g: (project(spec, x, w, BOTH), gradients(partial(project, spec, products=BOTH), x, w, g))
+    )
     axes = {"b": ("data", "fsdp"), "d": "fsdp", "n": "tensor", "f": "tensor"}
     mesh = make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
@@ -260,7 +263,7 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, one_device)
     assert go_on("stopped", both) == whole
     assert load_info(tmp_path / "stopped")["digests"] == load_info(tmp_path / "whole")["digests"]
     config = tiny(tmp_path / "whole", both)
-    assert "computed in float32; of the layers' projections int8 products forward, int8 backward" in _recipe(
+    assert "computed in float32, the layers' projections with int8 products forward, int8 backward" in _recipe(
         config, 1, [], []
     )
 

@@ -240,7 +240,8 @@ def _build(kind, value, path) -> typing.Any:
 
 
 def _build_dataclass(kind, value, path):
-    check(isinstance(value, dict), f"{path or 'config'}: expected `key: value` lines, found {value!r}")
+    listed = f"; `easylm-mling config {path}` lists the keys" if path else ""
+    check(isinstance(value, dict), f"{path or 'config'}: expected `key: value` lines, found {value!r}{listed}")
     hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     _check_known(value, fields, path)
     for name, f in fields.items():

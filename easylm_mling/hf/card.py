@@ -199,7 +199,7 @@ def _recipe(config: RunConfig, step: int, training: list[dict], changes: list[di
         (
             "precision",
             f"parameters and moments float32, computed in {t.compute_dtype}"
-            + (f"; of the layers' projections {t.products.text}" if t.products else ""),
+            + (f", the layers' projections with {t.products.text}" if t.products else ""),
         ),
         ("seeds", f"parameters {t.seed}, data {config.data.seed}"),
         ("hardware", f"{hardware}, mesh {axes}{rest}"),

@@ -280,13 +280,15 @@ def _read_ahead(
         values = buffers[i % 2][: part.size].reshape(part.shape)
         return values, ts.array(values).write(part)
 
-    following = begin(0)
-    for i in range(1, len(pieces) + 1):
-        values, reading = following
-        reading.result()
-        if i < len(pieces):
-            following = begin(i)
-        yield values
+    values, reading = begin(0)
+    try:
+        for i in range(1, len(pieces) + 1):
+            current, _ = values, reading.result()
+            if i < len(pieces):
+                values, reading = begin(i)
+            yield current
+    finally:
+        reading.result()  # where the caller stops early, too: its buffer is used again
 
 
 def _pieces(view: ts.TensorStore) -> tuple[int, list[tuple[slice, ...]]]:

@@ -1,6 +1,8 @@
 """Files of safetensors: opened, and the headers of their tensors checked."""
 
 import math
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ class TensorFile:
         except SafetensorError as error:
             size = path.stat().st_size
             raise ConfigError(f"{path}: damaged or cut short at {size} bytes ({error}); download it again") from None
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            self._header, self._data = orjson.loads(file.read(length)), 8 + length
+        # Stays open: another file that takes its name is not read in its place.
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        length = int.from_bytes(self.read_at(0, 8).tobytes(), "little")
+        self._header, self._data = orjson.loads(self.read_at(8, length).tobytes()), 8 + length
 
     def keys(self) -> list[str]:
         return self._mapped.keys()
@@ -41,14 +45,25 @@ class TensorFile:
 
     def get_slice(self, name: str) -> "StoredTensor":
         first = self._data + self._header[name]["data_offsets"][0]
-        return StoredTensor(self._path, name, first, self._mapped.get_slice(name))
+        return StoredTensor(self, first, self._mapped.get_slice(name))
+
+    def read_at(self, first: int, count: int) -> np.ndarray:
+        """Return bytes of the file, uint8 [count]; raises ConfigError where it has become shorter."""
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:  # a read gives 2 GiB at most
+            taken = os.preadv(self._descriptor, [view], first)
+            if not taken:
+                raise ConfigError(f"{self._path}: cut short while it was read; download it again")
+            first, view = first + taken, view[taken:]
+        return np.frombuffer(data, np.uint8)
 
 
 class StoredTensor:
     """A tensor of a .safetensors file, of which a part is read by its slices."""
 
-    def __init__(self, path: Path, name: str, first: int, mapped: Any):
-        self._path, self._name, self._first, self._mapped = path, name, first, mapped
+    def __init__(self, file: TensorFile, first: int, mapped: Any):
+        self._file, self._first, self._mapped = file, first, mapped
 
     def get_shape(self) -> list[int]:
         return self._mapped.get_shape()
@@ -59,17 +74,13 @@ class StoredTensor:
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         """Read a part in the stored dtype; raises ConfigError where the file has become shorter."""
         (rows, *others), shape = index if isinstance(index, tuple) else (index,), self.get_shape()
-        if any(part.indices(size) != (0, size, 1) for part, size in zip(others, shape[1:], strict=False)):
+        start, stop, step = rows.indices(shape[0])
+        if step != 1 or any(part.indices(size) != (0, size, 1) for part, size in zip(others, shape[1:], strict=False)):
             return self._mapped[index]
-        start, stop, _ = rows.indices(shape[0])
         dtype, width = DTYPES[self.get_dtype()], math.prod(shape[1:])
-        count = (stop - start) * width
-        data = np.fromfile(
-            self._path, np.uint8, count * dtype.itemsize, offset=self._first + start * width * dtype.itemsize
-        )
-        if data.size != count * dtype.itemsize:
-            raise ConfigError(f"{self._path}: tensor {self._name} is cut short; download it again")
-        return data.view(dtype).reshape(stop - start, *shape[1:])
+        count = max(0, stop - start) * width * dtype.itemsize
+        data = self._file.read_at(self._first + start * width * dtype.itemsize, count)
+        return data.view(dtype).reshape(-1, *shape[1:])
 
 
 def check_header(path: Path, name: str, header, shape: tuple[int, ...]):

@@ -30,7 +30,8 @@ def gated_down(
 ) -> Float[Array, "B T D"]:
     """Compute activation(gate) * up, projected by `down`, in gate's dtype; `activation` is Hugging Face's name.
 
-    With `products`, the projection is one of 8 bits (model/quantized.py). The gradient of `down` is summed over devices in the dtype of `down` (model/projection.py).
+    With `products`, the projection is one of 8 bits (model/quantized.py). The gradient of `down` is summed over devices in
+    the dtype of `down` (model/projection.py).
     """
     hidden = _barrier(activated(gate, activation) * up)
     return multiply("btf,df->btd", hidden, down, products and products.forward)

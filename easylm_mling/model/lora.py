@@ -22,7 +22,6 @@ from easylm_mling.model.layer_kinds import stacks
 from easylm_mling.model.params import ADAPTERS, adapter_table, parameter_table, to_flat, to_nested
 from easylm_mling.model.precision import products_in
 from easylm_mling.model.projection import project
-from easylm_mling.model.quantized import project_in
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class LayerAdapters:
 
     def project(self, name: str, spec: str, x: Float[Array, "..."], weight: Array) -> Float[Array, "..."]:
         """Compute `einsum(spec, x, weight)` in x's dtype, with the adapter of the projection `name` if there is one."""
-        out = project_in(self.products, spec, x, weight) if self.products else project(spec, x, weight)
+        out = project(spec, x, weight, self.products)
         if name not in self.factors:
             return out
         a, b = self.factors[name]["a"], self.factors[name]["b"]

@@ -13,57 +13,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from easylm_mling.config import ProductsConfig
+from easylm_mling.model.quantized import multiply
 from easylm_mling.model.sharding import fits_tiles
 
 
-def project(spec: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+def project(
+    spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], products: ProductsConfig | None = None
+) -> Float[Array, "..."]:
     """Compute `einsum(spec, x, weight)` in x's dtype; the weight's gradient is summed over devices in the weight's dtype.
 
-    The letter d stands for the embed axis, which fsdp cuts.
+    The letter d stands for the embed axis, which fsdp cuts. With `products`, operands are of 8 bits (model/quantized.py); not
+    those of the weight's gradient.
     """
-    fits = weight_fits_tiles(spec, weight)
-    if weight.dtype == x.dtype and all(fits):
+    _, of_weight, _ = _letters(spec)
+    fits = fits_tiles(weight.shape[of_weight.index("d")]) if "d" in of_weight else (True, True)
+    if not products and weight.dtype == x.dtype and all(fits):
         return jnp.einsum(spec, x, weight)
-    return _project(spec, fits, x, weight)
+    return _project(spec, fits, products, x, weight)
 
 
-def weight_fits_tiles(spec: str, weight: Float[Array, "..."]) -> tuple[bool, bool]:
-    """Return `fits_tiles` of the weight's embed axis."""
-    of_weight = letters(spec)[1]
-    return fits_tiles(weight.shape[of_weight.index("d")]) if "d" in of_weight else (True, True)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project(spec, fits, products, x, weight):
+    return multiply(spec, x, weight, products and products.forward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _project(spec, fits, x, weight):
-    return jnp.einsum(spec, x, weight.astype(x.dtype))
+def _forward(spec, fits, products, x, weight):
+    return _project(spec, fits, products, x, weight), (x, weight)
 
 
-def _forward(spec, fits, x, weight):
-    return _project(spec, fits, x, weight), (x, weight)
-
-
-def _backward(spec, fits, residuals, grad_out):
+def _backward(spec, fits, products, residuals, grad_out):
     x, weight = residuals
-    of_x, of_weight, out = letters(spec)
-    grad_x = jnp.einsum(f"{out},{of_weight}->{of_x}", grad_out, weight.astype(x.dtype))
-    return grad_x, weight_gradient(spec, fits, x, grad_out, weight)
+    of_x, of_weight, out = _letters(spec)
+    grad_x = multiply(f"{out},{of_weight}->{of_x}", grad_out, weight, products and products.backward)
+    if all(fits):
+        return grad_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
+    return grad_x, _gradient_in_rows(spec, x, grad_out, weight, flat=not fits[0])
 
 
 _project.defvjp(_forward, _backward)
-
-
-def weight_gradient(
-    spec: str,
-    fits: tuple[bool, bool],
-    x: Float[Array, "..."],
-    grad_out: Float[Array, "..."],
-    weight: Float[Array, "..."],
-) -> Float[Array, "..."]:
-    """Compute the weight's gradient, summed over devices in its dtype; `fits` is `weight_fits_tiles`."""
-    of_x, of_weight, out = letters(spec)
-    if all(fits):
-        return jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
-    return _gradient_in_rows(spec, x, grad_out, weight, flat=not fits[0])
 
 
 def _gradient_in_rows(spec, x, grad_out, weight, flat: bool):
@@ -72,7 +60,7 @@ def _gradient_in_rows(spec, x, grad_out, weight, flat: bool):
     With `flat` it is a matrix, the only form in which the compiler pads rows that fill no whole tiles. To make one
     axis of heads and head_dim copies them, so that is done for those alone.
     """
-    of_x, of_weight, out = letters(spec)
+    of_x, of_weight, out = _letters(spec)
     others = of_weight.replace("d", "")
     if flat and len(others) > 1:
         narrow, wide = (x, grad_out) if "d" in of_x else (grad_out, x)
@@ -86,7 +74,7 @@ def _gradient_in_rows(spec, x, grad_out, weight, flat: bool):
     return jnp.moveaxis(rows.reshape(rows.shape[0], *rest), 0, axis)
 
 
-def letters(spec: str) -> tuple[str, str, str]:
+def _letters(spec: str) -> tuple[str, str, str]:
     """Return the letters of x, of the weight and of the output."""
     inputs, out = spec.split("->")
     of_x, of_weight = inputs.split(",")

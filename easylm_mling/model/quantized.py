@@ -8,27 +8,24 @@ Sources: Qwix (google/qwix), whose `quantize` and `einsum` these are; SwitchBack
 products of the backward pass stay wide.
 """
 
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from easylm_mling.config import ProductsConfig
 from easylm_mling.errors import check
 from easylm_mling.hardware import chip_of
-from easylm_mling.model.projection import letters, weight_fits_tiles, weight_gradient
 
 # fp8 is the type with more mantissa in both passes: with a scale for each vector its range is enough for gradients.
 DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 # What NVIDIA calls the first GPUs with fp8: Ada (8.9) and Hopper (9.0).
-_FIRST_FP8_GPU = (8, 9)
+FIRST_FP8_GPU = (8, 9)
 
 
 def check_products(products: ProductsConfig | None, device: Any):
-    """Raise ConfigError if devices like `device`, one of JAX's, do not compute these products faster than bfloat16's, or Qwix is missing.
+    """Raise ConfigError if devices like `device`, one of JAX's, gain nothing by these products, or Qwix is missing.
 
     On CPUs all are allowed, for tests: they are slower there.
     """
@@ -49,7 +46,7 @@ def _refusal(kind: str, device: Any) -> str:
         return ""
     if device.platform == "gpu":
         capability = str(getattr(device, "compute_capability", "0.0"))
-        if tuple(map(int, capability.split("."))) < _FIRST_FP8_GPU:
+        if tuple(map(int, capability.split("."))) < FIRST_FP8_GPU:
             return (
                 f"{device.device_kind} has compute capability {capability}, and fp8 needs 8.9; leave train.products out"
             )
@@ -62,42 +59,14 @@ def _refusal(kind: str, device: Any) -> str:
     )
 
 
-def project_in(
-    products: ProductsConfig, spec: str, x: Float[Array, "..."], weight: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """Compute `einsum(spec, x, weight)` as `project` of model/projection.py does, with operands of 8 bits.
-
-    The gradient of x has operands of 8 bits, too, if `products.backward` says so.
-    """
-    return _project(products, spec, weight_fits_tiles(spec, weight), x, weight)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _project(products, spec, fits, x, weight):
-    return multiply(spec, x, weight, products.forward)
-
-
-def _forward(products, spec, fits, x, weight):
-    return _project(products, spec, fits, x, weight), (x, weight)
-
-
-def _backward(products, spec, fits, residuals, grad_out):
-    x, weight = residuals
-    of_x, of_weight, out = letters(spec)
-    grad_x = multiply(f"{out},{of_weight}->{of_x}", grad_out, weight, products.backward)
-    return grad_x, weight_gradient(spec, fits, x, grad_out, weight)
-
-
-_project.defvjp(_forward, _backward)
-
-
 def multiply(spec: str, x: Float[Array, "..."], weight: Float[Array, "..."], kind: str | None) -> Float[Array, "..."]:
     """Compute `einsum(spec, x, weight)` in x's dtype, with both operands rounded to `kind`; None: to x's dtype."""
     if kind is None:
         return jnp.einsum(spec, x, weight.astype(x.dtype))
     import qwix
 
-    of_x, of_weight, out = letters(spec)
+    inputs, out = spec.split("->")
+    of_x, of_weight = inputs.split(",")
 
     def rounded(operand, of_operand):
         kept = [axis for axis, letter in enumerate(of_operand) if letter in out]
