@@ -43,7 +43,7 @@ test-slow: .venv/test.stamp
 
 # Of every kind of fault that `make test` leaves out, the shortest.
 test-faults-short: .venv/test.stamp
-	EASYLM_MLING_KILLS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not long" tests/faults
+	EASYLM_MLING_KILLS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "faults and not long" tests/faults tests/test_processes.py
 
 test-faults: .venv/test.stamp
 	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/test_processes.py

@@ -17,6 +17,7 @@ RUN_URL = "gs://bucket/a folder/of läufe/test"
 
 # Counts to STEPS in place of training: a checkpoint every fifth step, a loss that depends on all steps before it, and of
 # all workers the first writes. FAULT is "STEP CODE": it ends so when it gets there the first time ("always" every time).
+# No step ends while the file HOLD is there.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -26,6 +27,7 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 saved = run / f"checkpoint-{worker}.json"
 step, loss = json.loads(saved.read_text()) if saved.exists() else (0, 1.0)
+hold = Path(os.environ.get("HOLD", "no such file"))
 at, code, who, always = (os.environ.get("FAULT", "-1 0 0 once").split() + ["once"])[:4]
 print("from step", step, flush=True)
 def save():
@@ -42,7 +44,7 @@ while step < int(os.environ["STEPS"]):
         print("error: this was to be expected", flush=True)
         os._exit(int(code)) if int(code) < 256 else os.kill(os.getpid(), 9)
     until = time.monotonic() + float(os.environ.get("STEP_SECONDS", "0.03"))
-    while time.monotonic() < until and not stop:
+    while (time.monotonic() < until or hold.exists()) and not stop:
         time.sleep(0.01)
     if stop:
         continue

@@ -123,6 +123,7 @@ def run_by_epochs(folder, name, *overrides, **options):
     return read_metrics(folder / name / "metrics.jsonl", "train")
 
 
+@pytest.mark.slow
 def test_a_run_by_epochs_counts_its_steps_once(tmp_path):
     whole = run_by_epochs(tmp_path, "whole")
     kept = load_kept(tmp_path / "whole" / "config.yaml")

@@ -230,6 +230,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_writing_holds_a_few_pieces(tmp_path):
     shape = (160_000, 512, 2048, 8, 4, 4, 128)
     total = 4 * sum(math.prod(p.shape) for p in parameter_table(ModelConfig(*shape)))

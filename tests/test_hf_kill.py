@@ -84,9 +84,9 @@ for i in range(kills):
 @pytest.mark.parametrize(
     "what, kills",
     [
-        ("export", 5),
+        ("export", 3),
         # `import` writes as `merge --checkpoint` does, and `merge` as `export`.
-        ("merge --checkpoint", 5),
+        ("merge --checkpoint", 3),
         *(pytest.param(what, 50, marks=pytest.mark.slow) for what in ("merge", "import", "merge --checkpoint")),
         pytest.param("export", 100, marks=pytest.mark.slow),
     ],

@@ -41,6 +41,7 @@ def creates(cloud: Cloud) -> list[dict]:
     return [c for c in cloud.calls() if c["arguments"][3] == "create"]
 
 
+@pytest.mark.slow
 def test_a_run_comes_to_the_same_end_whatever_befalls_it(cloud, tmp_path):
     """No capacity, errors of every service, a preemption in the middle with all disks wiped, a worker that dies, and the
     launcher killed: the same loss curve, and nothing is left.
@@ -73,6 +74,7 @@ def test_a_run_comes_to_the_same_end_whatever_befalls_it(cloud, tmp_path):
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_by_hand_up_run_stop_run_down(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000, more="[secrets]\nnames = TOKEN\n", STEP_SECONDS=0.02)
     assert "2 workers ready; billed until `down`" in end(tpu(cloud, "up", run_file, TOKEN="abc"))

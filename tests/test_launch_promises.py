@@ -112,6 +112,7 @@ def test_another_machine_than_the_file_asks_for_is_not_taken_for_it(cloud, tmp_p
     assert "asked for with --accelerator-type=v4-8" in printed and "`down` deletes it, then `run` again" in printed
 
 
+@pytest.mark.slow
 def test_a_refused_deletion_is_told_and_ends(cloud, tmp_path):
     why = "PERMISSION_DENIED: Permission 'tpu.queuedResources.delete' denied on resource"
     run_file = stand_in(tmp_path, cloud, 10_000)
@@ -129,6 +130,7 @@ def test_a_refused_deletion_is_told_and_ends(cloud, tmp_path):
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_a_state_that_is_lost_or_damaged_loses_no_machine_and_no_log(cloud, tmp_path):
     run_file = stand_in(tmp_path, cloud, 10_000, STEP_SECONDS=0.05)
     end(tpu(cloud, "run", run_file))
@@ -178,6 +180,7 @@ def test_a_silent_worker_costs_its_own_answer_only(cloud, tmp_path, silent):
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_workers_that_never_answer_have_an_end(cloud, tmp_path):
     with cloud.changing() as state:
         state["ssh_refused"] = 10_000
@@ -240,7 +243,9 @@ def test_capacity_is_asked_for_again_and_again_until_valid_until(cloud, tmp_path
 
 
 def test_of_launchers_that_start_at_once_one_drives(cloud, tmp_path):
-    run_file = stand_in(tmp_path, cloud, 40, STEP_SECONDS=0.1)
+    hold = tmp_path / "hold"  # the run must not end before the launchers have
+    hold.touch()
+    run_file = stand_in(tmp_path, cloud, 40, HOLD=hold)
     for _ in range(2):  # of a run that is new, and of one whose launcher was killed
         launchers = [tpu(cloud, "run", run_file, "--keep-alive") for _ in range(4)]
         wait_for(lambda ls=launchers: sum(x.poll() is None for x in ls) == 1)
@@ -249,6 +254,7 @@ def test_of_launchers_that_start_at_once_one_drives(cloud, tmp_path):
                 assert "is driven by a launcher on" in end(launcher, 2)
         [driver] = [x for x in launchers if x.poll() is None]
         kill(driver)
+    hold.unlink()
     end(tpu(cloud, "run", run_file, "--keep-alive"))
     assert curve(cloud) == expected_curve(40) and cloud.state["made"] == 1
     nothing_is_left(cloud)
@@ -283,6 +289,7 @@ def test_a_launcher_whose_place_was_taken_ends_and_writes_no_more(cloud, tmp_pat
     nothing_is_left(cloud)
 
 
+@pytest.mark.slow
 def test_what_lies_on_a_worker_is_the_runs_and_not_of_who_logs_in(cloud, tmp_path):
     """OS Login gives each person a home of their own: here it is another one at each call."""
     here = str(TPU.parent.parent / "tests")
@@ -418,6 +425,7 @@ def test_all_that_is_left_is_named_and_the_others_are_deleted(run):
     assert deleted == ["--zone=b", "--zone=c"]
 
 
+@pytest.mark.slow
 def test_of_a_gcloud_that_hangs_what_it_said_is_kept_and_it_ends(tmp_path, monkeypatch):
     program = tmp_path / "gcloud"
     # Its child, in a session of its own, holds the pipe.

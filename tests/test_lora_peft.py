@@ -139,6 +139,7 @@ def test_merging_in_bfloat16_says_what_rounding_takes(tmp_path):
     assert shares[0] > 0.5 and shares[1] < 0.1
 
 
+@pytest.mark.slow
 def test_twenty_steps_are_those_of_peft_and_torch(tmp_path):
     base = transformers_model(4, 2)
     import_hf(save(base, tmp_path / "hf"), tmp_path / "base")

@@ -41,6 +41,7 @@ def undisturbed(tmp_path_factory):
     return outcome(run_dir)
 
 
+@pytest.mark.faults
 def test_two_processes_are_one_whatever_befalls_them(undisturbed, tmp_path):
     """2 processes, one is told to stop; 2 again, one is killed; 1 goes on to the end. Both write one log."""
     run_dir, steps = tmp_path / "run", [0]
@@ -70,6 +71,7 @@ def check_the_survivor(run_dir, process, code):
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_two_processes_may_be_one_and_two_again(undisturbed, tmp_path):
     for processes, until in ((2, 3), (1, 6), (2, 0)):
         run(tmp_path / "run", processes, f"train.stop_at_step={until}")
@@ -78,6 +80,7 @@ def test_two_processes_may_be_one_and_two_again(undisturbed, tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_two_processes_may_be_one_and_four(undisturbed, tmp_path):
     for processes, until in ((2, 3), (1, 5), (4, 7), (2, 0)):
         run(tmp_path / "run", processes, f"train.stop_at_step={until}", seconds=300)
@@ -93,6 +96,7 @@ time.monotonic = lambda: start + rate * (ticks() - start)
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_clocks_that_differ_decide_nothing(undisturbed, tmp_path):
     """A day early and a day late, and one of them five times as fast; both told to stop when their time is up."""
     (tmp_path / "clock").mkdir()
@@ -111,6 +115,7 @@ def test_clocks_that_differ_decide_nothing(undisturbed, tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_signal_to_one_saves_all_at_the_same_step(undisturbed, tmp_path, signalled):
     processes = start(tmp_path / "run", 2)
@@ -124,6 +129,7 @@ def test_a_signal_to_one_saves_all_at_the_same_step(undisturbed, tmp_path, signa
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_costs_no_bit(undisturbed, tmp_path, killed):
     processes = start(tmp_path / "run", 2)
@@ -139,6 +145,7 @@ def test_a_killed_process_ends_the_others_and_costs_no_bit(undisturbed, tmp_path
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_what_processes_say_does_not_get_between_the_messages_of_a_step(tmp_path):
     """On a busy machine: programs side by side on CPU devices once took each other's messages, which ended every such run."""
     small = (
@@ -158,6 +165,7 @@ def test_what_processes_say_does_not_get_between_the_messages_of_a_step(tmp_path
             process.wait()
 
 
+@pytest.mark.faults
 def test_who_is_missing_is_said_by_name(tmp_path):
     [alone] = start(tmp_path / "run", 3, "--wait-seconds=2", only=0)
     assert ends(tmp_path / "run", [alone], 60) == [1]
@@ -231,6 +239,7 @@ def test_the_first_forgets_what_processes_that_are_gone_had_read_ahead(tmp_path)
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["a bit", "a file gone"])
 def test_two_processes_set_a_damaged_step_aside(undisturbed, tmp_path, damage):
     run(tmp_path / "run", 2, "train.stop_at_step=8")
@@ -249,6 +258,7 @@ def test_two_processes_set_a_damaged_step_aside(undisturbed, tmp_path, damage):
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_processes_with_different_configs_do_not_train(tmp_path):
     port = free_port()
     first = start(tmp_path / "run", 2, "train.seed=1", only=0, port=port)

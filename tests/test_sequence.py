@@ -303,6 +303,7 @@ SHARED = ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=1", "mesh.sequence=4", "tra
 WHOLE = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "train.accumulation_steps=1")
 
 
+@pytest.mark.slow
 def test_a_run_in_shares_resumes_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run(tmp_path / "undisturbed", *SHARED)

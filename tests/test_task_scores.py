@@ -100,6 +100,7 @@ def test_they_are_in_the_records_the_page_and_the_trackers_with_their_cost(score
     assert b"tasks/centred_accuracy" in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_with_it_has_the_bits_of_one_without_also_when_it_is_stopped(tmp_path):
     train_on_one(tmp_path / "without")
     train_on_one(tmp_path / "with", *SUITE, "train.stop_at_step=6")

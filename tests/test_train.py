@@ -78,7 +78,7 @@ def test_a_run_meets_its_budget_and_learns(undisturbed):
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["10", "8"]
 
 
-@pytest.mark.parametrize("stops", [(1,), (4, 5), (9,)])
+@pytest.mark.parametrize("stops", [(1,), *(pytest.param(s, marks=pytest.mark.slow) for s in [(4, 5), (9,)])])
 def test_stopped_and_resumed_is_never_stopped(undisturbed, tmp_path, stops):
     for stop in stops:
         assert run(tmp_path / "run", f"train.stop_at_step={stop}") == 0
@@ -168,7 +168,7 @@ def wait_for_step(process, run_dir, step):
     raise AssertionError(process.stdout.read())
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_real_signal_loses_nothing(undisturbed, tmp_path, how, code):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 3)

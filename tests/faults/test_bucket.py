@@ -62,6 +62,7 @@ def assert_exports_are_noted(run_dir, folder):
     assert not there.replace("metrics.jsonl", before, b"") and there.read("metrics.jsonl") == after
 
 
+@pytest.mark.faults
 def test_a_run_in_a_bucket_has_the_same_bits(undisturbed, proxy, tmp_path):
     """Stopped, its machine's disk wiped, and gone on elsewhere; all that a run writes is in the bucket."""
     run_dir = f"gs://{BUCKET}/a folder/run"

@@ -80,6 +80,7 @@ def test_the_step_before_is_taken_aloud(undisturbed, tmp_path, damage):
     assert_same_bits(outcome(run_dir), undisturbed)
 
 
+@pytest.mark.faults
 def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
     run_dir = tmp_path / "run"
     train_here(run_dir, "train.stop_at_step=8")
@@ -93,6 +94,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["4", "8"]
 
 
+@pytest.mark.faults
 def test_parameters_that_are_taken_from_a_damaged_checkpoint_are_named(undisturbed_run, tmp_path):
     """By init_from, by sample (which loads likewise) and by export-hf: of a run, and of an imported checkpoint."""
     shutil.copytree(undisturbed_run, tmp_path / "run")

@@ -47,6 +47,7 @@ def skipped_steps(run_dir):
     return json.loads((run_dir / "ledger.json").read_text())["skipped_steps"]
 
 
+@pytest.mark.faults
 def test_what_is_not_finite_is_skipped_counted_and_told(tmp_path, monkeypatch):
     bad = {4: poisoned(np.nan), 5: poisoned(3e38), 9: poisoned(-3e38)}
     said = train_with(monkeypatch, bad, tmp_path / "through")

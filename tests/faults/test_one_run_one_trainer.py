@@ -34,6 +34,7 @@ def test_a_second_trainer_is_refused_while_the_first_lives(tmp_path):
     train_here(tmp_path / "run", "train.stop_at_step=2")
 
 
+@pytest.mark.faults
 def test_a_disk_that_is_full_for_a_while_costs_nothing(undisturbed, tmp_path, monkeypatch):
     usage, asked = shutil.disk_usage, []
 
@@ -81,6 +82,7 @@ def test_a_save_that_fails_is_told_as_the_step_it_was_of(tmp_path, commits_that_
     assert [e["step"] for e in events if e["event"] == "saved"] == [8]
 
 
+@pytest.mark.faults
 def test_the_last_save_is_tried_again(undisturbed, tmp_path, commits_that_fail):
     commits_that_fail[0] = 2
     train_here(tmp_path / "run", "checkpoint.every_steps=10")
@@ -89,6 +91,7 @@ def test_the_last_save_is_tried_again(undisturbed, tmp_path, commits_that_fail):
     assert_same_bits(outcome(tmp_path / "run"), outcome(undisturbed))
 
 
+@pytest.mark.faults
 def test_a_rewind_is_done_once_and_survives_a_kill(undisturbed, tmp_path, monkeypatch):
     ends = []
     for name in ("at once", "interrupted"):
