@@ -5,12 +5,14 @@ input. Sources: as of model/decoder.py.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int32
 
 from easylm_mling.config import ModelConfig
@@ -63,7 +65,7 @@ class Attention(nnx.Module):
         """
         m = self.config
         q = adapters.project("q_proj", "btd,nhd->btnh", x, self.q_proj[...])
-        q = _add_bias(q, self.q_bias) if m.family.qkv_bias else q
+        q = _heads_first(_add_bias(q, self.q_bias) if m.family.qkv_bias else q)
         q = norm(q, self.q_norm, m) if m.family.qk_norm else q
         magnitude = m.rope_scaling.magnitude if m.rope_scaling else 1.0
         q = checkpoint_name(rotary(q, positions, frequencies, scale=magnitude * m.query_scale), "q")
@@ -80,10 +82,11 @@ class Attention(nnx.Module):
         v = k if self.k_eq_v else adapters.project("v_proj", "btd,khd->btkh", x, self.v_proj[...])
         if m.family.qkv_bias:
             k, v = _add_bias(k, self.k_bias), _add_bias(v, self.v_bias)
+        k = _heads_first(k)
         if m.family.qk_norm:
             k = norm(k, self.k_norm, m)
         if m.family.gemma4:
-            v = rms_norm(v, None, m.rms_norm_eps)
+            v = rms_norm(_heads_first(v), None, m.rms_norm_eps)
         k = checkpoint_name(rotary(k, positions, frequencies, scale=magnitude), "k")
         v = checkpoint_name(v, "v")
         k = constrain(k, "batch", "position", "kv_heads", "head_dim")
@@ -184,6 +187,15 @@ def rms_norm(
 def kernel(key: jax.Array, shape: tuple[int, ...], m: ModelConfig) -> nnx.Param:
     """Make a fresh float32 kernel of this shape."""
     return nnx.Param(m.initializer_range * jax.random.normal(key, shape, jnp.float32))
+
+
+def _heads_first(x: Float[Array, "B T heads H"]) -> Float[Array, "B T heads H"]:
+    """Keep x, on a TPU, in the order in which its attention kernel reads it: all positions of a head after one another.
+
+    Left to itself, the compiler lays positions out along a tile's lanes, for the sums of a norm, and then copies x.
+    """
+    ordered = partial(with_layout_constraint, layouts=Layout((0, 2, 1, 3)))
+    return jax.lax.platform_dependent(x, tpu=ordered, default=lambda x: x)
 
 
 def _add_bias(x: Float[Array, "B T heads H"], bias: nnx.Param) -> Float[Array, "B T heads H"]:
