@@ -21,7 +21,7 @@ from easylm_mling.model.attention import attention, cudnn_attention
 from easylm_mling.model.decoder import ForwardOptions, logits
 from easylm_mling.model.embedding import lookup
 from easylm_mling.model.gated_mlp import activated, gated_down
-from easylm_mling.model.layer import rms_norm
+from easylm_mling.model.layer import _heads_first, rms_norm
 from easylm_mling.model.params import parameter_table, to_flat, to_nested
 from easylm_mling.model.projection import project
 from easylm_mling.model.remat import REMAT_POLICIES, Remat
@@ -671,3 +671,10 @@ def test_a_lookup_is_the_row_of_the_table_on_any_mesh():
         with jax.set_mesh(make_mesh(MeshConfig(*sizes))):
             np.testing.assert_array_equal(jax.jit(lambda t, i: lookup(t, i, jnp.float32))(table, tokens), wanted)
             np.testing.assert_allclose(jax.jit(jax.grad(loss))(table, tokens), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
+def test_only_a_tpu_is_told_the_order_of_heads(platform):
+    traced = jax.jit(jax.vmap(_heads_first)).trace(jnp.zeros((3, 1, 8, 4, 2)))
+    told = "LayoutConstraint" in traced.lower(lowering_platforms=(platform,)).as_text()
+    assert told == (platform == "tpu")

@@ -811,3 +811,49 @@ def test_the_compiler_multiplies_and_gathers_in_8_bits():
     printed = subprocess.run([sys.executable, "-c", _EIGHT_BITS], capture_output=True, text=True, check=True).stdout
     assert sorted(set(printed.splitlines())) == ["bf16 bf16", "gather s8", "s8 s8"]
     assert printed.count("s8 s8") == 2 and printed.count("bf16 bf16") == 1
+
+
+_ATTENTION = """
+import math, os
+from easylm_mling.plan import compilation
+os.environ.update(compilation.ENVIRONMENT)
+import jax, jax.numpy as jnp
+from flax import nnx
+from easylm_mling.config import ModelConfig
+from easylm_mling.model.layer import Attention
+from easylm_mling.model.layer_kinds import layer_kinds
+from easylm_mling.model.rotary import rotary_frequencies
+from easylm_mling.model.splash_attention import splash_attention
+from easylm_mling.plan.hlo import parse
+from easylm_mling.plan.slices import find_slice
+
+# The widths of Gemma 3 12B.
+m = ModelConfig(262144, 3840, 15360, 6, 16, 8, 256, model_type="gemma3_text", sliding_window=1024,
+                sliding_window_pattern=6)
+[device, *_] = compilation.slice_devices(find_slice("v5e-4"))
+one = jax.sharding.SingleDeviceSharding(device)
+array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+graph, params = nnx.split(nnx.eval_shape(lambda: Attention(m, layer_kinds(m)[0], jax.random.key(0))))
+params = jax.tree.map(lambda a: array(a.shape, jnp.bfloat16 if a.ndim > 1 else jnp.float32), params)
+
+def loss(params, x, positions, segments):
+    attend = lambda q, k, v: (splash_attention(q, k, v, segments, 1024, None, 1024), None, (k, v))
+    block = lambda p, x: nnx.merge(graph, p)(x, positions, rotary_frequencies(1e4, 256), attend, None)[0]
+    return jnp.sum(jnp.sin(jax.checkpoint(block)(params, x).astype(jnp.float32)))
+
+ids = array((1, 8192), jnp.int32)
+lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, array((1, 8192, 3840), jnp.bfloat16), ids, ids)
+for computation in parse(lowered.compile().as_text()).computations.values():
+    for i in computation.instructions:
+        if i.opcode in ("copy", "copy-start") and math.prod(i.arrays[0].dims) >= 8192 * 16 * 256:
+            print(i.arrays[0])
+print("compiled")
+"""
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_the_compiler_copies_no_normed_queries():
+    printed = subprocess.run([sys.executable, "-c", _ATTENTION], capture_output=True, text=True, check=True).stdout
+    assert printed == "compiled\n"

@@ -188,7 +188,8 @@ def test_an_import_into_a_bucket_is_committed_last(proxy, hf_source, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
 def test_two_processes_train_in_a_bucket_and_one_is_killed(proxy, tmp_path, killed):
     """The other ends, and both go on together, on new machines, from what the bucket holds."""
     url, run_dir, often = f"gs://{BUCKET}/run", tmp_path / "run", "checkpoint.every_steps=2"

@@ -11,6 +11,7 @@ KILLS = 3
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_adapters_killed_again_and_again(tmp_path):
     run(tmp_path / "base", 1, seconds=600)
     settings = (
