@@ -168,7 +168,9 @@ def wait_for_step(process, run_dir, step):
     raise AssertionError(process.stdout.read())
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how, code", [(signal.SIGTERM, 42), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_real_signal_loses_nothing(undisturbed, tmp_path, how, code):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", 3)
