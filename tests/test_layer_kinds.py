@@ -187,10 +187,14 @@ def test_scans_over_periods_are_the_layers_one_by_one(params):
 
 
 def primitives(jaxpr) -> Counter:
-    """How often each primitive stands in a program, its inner programs but those of kernels included."""
+    """How often each primitive stands in a program, its inner programs but those of kernels included.
+
+    A choice by platform is none in what is compiled, and has a name of its own.
+    """
     count: Counter = Counter()
     for equation in jaxpr.eqns:
-        count[equation.primitive.name] += 1
+        by_platform = equation.params.get("branches_platforms")
+        count["by platform" if by_platform else equation.primitive.name] += 1
         inside = equation.params.values() if equation.primitive.name != "pallas_call" else ()
         for value in inside:
             for inner in value if isinstance(value, (tuple, list)) else (value,):
@@ -210,6 +214,7 @@ def test_no_layer_carries_the_kernel_of_another_kind():
 
     count = primitives(jax.make_jaxpr(forward)(jax.eval_shape(lambda: init_params(m, 0))).jaxpr)
     assert count["pallas_call"] == 2 and count["cond"] == 0 and count["scan"] == 1
+    assert count["by platform"] == 4  # the order of queries and keys
 
 
 def test_local_layers_keep_their_window_only(params):
