@@ -47,13 +47,14 @@ class Proxy(threading.Thread):
     """Before the server at `url`: `seconds` late; every `fail_every`-th request fails, each time in another of `ways`; or `gone`.
 
     A request that begins with something that holds `lost` (bytes; none: no request) waits, and is never answered.
-    The server answers one request a connection, and so does this.
+    The server answers one request a connection, and so does this. `serving` holds the numbers of those that have no answer yet.
     """
 
     def __init__(self, url: str):
         super().__init__(daemon=True)
         self.seconds, self.fail_every, self.gone, self.lost = 0.0, 0, False, b""
         self.ways, self.failed, self.asked = WAYS_TO_FAIL[:2], 0, 0
+        self.serving: set[int] = set()
         self._server = ("localhost", urlsplit(url).port)
         self._count = itertools.count(1)
         self._listener = socket.create_server(("localhost", 0), backlog=200)
@@ -72,32 +73,39 @@ class Proxy(threading.Thread):
             if not client.recv(1, socket.MSG_PEEK):
                 return
             number = self.asked = next(self._count)
-            while self.gone:  # as if packets were dropped
+            self.serving.add(number)
+            try:
+                self._answer(client, number)
+            finally:
+                self.serving.discard(number)
+
+    def _answer(self, client: socket.socket, number: int):
+        while self.gone:  # as if packets were dropped
+            time.sleep(0.05)
+        time.sleep(self.seconds)
+        if self.lost and self.lost in client.recv(4096, socket.MSG_PEEK):
+            while self.lost:
                 time.sleep(0.05)
-            time.sleep(self.seconds)
-            if self.lost and self.lost in client.recv(4096, socket.MSG_PEEK):
-                while self.lost:
-                    time.sleep(0.05)
-                return
-            failure = None
-            if self.fail_every and number % self.fail_every == 0:
-                failure = self.ways[self.failed % len(self.ways)]
-                self.failed += 1
-            if failure in WAYS_TO_FAIL[:2]:
-                client.recv(1 << 16)
-                client.sendall(
-                    b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n" if failure == "refused" else b""
-                )
-                return
-            with socket.create_connection(self._server) as server:
-                upload = threading.Thread(target=_copy, args=(client, server), daemon=True)
-                upload.start()
-                answer = bytearray()
-                while part := server.recv(1 << 20):
-                    answer += part
-                client.sendall(answer[: len(answer) // 2] if failure == "half" else answer)
-                # To close is not enough while the other thread reads from it.
-                client.shutdown(socket.SHUT_RDWR)
+            return
+        failure = None
+        if self.fail_every and number % self.fail_every == 0:
+            failure = self.ways[self.failed % len(self.ways)]
+            self.failed += 1
+        if failure in WAYS_TO_FAIL[:2]:
+            client.recv(1 << 16)
+            client.sendall(
+                b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n" if failure == "refused" else b""
+            )
+            return
+        with socket.create_connection(self._server) as server:
+            upload = threading.Thread(target=_copy, args=(client, server), daemon=True)
+            upload.start()
+            answer = bytearray()
+            while part := server.recv(1 << 20):
+                answer += part
+            client.sendall(answer[: len(answer) // 2] if failure == "half" else answer)
+            # To close is not enough while the other thread reads from it.
+            client.shutdown(socket.SHUT_RDWR)
 
 
 def _copy(source: socket.socket, target: socket.socket):

@@ -68,6 +68,7 @@ def test_what_changes_no_bit_goes_on(undisturbed, halfway):
 
 
 @pytest.mark.faults
+@pytest.mark.long
 def test_a_spike_guard_that_skips_nothing_changes_no_bit(tmp_path):
     """It is a part of the compiled step, so both are compiled as in training, and not as programs of tests are."""
     as_in_training = {"XLA_FLAGS": ""}
