@@ -1,7 +1,8 @@
 """The known TPU chips: the compiler's name of each, its speed and its memory.
 
 Sources: cloud.google.com/tpu/docs for peaks; a v4 has the same in int8 as in bf16, and what is not listed there is 0. The
-clock is that of the compiler's cycle estimates, and the memory what the compiler says is usable. A link's bandwidth is that of one ring on one axis of the torus, as large transfers reach it.
+clock is that of the compiler's cycle estimates, and the memory what the compiler says is usable. A link's bandwidth is that
+of one ring on one axis of the torus, as large transfers reach it.
 
 Source for TPU7x (Ironwood): docs.cloud.google.com/tpu/docs/tpu7x. A chip has 2307 TFLOP/s in bf16, 192 GiB of HBM and the
 1200 GB/s between chips of a v5p, and is two JAX devices, one for each of its chiplets. Its clock is not published: it

@@ -33,8 +33,8 @@ eval: {{rows_per_source: 2}}
 """
 
 
-@pytest.mark.parametrize("pooled", [16_000_000, 0])
 @pytest.mark.slow
+@pytest.mark.parametrize("pooled", [16_000_000, 0])
 def test_a_run_on_conversations_goes_on_exactly_and_can_be_audited(tmp_path, monkeypatch, pooled):
     monkeypatch.setattr(pool, "POOLED_BYTES", pooled)
     (tmp_path / "chat.jsonl").write_bytes(b"".join(orjson.dumps(r) + b"\n" for r in [*rows_of(150), {"messages": []}]))
