@@ -103,9 +103,10 @@ def test_layers_that_share_keys_and_values_are_runs_and_stacks_of_their_own(laye
 
 
 @pytest.mark.slow
-def test_a_change_of_shared_keys_reaches_every_layer_that_shares_them():
+@pytest.mark.parametrize("layers, pattern, shared", [(6, 2, 2), (9, 3, 3)])
+def test_a_change_of_shared_keys_reaches_every_layer_that_shares_them(layers, pattern, shared):
     """The gradient of the loss by k and v of each layer that has them: as by a plain loop over transformers' rule."""
-    m = replace(GEMMA_4, num_hidden_layers=6, sliding_window_pattern=2, num_kv_shared_layers=2)
+    m = replace(GEMMA_4, num_hidden_layers=layers, sliding_window_pattern=pattern, num_kv_shared_layers=shared)
     params = jax.tree.map(lambda a: 5 * a if a.ndim > 2 else a, init_params(m, 0))
 
     def plain(params):
@@ -113,7 +114,7 @@ def test_a_change_of_shared_keys_reaches_every_layer_that_shares_them():
         x = params["embed_tokens"][TOKENS] * 32**0.5
         inputs, places = model.per_layer(TOKENS, x), Counter()
         for i, local in enumerate(m.local_layers):
-            stack = ("shared_" if i >= 4 else "") + ("local" if local else "global") + "_layers"
+            stack = ("shared_" if i >= layers - shared else "") + ("local" if local else "global") + "_layers"
             layer = jax.tree.map(lambda a: a[places[stack]], getattr(model, stack))  # noqa: B023
             places[stack] += 1
             whole = 1e4 ** (-np.arange(8) / 8) if local else 1e6 ** (-np.arange(16) / 16) * (np.arange(16) < 4)
@@ -122,7 +123,7 @@ def test_a_change_of_shared_keys_reaches_every_layer_that_shares_them():
                 window = m.sliding_window if local else None
                 return attention(q, k, v, jnp.ones((B, T), jnp.int32), window, None), None, (k, v)
 
-            given = shown[local] if i >= 4 else None
+            given = shown[local] if i >= layers - shared else None
             x, _, shown[local] = layer(x, POSITIONS, jnp.asarray(whole, jnp.float32), attend, given, inputs[i])
         return jnp.sum(BY_HIDDEN * rms_norm(x, params["norm"], m.rms_norm_eps, 0.0))
 
@@ -177,11 +178,13 @@ def params():
 
 
 @pytest.mark.slow
-def test_scans_over_periods_are_the_layers_one_by_one(params):
-    expected, gradient = jax.jit(jax.value_and_grad(one_by_one), static_argnums=1)(params, GEMMA_3)
+@pytest.mark.parametrize("pattern", [2, 4])
+def test_scans_over_periods_are_the_layers_one_by_one(params, pattern):
+    m = replace(GEMMA_3, sliding_window_pattern=pattern)
+    expected, gradient = jax.jit(jax.value_and_grad(one_by_one), static_argnums=1)(params, m)
     # Whole periods and a rest; and a policy of its own for a layer that is no whole period.
     for remat in (Remat("full"), Remat("save_qkv", "save_dots", 1)):
-        got, by = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, GEMMA_3, remat)
+        got, by = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, m, remat)
         np.testing.assert_allclose(got, expected, rtol=1e-5)
         assert_close(by, gradient)
 
@@ -215,6 +218,28 @@ def test_no_layer_carries_the_kernel_of_another_kind():
     count = primitives(jax.make_jaxpr(forward)(jax.eval_shape(lambda: init_params(m, 0))).jaxpr)
     assert count["pallas_call"] == 2 and count["cond"] == 0 and count["scan"] == 1
     assert count["by platform"] == 4  # the order of queries and keys
+
+
+def test_layers_of_a_kind_are_compiled_once():
+    """Gemma 3: five local layers and a global one are two kernels; where layers have caches they are written out."""
+    m = replace(GEMMA_3, num_hidden_layers=12, sliding_window_pattern=6)
+    options = ForwardOptions(jnp.float32, Remat("full"))
+    seen: list[int | None] = []
+
+    def attend(q, k, v, window, cache):
+        seen.append(window)
+        return attention(q, k, v, jnp.ones((B, T), jnp.int32), window, None), (k, v), (k, v)
+
+    def run(params, caches):
+        return nnx.merge(model_graph(m), params).run(TOKENS, POSITIONS, attend, caches, options)
+
+    params = jax.eval_shape(lambda: init_params(m, 0))
+    (hidden, caches) = jax.eval_shape(lambda p: run(p, None), params)
+    assert set(seen) == {3, None} and len(seen) == 2
+    assert [x.shape for x in caches[0][0]] == [(2, B, T, 2, 16)] * 2 and len(caches[0]) == 6
+    seen.clear()
+    assert jax.eval_shape(run, params, caches) == (hidden, caches)
+    assert seen == [3] * 5 + [None]
 
 
 def test_local_layers_keep_their_window_only(params):

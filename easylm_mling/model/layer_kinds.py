@@ -5,6 +5,7 @@ shapes can alternate.
 """
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 from easylm_mling.config import ModelConfig
@@ -40,6 +41,11 @@ class Run(NamedTuple):
         """Layers of each stack in one period."""
         stacks = [kind.stack for kind in self.kinds]
         return {stack: stacks.count(stack) for stack in dict.fromkeys(stacks)}
+
+    @property
+    def groups(self) -> list[tuple[LayerKind, int]]:
+        """The kinds of one period in order, and how many layers of each follow one another."""
+        return [(kind, len([*same])) for kind, same in groupby(self.kinds)]
 
 
 def layer_kinds(m: ModelConfig) -> tuple[LayerKind, ...]:

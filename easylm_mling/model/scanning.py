@@ -1,4 +1,4 @@
-"""One scan over the periods of a run of layers, the layers of a period written out.
+"""One scan over the periods of a run of layers; what differs inside a period is written out.
 
 Parameters stay in their stacks. A scan takes a run's part of each stack, and cuts it into periods by a reshape.
 """
@@ -56,27 +56,42 @@ def scan_periods(
 ) -> tuple[Any, tuple]:
     """Run the layers of `run` on the `carry`; returns it and, for each layer of a period, the caches.
 
-    `part` and `inputs` are what `cut` and `cut_by_layer` made. `wrap` makes the function of a layer save what its remat
-    policy says. The caches of each layer of a period have a leading axis of periods.
+    `part` and `inputs` are what `cut` and `cut_by_layer` made. `wrap(body, in_loop)` makes the function of a layer save what
+    its remat policy says. The caches of each layer of a period have a leading axis of periods.
+
+    Layers of one kind that follow one another in a period are a scan inside the scan, and so are compiled once; but not
+    where there are caches, which would be copied to be one array.
     """
+    groups = [(kind, 1) for kind in run.kinds] if caches else run.groups
+    sizes = {stack: [size for kind, size in groups if kind.stack == stack] for stack in run.per_period}
 
     def period(carry, scanned):
         part, inputs, caches = scanned
-        layers = {stack: iter(_single(part[stack], many)) for stack, many in run.per_period.items()}
-        made = []
-        for i, (kind, cache) in enumerate(zip(run.kinds, caches, strict=True)):
-            own = None if inputs is None else inputs[i]
-            carry, new = wrap(partial(one_layer, kind))(carry, next(layers[kind.stack]), cache, own)
-            made.append(new)
+        layers = {stack: iter(_grouped(part[stack], sizes[stack])) for stack in sizes}
+        made: list = []
+        for kind, size in groups:
+            first, layer = len(made), next(layers[kind.stack])
+            own = None if inputs is None else inputs[first] if size == 1 else inputs[first : first + size]
+            body = wrap(partial(one_layer, kind), in_loop=run.count * size > 1)
+            if size == 1:
+                carry, new = body(carry, layer, caches[first], own)
+                made.append(new)
+            else:
+                each = lambda carry, one, body=body: body(carry, one[0], None, one[1])  # noqa: E731
+                carry, new = jax.lax.scan(each, carry, (layer, own))
+                made += [jax.tree.map(lambda a, i=i: a[i], new) for i in range(size)]
         return carry, tuple(made)
 
     return jax.lax.scan(period, carry, (part, inputs, caches or (None,) * len(run.kinds)))
 
 
-def _single(tree: Any, many: int) -> list[Any]:
-    """Return each of the `many` layers that one period has of a stack."""
-    if many == 1:
+def _grouped(tree: Any, sizes: list[int]) -> list[Any]:
+    """Cut the layers that one period has of a stack into groups of these sizes; one of 1 has no axis of layers."""
+    if sizes == [1]:
         return [tree]
     leaves, form = jax.tree.flatten(tree)
-    pieces = [[jnp.squeeze(piece, 0) for piece in jax.lax.split(leaf, (1,) * many)] for leaf in leaves]
-    return [form.unflatten(layer) for layer in zip(*pieces, strict=True)]
+    pieces = [
+        [jnp.squeeze(piece, 0) if size == 1 else piece for piece, size in zip(split, sizes, strict=True)]
+        for split in ([leaf] if len(sizes) == 1 else jax.lax.split(leaf, sizes) for leaf in leaves)
+    ]
+    return [form.unflatten(group) for group in zip(*pieces, strict=True)]
