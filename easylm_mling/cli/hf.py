@@ -106,7 +106,9 @@ def _export(a) -> int:
     from easylm_mling.checkpoint.layout import step_directory
     from easylm_mling.errors import check, one_line
     from easylm_mling.hf.exporting import export_hf, note_export
+    from easylm_mling.storage.freed_memory import keep_freed_memory
 
+    keep_freed_memory()
     check(a.adapter or a.base is None, "--base goes with --adapter; leave it out")
     wanted = best_step(a.checkpoint_dir, a.best) if a.best else a.step
     step = int(step_directory(a.checkpoint_dir, wanted).name)
