@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from easylm_mling.config import ProductsConfig
 from easylm_mling.model.quantized import multiply
+from easylm_mling.model.sharding import in_two_sums
 
 _barrier = jax.lax.optimization_barrier
 
@@ -46,7 +47,7 @@ def _backward(activation, products, residuals, grad_out):
     grad_hidden = multiply("btd,df->btf", grad_out, down, products and products.backward)
     grad_gate, grad_up, hidden = _gradients(gate, up, grad_hidden, activation)
     grad_down = jnp.einsum("btd,btf->df", grad_out, hidden, preferred_element_type=down.dtype)
-    return grad_gate, grad_up, grad_down
+    return grad_gate, grad_up, in_two_sums(grad_down, 0)
 
 
 gated_down.defvjp(_forward, _backward)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from easylm_mling.config import ProductsConfig
 from easylm_mling.model.quantized import multiply
-from easylm_mling.model.sharding import fits_tiles
+from easylm_mling.model.sharding import fits_tiles, fsdp_is_all, in_two_sums
 
 
 def project(
@@ -28,7 +28,7 @@ def project(
     """
     _, of_weight, _ = _letters(spec)
     fits = fits_tiles(weight.shape[of_weight.index("d")]) if "d" in of_weight else (True, True)
-    if not products and weight.dtype == x.dtype and all(fits):
+    if not products and weight.dtype == x.dtype and all(fits) and not fsdp_is_all():
         return jnp.einsum(spec, x, weight)
     return _project(spec, fits, products, x, weight)
 
@@ -47,7 +47,8 @@ def _backward(spec, fits, products, residuals, grad_out):
     of_x, of_weight, out = _letters(spec)
     grad_x = multiply(f"{out},{of_weight}->{of_x}", grad_out, weight, products and products.backward)
     if all(fits):
-        return grad_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
+        grad = jnp.einsum(f"{of_x},{out}->{of_weight}", x, grad_out, preferred_element_type=weight.dtype)
+        return grad_x, in_two_sums(grad, of_weight.index("d")) if "d" in of_weight else grad
     return grad_x, _gradient_in_rows(spec, x, grad_out, weight, flat=not fits[0])
 
 
@@ -68,7 +69,7 @@ def _gradient_in_rows(spec, x, grad_out, weight, flat: bool):
     else:
         rows = jnp.einsum(f"{of_x},{out}->d{others}", x, grad_out, preferred_element_type=weight.dtype)
     # The compiler would take the change of form into the product.
-    rows = jax.lax.optimization_barrier(rows)
+    rows = jax.lax.optimization_barrier(in_two_sums(rows, 0))
     axis = of_weight.index("d")
     rest = weight.shape[:axis] + weight.shape[axis + 1 :]
     return jnp.moveaxis(rows.reshape(rows.shape[0], *rest), 0, axis)

@@ -7,7 +7,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from easylm_mling.config import LoraConfig, MeshConfig, ModelConfig, RunConfig
@@ -181,7 +181,7 @@ def check_run(config: RunConfig, mesh: Mesh):
 
 
 def fits_tiles(embed: int) -> tuple[bool, bool]:
-    """Return whether the parts of `embed` elements that fsdp cuts fill the rows of whole tiles, and the columns of pairs.
+    """Return whether the parts of `embed` elements that are scattered fill the rows of whole tiles, and the columns of pairs.
 
     The TPU compiler lays parts of 128, and of odd multiples, along a tile's columns where it may, and scatters sums only by
     pairs of those. Parts of other sizes lie along rows, 16 a tile. Found by compiling for v5e (libtpu 0.0.52). True where
@@ -189,8 +189,32 @@ def fits_tiles(embed: int) -> tuple[bool, bool]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["fsdp"]
-    part = embed // shards
+    part = embed // (shards // 2 if fsdp_is_all() else shards)
     return shards == 1 or part % _TILE_ROWS == 0, shards == 1 or part % (2 * _TILE_COLUMNS) != _TILE_COLUMNS
+
+
+def fsdp_is_all() -> bool:
+    """Return whether the devices of fsdp are all there are, and more than two: sums over them take `in_two_sums`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] == mesh.size and mesh.size % 2 == 0 and mesh.size > 2
+
+
+def in_two_sums(gradient: Float[Array, "*shape"], embed_axis: int) -> Float[Array, "*shape"]:
+    """Have a kernel's gradient summed over the devices of fsdp in two steps, where those are all devices and TPUs.
+
+    Each second device, and then pairs of neighbours. The TPU compiler scatters a sum over a part of the devices only; one
+    over all of them it sends to every device whole, for twice the bytes. Found by compiling for v4 and v5e (libtpu 0.0.52).
+    """
+    if not fsdp_is_all():
+        return gradient
+    half = jax.sharding.get_abstract_mesh().size // 2
+    mesh = AbstractMesh((half, 2), ("far", "near"), axis_types=(AxisType.Auto,) * 2)
+    spec = [None] * gradient.ndim
+    spec[embed_axis] = "far"
+    parts = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.lax.platform_dependent(
+        gradient, tpu=lambda x: jax.lax.with_sharding_constraint(x, parts), default=lambda x: x
+    )
 
 
 def constrain(x: Float[Array, "*shape"], *axes: str) -> Float[Array, "*shape"]:

@@ -18,6 +18,7 @@ from uuid import uuid4
 import tensorstore as ts
 
 from easylm_mling.errors import STOPPED, STUCK, ConfigError, one_line
+from easylm_mling.storage.object_store import whole_answer
 
 NAME = "lease"
 LOCK = ".__lock"  # tensorstore's suffix for the lock of a file
@@ -80,7 +81,7 @@ class Lease:
     def _read(self) -> tuple[dict | None, bytes]:
         """Return the lease, if there is one, and its generation."""
         try:
-            read = self._store.read(NAME).result(timeout=_ANSWER_SECONDS)
+            read = whole_answer(self._store, NAME, self._store.read(NAME), _ANSWER_SECONDS)
             return (json.loads(read.value) if read.value else None), read.stamp.generation
         except _STORAGE_ERRORS as error:
             raise ConfigError(f"run_dir={self._name}: cannot be read ({one_line(error)}); {_WAY_OUT}") from error
@@ -101,7 +102,7 @@ class Lease:
         )
         if not self._generation:
             # Perhaps the write succeeded and its answer was lost.
-            read = self._store.read(NAME).result(timeout=_ANSWER_SECONDS)
+            read = whole_answer(self._store, NAME, self._store.read(NAME), _ANSWER_SECONDS)
             if read.state == "value" and json.loads(read.value)["id"] == self._own["id"]:
                 self._generation = read.stamp.generation
 

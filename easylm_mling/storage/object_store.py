@@ -81,7 +81,10 @@ class Bucket:
     def read_all(self, names: list[str]) -> dict[str, bytes]:
         """Return name -> bytes of the objects that exist, read side by side."""
         futures = {name: self.store.read(name) for name in names}
-        results = {name: self._result(future) for name, future in futures.items()}
+        with _as_os_error(self.url):
+            results = {
+                name: whole_answer(self.store, name, future, _ANSWER_SECONDS) for name, future in futures.items()
+            }
         return {name: r.value for name, r in results.items() if r.state == "value"}
 
     def write_all(self, contents: dict[str, bytes | None]):
@@ -109,7 +112,8 @@ class Bucket:
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         """Replace the object if it is `old` and no process trains the run; returns True if it was replaced."""
-        stored = self._result(self.store.read(name))
+        with _as_os_error(self.url):
+            stored = whole_answer(self.store, name, self.store.read(name), _ANSWER_SECONDS)
         if stored.value != old or self.read("lease") is not None:
             return False
         return bool(self._result(self.store.write(name, new, if_equal=stored.stamp.generation)).generation)
@@ -127,6 +131,18 @@ class Bucket:
     def _result(self, future) -> Any:
         with _as_os_error(self.url):
             return future.result(timeout=_ANSWER_SECONDS)
+
+
+def whole_answer(store: Any, name: str, first: Any, seconds: float) -> Any:
+    """Return the result of `first`, a read of the object `name`, which is read twice more while it comes empty.
+
+    tensorstore takes an answer that is cut off in its headers for an empty object. Each answer may take `seconds`.
+    """
+    answer = first.result(timeout=seconds)
+    for _ in range(2):
+        if answer.state == "value" and not answer.value:
+            answer = store.read(name).result(timeout=seconds)
+    return answer
 
 
 @contextmanager

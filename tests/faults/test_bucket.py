@@ -109,6 +109,17 @@ def test_a_damaged_step_in_a_bucket_is_set_aside(undisturbed, proxy):
     assert_same_bits(outcome(run_dir), undisturbed)
 
 
+def test_an_answer_that_is_cut_off_in_its_headers_is_no_empty_object(proxy):
+    there = Bucket(f"gs://{BUCKET}/run")
+    there.write_all({"format.json": b'{"format": 1}', "empty": b""})
+    proxy.ways, proxy.fail_every = WAYS_TO_FAIL[2:], 2
+    for _ in range(4):
+        assert there.read("format.json") == b'{"format": 1}'
+    assert proxy.failed > 1
+    proxy.fail_every = 0
+    assert there.read("empty") == b"" and there.read("none") is None
+
+
 def test_only_what_has_changed_is_pushed_and_logs_grow(proxy, tmp_path, monkeypatch):
     monkeypatch.setattr("easylm_mling.storage.object_store._WHOLE", 10)
     there, folder = Bucket(f"gs://{BUCKET}/run"), tmp_path / "mirror"
