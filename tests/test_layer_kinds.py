@@ -221,25 +221,26 @@ def test_no_layer_carries_the_kernel_of_another_kind():
 
 
 def test_layers_of_a_kind_are_compiled_once():
-    """Gemma 3: five local layers and a global one are two kernels; where layers have caches they are written out."""
+    """Gemma 3: five local layers and a global one are two kernels, but where layers save values, or have caches."""
     m = replace(GEMMA_3, num_hidden_layers=12, sliding_window_pattern=6)
-    options = ForwardOptions(jnp.float32, Remat("full"))
     seen: list[int | None] = []
 
     def attend(q, k, v, window, cache):
         seen.append(window)
         return attention(q, k, v, jnp.ones((B, T), jnp.int32), window, None), (k, v), (k, v)
 
-    def run(params, caches):
+    def run(params, caches, policy):
+        options = ForwardOptions(jnp.float32, Remat(policy))
         return nnx.merge(model_graph(m), params).run(TOKENS, POSITIONS, attend, caches, options)
 
     params = jax.eval_shape(lambda: init_params(m, 0))
-    (hidden, caches) = jax.eval_shape(lambda p: run(p, None), params)
+    hidden, caches = jax.eval_shape(lambda p: run(p, None, "full"), params)
     assert set(seen) == {3, None} and len(seen) == 2
     assert [x.shape for x in caches[0][0]] == [(2, B, T, 2, 16)] * 2 and len(caches[0]) == 6
-    seen.clear()
-    assert jax.eval_shape(run, params, caches) == (hidden, caches)
-    assert seen == [3] * 5 + [None]
+    for given, policy in ((caches, "full"), (None, "save_qkv")):
+        seen.clear()
+        assert jax.eval_shape(lambda p, c, policy=policy: run(p, c, policy), params, given) == (hidden, caches)
+        assert seen == [3] * 5 + [None]
 
 
 def test_local_layers_keep_their_window_only(params):

@@ -408,6 +408,7 @@ def test_golden_sharding(model, sizes):
 # Widths of configs/model whose parts, over so many devices along fsdp, are no whole tiles, or columns of one.
 IN_ROWS = {
     1: set(),
+    4: {1536, 2560, 3584, 4608},
     8: {1024, 3072, 5120},
     16: {640, 896, 1152, 2048},
     32: {640, 896, 1152, 2304, 3840, 4096, 5376},
@@ -418,16 +419,23 @@ IN_ROWS = {
 def test_golden_widths_whose_gradients_are_made_in_rows():
     files = (Path(__file__).parent.parent / "configs" / "model").glob("*.yaml")
     widths = {int(re.findall(r"hidden_size: (\d+)", file.read_text())[0]) for file in files}
-    of = {}
-    for shards in IN_ROWS:
-        with jax.sharding.use_abstract_mesh(abstract_mesh(shards)):
-            of[shards] = {width for width in widths if width % shards == 0 and not all(fits_tiles(width))}
-    assert of == IN_ROWS
+
+    def in_rows(data: int, shards: int) -> set[int]:
+        with jax.sharding.use_abstract_mesh(abstract_mesh(data, shards)):
+            return {width for width in widths if width % shards == 0 and not all(fits_tiles(width))}
+
+    assert {shards: in_rows(2, shards) for shards in IN_ROWS} == IN_ROWS
+    # Over all devices sums are made in two steps, and the first has half as many parts.
+    assert {shards: in_rows(1, 2 * shards) for shards in IN_ROWS if shards > 1} == {
+        shards: {width for width in found if width % (2 * shards) == 0}
+        for shards, found in IN_ROWS.items()
+        if shards > 1
+    }
     assert all(all(fits_tiles(width)) for width in widths)  # without a mesh
 
 
-def abstract_mesh(shards: int) -> jax.sharding.AbstractMesh:
-    return jax.sharding.AbstractMesh((1, shards, 1), ("data", "fsdp", "tensor"))
+def abstract_mesh(data: int, shards: int) -> jax.sharding.AbstractMesh:
+    return jax.sharding.AbstractMesh((data, shards, 1), ("data", "fsdp", "tensor"))
 
 
 @pytest.mark.parametrize(
@@ -443,7 +451,7 @@ def test_gradients_whose_parts_are_no_whole_tiles_are_made_in_rows(width, form, 
     size = {**dict(zip(spec.split("->")[0].split(",")[1], shape, strict=True)), "b": 1, "t": 4}
     of_x, out = spec.split(",")[0], spec.split("->")[1]
     x, w, by = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ([size[c] for c in of_x], shape, [size[c] for c in out]))
-    with jax.sharding.use_abstract_mesh(abstract_mesh(shards)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(2, shards)):
         jaxpr = jax.make_jaxpr(lambda x, w, by: jax.vjp(partial(project, spec), x, w)[1](by))(x, w, by)
     (_, gradient) = jaxpr.out_avals
     assert gradient.shape == shape and gradient.dtype == jnp.bfloat16

@@ -736,8 +736,9 @@ from easylm_mling.plan.hlo import parse
 from easylm_mling.plan.slices import find_slice
 from easylm_mling.training.xla_flags import compiler_flags
 
-mesh = make_mesh(MeshConfig(1, 32, 1), compilation.slice_devices(find_slice("v5e-32")))
-rows = NamedSharding(mesh, P("fsdp"))
+devices = compilation.slice_devices(find_slice(sys.argv[1]))
+mesh = make_mesh(MeshConfig(int(sys.argv[2]), -1, 1), devices)
+batch = P(("data", "fsdp"))
 
 def gradients(q, o, x, context, by_q, by_o):
     of_q = jax.vjp(lambda w: project("btd,nhd->btnh", x, w), q)[1](by_q)[0]
@@ -746,12 +747,12 @@ def gradients(q, o, x, context, by_q, by_o):
 def array(shape, spec):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
 
-D, heads = int(sys.argv[1]), (16, 256)
+D, heads = int(sys.argv[3]), (16, 256)
 kernels = array((*heads, D), P(None, None, "fsdp")), array((D, *heads), P("fsdp"))
-wide, narrow = (array((32, 256, *tail), P("fsdp")) for tail in (heads, (D,)))
+wide, narrow = (array((len(devices), 256, *tail), batch) for tail in (heads, (D,)))
 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     step = jax.jit(gradients, out_shardings=tuple(k.sharding for k in kernels))
-    compiled = step.lower(*kernels, narrow, wide, wide, narrow).compile(compiler_flags("TPU v5 lite", {}))
+    compiled = step.lower(*kernels, narrow, wide, wide, narrow).compile(compiler_flags(devices[0].device_kind, {}))
 sums = [c.name for c in parse(compiled.as_text()).computations.values() for i in c.instructions if i.opcode == "all-reduce"]
 # The compiler's reduce-scatter is an all-reduce in a computation of this name.
 print(len(sums), sum("all-reduce-scatter" in name for name in sums))
@@ -760,12 +761,15 @@ print(len(sums), sum("all-reduce-scatter" in name for name in sums))
 
 @needs_libtpu
 @pytest.mark.tpu_compiler
-@pytest.mark.parametrize("width", [3840, 4096])
-def test_the_compiler_scatters_the_gradients_of_every_width(width):
-    """Of Gemma 3 12B and Llama 3 over 32 devices, whose parts are 120 and 128 wide."""
-    run = [sys.executable, "-c", _GRADIENTS, str(width)]
+@pytest.mark.parametrize(
+    "name, data, width", [("v5e-64", 2, 3840), ("v5e-64", 2, 4096), ("v5e-64", 1, 5120), ("v4-64", 1, 3072)]
+)
+def test_the_compiler_scatters_the_gradients_of_every_width(name, data, width):
+    """Of Gemma 3 12B and Llama 3, whose parts over 32 are 120 and 128 wide; and over all devices, which takes two sums."""
+    run = [sys.executable, "-c", _GRADIENTS, name, str(data), str(width)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ["2", "2"]
+    # One of each of the two kernels, and what is left of both in one: over `data` whole, or the second step.
+    assert printed.split() == ["3", "2" if data == 2 else "3"]
 
 
 _EIGHT_BITS = """

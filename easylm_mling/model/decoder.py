@@ -140,7 +140,11 @@ class Gemma(nnx.Module):
             # Without a loop (of one trip is none) the backward pass stands beside the forward pass, and may not be merged with it.
             wrap = lambda body, in_loop, p=policy: remat.wrap(body, p, beside_backward=not in_loop)  # noqa: E731
             given, carried = (shown, {}) if run.shares else ({}, _nothing_shown(self.config, run, cache, x))
-            (x, carried), new = scan_periods(run, partial(one_layer, given), wrap, (x, carried), part, own, cache)
+            # What an inner scan saves, or caches, is copied once more, into the outer one's stack.
+            nested = policy == "full" and cache is None
+            (x, carried), new = scan_periods(
+                run, partial(one_layer, given), wrap, (x, carried), part, own, cache, nested
+            )
             made.append(new)
             shown = shown | carried
         return norm(x, self.norm, self.config), made

@@ -53,16 +53,16 @@ def scan_periods(
     part: dict[str, Any],
     inputs: jax.Array | None,
     caches: tuple | None,
+    nested: bool,
 ) -> tuple[Any, tuple]:
     """Run the layers of `run` on the `carry`; returns it and, for each layer of a period, the caches.
 
     `part` and `inputs` are what `cut` and `cut_by_layer` made. `wrap(body, in_loop)` makes the function of a layer save what
     its remat policy says. The caches of each layer of a period have a leading axis of periods.
 
-    Layers of one kind that follow one another in a period are a scan inside the scan, and so are compiled once; but not
-    where there are caches, which would be copied to be one array.
+    With `nested`, layers of one kind that follow one another in a period are a scan inside the scan: they are compiled once.
     """
-    groups = [(kind, 1) for kind in run.kinds] if caches else run.groups
+    groups = run.groups if nested else [(kind, 1) for kind in run.kinds]
     sizes = {stack: [size for kind, size in groups if kind.stack == stack] for stack in run.per_period}
 
     def period(carry, scanned):
