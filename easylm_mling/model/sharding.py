@@ -209,9 +209,7 @@ def in_two_sums(gradient: Float[Array, "*shape"], embed_axis: int) -> Float[Arra
         return gradient
     half = jax.sharding.get_abstract_mesh().size // 2
     mesh = AbstractMesh((half, 2), ("far", "near"), axis_types=(AxisType.Auto,) * 2)
-    spec = [None] * gradient.ndim
-    spec[embed_axis] = "far"
-    parts = NamedSharding(mesh, PartitionSpec(*spec))
+    parts = NamedSharding(mesh, PartitionSpec(*[None] * embed_axis, "far"))
     return jax.lax.platform_dependent(
         gradient, tpu=lambda x: jax.lax.with_sharding_constraint(x, parts), default=lambda x: x
     )
