@@ -1,5 +1,6 @@
 """Memory that is freed and used again (storage/freed_memory.py)."""
 
+import platform
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's memory can be told to stay")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's memory can be told to stay")
 def test_freed_memory_is_used_again_without_a_page_from_the_system():
     def pages(first: str) -> int:
         return int(subprocess.check_output([sys.executable, "-c", _AGAIN.format(first=first)]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
 from easylm_mling.config import REMAT_NAMES, MeshConfig, ModelConfig, OptimizerConfig, RopeScaling
@@ -458,6 +458,23 @@ def test_gradients_whose_parts_are_no_whole_tiles_are_made_in_rows(width, form, 
     barriers = [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
     rest = tuple(n for n in kernel if n)
     assert barriers == {None: [], "rows": [(D, *rest)], "matrix": [(D, math.prod(rest))]}[form]
+
+
+@pytest.mark.parametrize("width", [256, 240])
+def test_a_gradient_in_two_sums_is_the_gradient(monkeypatch, width):
+    """What TPUs are told where fsdp is all devices, told to CPU devices; 240 is made in rows."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, tpu, default: tpu(x))
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    x, w, by = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(8, 4, width), (6, width), (8, 4, 6)]))
+    over = {axis: NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp")) for axis in (0, 1)}
+    gradient = lambda x, w, by: jax.vjp(partial(project, "btd,fd->btf"), x, w)[1](by)[1]  # noqa: E731
+    with jax.set_mesh(mesh):
+        made = jax.jit(gradient, in_shardings=(over[0], over[1], over[0]), out_shardings=over[1])
+        text = made.lower(x, w, by).as_text()
+        got = made(*(jax.device_put(a, over[i]) for a, i in ((x, 0), (w, 1), (by, 0))))
+    parts = re.findall(r"sharding_constraint .*(\[.*far.*\])> : tensor<([0-9x]+)xf32>", text)
+    assert parts == [('[{}, {"far"}]', f"6x{width}") if width == 256 else ('[{"far"}, {}]', f"{width}x6")]
+    np.testing.assert_allclose(got, jnp.einsum("btd,btf->fd", x, by), rtol=1e-4, atol=1e-4)
 
 
 def test_biases_are_cut_as_the_heads_of_their_kernels():

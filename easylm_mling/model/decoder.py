@@ -137,8 +137,7 @@ class Gemma(nnx.Module):
             inputs = cut_by_layer(self.per_layer(tokens, x), [run for _, run in scans])
         made, shown = [], {}
         for (policy, run), part, own, cache in zip(scans, parts, inputs, caches or [None] * len(scans), strict=True):
-            # Without a loop (of one trip is none) the backward pass stands beside the forward pass, and may not be merged with it.
-            wrap = lambda body, in_loop, p=policy: remat.wrap(body, p, beside_backward=not in_loop)  # noqa: E731
+            wrap = partial(remat.wrap, policy=policy)
             given, carried = (shown, {}) if run.shares else ({}, _nothing_shown(self.config, run, cache, x))
             # What an inner scan saves, or caches, is copied once more, into the outer one's stack.
             nested = policy == "full" and cache is None

@@ -3,8 +3,9 @@
 In a product's own dtype, each device rounds its part of a weight's gradient before the parts are summed, and so does every
 sum on the way. In float32 nothing is rounded, for twice the bytes between devices.
 
-A device needs its own part of a sum only, and the TPU compiler scatters sums where the parts fit its tiles. Where they do
-not, it sends every device all of the sum, for twice the bytes; so the gradient is then made in a form that it scatters.
+A device needs its own part of a sum only, and the TPU compiler scatters sums where the parts fit its tiles and the devices
+are not all there are. Else it sends every device all of the sum, for twice the bytes; so the gradient is then made in a
+form, and summed in steps, that it scatters.
 """
 
 from functools import partial

@@ -57,8 +57,8 @@ def scan_periods(
 ) -> tuple[Any, tuple]:
     """Run the layers of `run` on the `carry`; returns it and, for each layer of a period, the caches.
 
-    `part` and `inputs` are what `cut` and `cut_by_layer` made. `wrap(body, in_loop)` makes the function of a layer save what
-    its remat policy says. The caches of each layer of a period have a leading axis of periods.
+    `part` and `inputs` are what `cut` and `cut_by_layer` made. `wrap(body, beside_backward=...)`, of model/remat.py, makes
+    the function of a layer save what its policy says. The caches of each layer of a period have a leading axis of periods.
 
     With `nested`, layers of one kind that follow one another in a period are a scan inside the scan: they are compiled once.
     """
@@ -72,7 +72,8 @@ def scan_periods(
         for kind, size in groups:
             first, layer = len(made), next(layers[kind.stack])
             own = None if inputs is None else inputs[first] if size == 1 else inputs[first : first + size]
-            body = wrap(partial(one_layer, kind), in_loop=run.count * size > 1)
+            # A loop of one trip is none: its backward pass stands beside the forward pass, and may not be merged with it.
+            body = wrap(partial(one_layer, kind), beside_backward=run.count * size == 1)
             if size == 1:
                 carry, new = body(carry, layer, caches[first], own)
                 made.append(new)

@@ -202,8 +202,9 @@ def fsdp_is_all() -> bool:
 def in_two_sums(gradient: Float[Array, "*shape"], embed_axis: int) -> Float[Array, "*shape"]:
     """Have a kernel's gradient summed over the devices of fsdp in two steps, where those are all devices and TPUs.
 
-    Each second device, and then pairs of neighbours. The TPU compiler scatters a sum over a part of the devices only; one
-    over all of them it sends to every device whole, for twice the bytes. Found by compiling for v4 and v5e (libtpu 0.0.52).
+    Each second device, and then pairs of neighbours. On some slices the TPU compiler sends a sum over all devices to each of
+    them whole, for twice the bytes, and scatters one over a part of them. Found by compiling with libtpu 0.0.52: so for a
+    v4-32, -64, -128 and a v5e-64, but a v5e-32 and -128 scatter both.
     """
     if not fsdp_is_all():
         return gradient
